@@ -1,0 +1,1 @@
+"""Data-free adversarial distillation with activation regularization and virtual interpolation."""

@@ -1,0 +1,57 @@
+"""Errors that are for people: a paragraph of what was given, what is needed and how to mend it.
+
+Each class carries the exit code that a command ends with.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DfadError(Exception):
+    """An error to be shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigurationError(DfadError, ValueError):
+    """An option, preset or configuration file that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(DfadError, ValueError):
+    """A teacher, student or checkpoint that cannot be built, read or combined."""
+
+    exit_code = 3
+
+
+class RunFolderError(DfadError):
+    """A run's folder that already holds a run, holds none, or belongs to another configuration."""
+
+    exit_code = 4
+
+
+class DivergenceError(DfadError, ArithmeticError):
+    """Losses became NaN or infinite; the last good checkpoint is kept."""
+
+    exit_code = 5
+
+
+class DataError(DfadError, ValueError):
+    """Data that is missing, truncated, corrupted or of another kind."""
+
+    exit_code = 6
+
+
+class Interrupted(DfadError):
+    """A signal asked the run to stop; its checkpoint is written."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # the shell's convention
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the candidate closest to ``name``, or nothing where none is close."""
+    matches = get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,1 @@
+"""Networks for teachers, students and the generator."""

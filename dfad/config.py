@@ -1,0 +1,342 @@
+"""The configuration of a distillation: frozen values, validated where they are made.
+
+What each preset stands for is in :mod:`dfad.presets`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dfad.cli import Keywords
+
+Switch = Literal["auto", "on", "off"]
+"""``auto``: on where ``fused`` is and the machine can; ``on``: or an error that says why not; ``off``."""
+
+
+def _require(condition: bool, name: str, value: object, need: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {need}")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        _require(math.isfinite(value) and value > 0, name, value, "positive and finite")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        _require(math.isfinite(value) and value >= 0, name, value, "finite and not negative")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The trained network to learn from; it stays frozen, in eval mode."""
+
+    factory: str | None = None
+    """Callable that builds it: package.module:callable, or a bare name for one of dfad.models."""
+
+    kwargs: Keywords = field(default_factory=dict)
+    """Its keyword arguments."""
+
+    checkpoint: Path | None = None
+    """Its weights: safetensors, or a state dict written by torch.save."""
+
+    recipe: str | None = None
+    """Without a checkpoint: preset of dfad.teacher, trained once and kept in the cache folder."""
+
+    taps: tuple[str, ...] = ()
+    """Modules or graph nodes to tap where the network returns logits alone; pre-activation, input side first."""
+
+    channels: int | None = None
+    """Channels of its images; found from its first convolution where not given."""
+
+    image_size: int | None = None
+    """Height and width of its images in pixels; found by a dry forward where not given."""
+
+    mean: tuple[float, ...] = ()
+    """Mean per channel that its training images were normalised with (pixels in 0–1); for samples.png alone."""
+
+    std: tuple[float, ...] = ()
+    """Standard deviation likewise."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "image_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "a positive number")
+        _require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean {self.mean}")
+        _positive(**{f"std[{i}]": value for i, value in enumerate(self.std)})
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The network to train."""
+
+    factory: str | None = None
+    """Callable that builds it: package.module:callable, or a bare name for one of dfad.models."""
+
+    kwargs: Keywords = field(default_factory=dict)
+    """Its keyword arguments."""
+
+    checkpoint: Path | None = None
+    """Weights to start from; random ones where not given."""
+
+    taps: tuple[str, ...] = ()
+    """Modules or graph nodes to tap where the network returns logits alone, in the order of the teacher's."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The network that makes images of noise (DFAD's form)."""
+
+    noise_dim: int = 256
+    """Length of a noise vector."""
+
+    width: int = 64
+    """Channels before the last convolution; the first stage has twice as many."""
+
+    def __post_init__(self) -> None:
+        _positive(noise_dim=self.noise_dim, width=self.width)
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """The activation regularizer: the student's taps on the teacher's side of the activation boundary."""
+
+    weight: float = 0.0
+    """Weight in the student's loss; 0 switches it off."""
+
+    margin: float = 1.0
+    """Distance from zero that the student must keep, in activation units."""
+
+    scaling: Literal["mean", "batchmean"] = "mean"
+    """Average each tap over all elements (works at every width), or over the batch alone (Heo et al.)."""
+
+    stage_weights: Literal["uniform", "halving"] = "uniform"
+    """Weights of the taps: all 1, or halved per stage towards the input (Heo et al.)."""
+
+    generator_weight: float = 0.0
+    """Weight, negated, in the generator's loss: it then also seeks images whose activations disagree."""
+
+    def __post_init__(self) -> None:
+        _not_negative(weight=self.weight, generator_weight=self.generator_weight)
+        _positive(margin=self.margin)
+
+
+@dataclass(frozen=True)
+class InterpolationConfig:
+    """Virtual interpolation: mixed images with mixed soft labels."""
+
+    weight: float = 0.0
+    """Weight in the student's loss; 0 switches it off."""
+
+    concentration: float = 1.0
+    """Both parameters of the Beta distribution of the mixing coefficient; 1 is uniform, less is nearer 0 and 1."""
+
+    coefficient: Literal["sample", "batch"] = "sample"
+    """One mixing coefficient per sample, or one per batch."""
+
+    labels: Literal["interpolated", "teacher"] = "interpolated"
+    """Interpolate the teacher's soft labels, or ask the teacher at the mixed image."""
+
+    temperature: float = 1.0
+    """Temperature of the soft labels."""
+
+    batchnorm: Literal["update", "keep"] = "update"
+    """Whether mixed images move the running statistics of the student's BatchNorms."""
+
+    def __post_init__(self) -> None:
+        _not_negative(weight=self.weight)
+        _positive(concentration=self.concentration, temperature=self.temperature)
+
+
+@dataclass(frozen=True)
+class RegularizerConfig:
+    """What else shapes the generator's images (from the literature after DFAD); 0 switches a part off."""
+
+    batchnorm: float = 0.0
+    """Weight of the distance between batch statistics and those that the teacher's BatchNorms hold."""
+
+    one_hot: float = 0.0
+    """Weight of the cross-entropy between the teacher's prediction and its own argmax."""
+
+    diversity: float = 0.0
+    """Weight of the negative entropy of the batch's mean prediction."""
+
+    def __post_init__(self) -> None:
+        _not_negative(batchnorm=self.batchnorm, one_hot=self.one_hot, diversity=self.diversity)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One round: student steps on generated images, then one step of the generator against the student."""
+
+    rounds: int = 300
+    """Number of rounds."""
+
+    student_steps: int = 5
+    """Student steps per round."""
+
+    batch_size: int = 128
+    """Images per step."""
+
+    discrepancy: Literal["l1", "kl"] = "l1"
+    """Mean absolute difference of the logits (DFAD), or KL divergence of the soft labels."""
+
+    temperature: float = 1.0
+    """Temperature of the KL discrepancy."""
+
+    adversarial: float = 1.0
+    """Weight of the negated discrepancy in the generator's loss."""
+
+    student_batchnorm: Literal["train", "eval"] = "train"
+    """Mode of the student's BatchNorms in the generator's step: moving statistics (DFAD) or fixed ones."""
+
+    activation: ActivationConfig = ActivationConfig()
+    interpolation: InterpolationConfig = InterpolationConfig()
+    regularizers: RegularizerConfig = RegularizerConfig()
+
+    def __post_init__(self) -> None:
+        _positive(rounds=self.rounds, student_steps=self.student_steps, temperature=self.temperature)
+        # BatchNorm in training mode has no variance to take of a single value per channel
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
+        _not_negative(adversarial=self.adversarial)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer and its schedule."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD with momentum, Adam, or Adam with decoupled weight decay."""
+
+    lr: float = 0.1
+    """Learning rate at the start."""
+
+    momentum: float = 0.9
+    """Momentum of SGD."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+
+    weight_decay: float = 0.0
+    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Constant; to zero along half a cosine; or by a factor at milestones."""
+
+    milestones: tuple[float, ...] = (0.2, 0.4)
+    """Where the step schedule decays, as fractions of all rounds."""
+
+    decay: float = 0.1
+    """Factor of the step schedule at each milestone."""
+
+    def __post_init__(self) -> None:
+        _positive(lr=self.lr, decay=self.decay)
+        _not_negative(weight_decay=self.weight_decay)
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        for i, beta in enumerate(self.betas):
+            _require(0 <= beta < 1, f"betas[{i}]", beta, "in [0, 1)")
+        _require(
+            all(0 < milestone < 1 for milestone in self.milestones) and list(self.milestones) == sorted(self.milestones),
+            "milestones", self.milestones, "increasing fractions between 0 and 1",
+        )  # fmt: skip
+
+    def factor(self, progress: float) -> float:
+        """What the learning rate is multiplied by when a fraction ``progress`` of the rounds is done."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "step":
+            return float(self.decay ** sum(progress >= milestone for milestone in self.milestones))
+        return 1.0
+
+
+@dataclass(frozen=True)
+class OptimizersConfig:
+    """Optimizers of both networks."""
+
+    student: OptimizerConfig = OptimizerConfig(weight_decay=5e-4)
+    generator: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-3)
+
+    backend: Literal["torch", "apex"] = "torch"
+    """Whose fused optimizers: PyTorch's, or NVIDIA apex's where it is installed."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a round runs; none of this changes what is computed beyond rounding."""
+
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Of convolutions and matrix products; auto is bfloat16 where the hardware has it. Losses stay float32."""
+
+    channels_last: Switch = "auto"
+    """Channels-last memory format, end to end."""
+
+    fused_optimizers: Switch = "auto"
+    """One kernel per optimizer step."""
+
+    fold_batchnorm: Switch = "auto"
+    """The teacher's BatchNorms folded into its convolutions."""
+
+    cuda_graph: Switch = "auto"
+    """The whole round captured as one CUDA graph."""
+
+    compile: Switch = "off"
+    """The networks through torch.compile."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Choosing the best student without labels: by agreement with the teacher on a bank of generated images."""
+
+    bank_size: int = 512
+    """Images in the bank; gathered evenly over the first half of the rounds, then fixed."""
+
+    every: int = 25
+    """Rounds between two looks (and evaluations, where an evaluation set is given)."""
+
+    def __post_init__(self) -> None:
+        _positive(bank_size=self.bank_size, every=self.every)
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """What is written down, and how often."""
+
+    log_every: int = 10
+    """Rounds between two readings of the metrics; the host waits for the device at these alone."""
+
+    checkpoint_every: int = 50
+    """Rounds between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        _positive(log_every=self.log_every, checkpoint_every=self.checkpoint_every)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything that determines a distillation."""
+
+    fused: bool = True
+    """Fused loss kernels, and every part of the engine that is left on auto; without it, plain PyTorch."""
+
+    seed: int = 0
+    """Of networks, noise and mixing coefficients."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+
+    evaluate_on: str | None = None
+    """Data set whose test images measure teacher and student; never trains or selects."""
+
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizersConfig = OptimizersConfig()
+    engine: EngineConfig = EngineConfig()
+    selection: SelectionConfig = SelectionConfig()
+    recording: RecordingConfig = RecordingConfig()
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")

@@ -1,0 +1,89 @@
+"""The equations of the method as functions of tensors."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def one_hot_loss(teacher_logits: Tensor) -> Tensor:
+    r"""Cross-entropy of the teacher's prediction against its own argmax, averaged over the batch.
+
+    Chen et al., "Data-Free Learning of Student Networks" (DAFL), ICCV 2019.
+
+    Args:
+        teacher_logits: ``(B, classes)``.
+    """
+    return F.cross_entropy(teacher_logits.float(), teacher_logits.argmax(dim=1))
+
+
+def diversity_loss(teacher_logits: Tensor) -> Tensor:
+    r"""Negative entropy of the batch's mean prediction, in nats: least where all classes are generated alike.
+
+    .. math:: \sum_c \bar p_c \log \bar p_c, \quad \bar p = \frac1B \sum_i \operatorname{softmax}(t_i)
+
+    "Information entropy loss" of Chen et al. (DAFL), ICCV 2019, with the natural logarithm.
+
+    Args:
+        teacher_logits: ``(B, classes)``.
+    """
+    mean_prediction = teacher_logits.float().softmax(dim=1).mean(dim=0)
+    return -torch.special.entr(mean_prediction).sum()
+
+
+def batchnorm_distance(features: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    r"""Distance between the statistics of a batch and those that a BatchNorm holds.
+
+    .. math:: \lVert \mu(x) - \mu \rVert_2 + \lVert \sigma^2(x) - \sigma^2 \rVert_2
+
+    Yin et al., "Dreaming to Distill" (DeepInversion), CVPR 2020; the batch's variance is the biased one.
+
+    Args:
+        features: what reaches the BatchNorm, ``(B, channels, ...)``.
+        running_mean: ``(channels,)``.
+        running_var: ``(channels,)``.
+    """
+    dims = [0, *range(2, features.ndim)]
+    variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
+    return torch.linalg.vector_norm(mean - running_mean) + torch.linalg.vector_norm(variance - running_var)
+
+
+def class_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the histogram of predicted classes over its maximum: 1 is uniform, 0 is one class alone."""
+    classes = logits.shape[1]
+    predicted = logits.argmax(dim=1, keepdim=True) == torch.arange(classes, device=logits.device)
+    frequencies = predicted.float().mean(dim=0)
+    return torch.special.entr(frequencies).sum() / math.log(max(classes, 2))
+
+
+def pairwise_diversity(images: Tensor) -> Tensor:
+    """Mean absolute difference between the images of a batch and its reverse, over the batch's standard deviation.
+
+    Images are independent, so the reverse pairs them as well as a random permutation would.
+    """
+    images = images.float()
+    # biased: a single image has deviation 0, not NaN
+    return (images - images.flip(0)).abs().mean() / images.std(correction=0).clamp_min(1e-12)
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Fraction of samples of which both networks predict the same class."""
+    return (student_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
+
+
+def mix(images: Tensor, mixing_coefficient: Tensor) -> Tensor:
+    """Images interpolated with those of the reversed batch.
+
+    Args:
+        images: ``(B, ...)``.
+        mixing_coefficient: of the image itself, in [0, 1]; shape ``()`` or ``(B,)``.
+    """
+    weight = mixing_coefficient.view(-1, *[1] * (images.ndim - 1)).to(images.dtype)
+    return torch.lerp(images.flip(0), images, weight)
+
+
+def stage_weights(scheme: str, stages: int) -> Sequence[float]:
+    """Weights of the taps of so many stages, input side first; see ``ActivationConfig.stage_weights``."""
+    return [1.0] * stages if scheme == "uniform" else [0.5 ** (stages - 1 - stage) for stage in range(stages)]

@@ -1,0 +1,57 @@
+"""The network that makes images of noise."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfad.errors import ModelError
+
+
+class Generator(nn.Module):
+    """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
+
+    The last BatchNorm has no parameters: images come out with mean 0 and variance 1 per channel, the space of
+    normalised images that the teacher was trained in.
+
+    Args:
+        image_shape: ``(channels, height, width)`` of the images; height and width divisible by 4.
+        noise_dim: length of a noise vector.
+        width: channels before the last convolution; the stages before have twice as many.
+
+    Raises:
+        ModelError: if height or width is not divisible by 4.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], noise_dim: int = 256, width: int = 64) -> None:
+        super().__init__()
+        channels, height, image_width = image_shape
+        if height % 4 or image_width % 4 or min(image_shape) < 1:
+            raise ModelError(
+                f"The generator cannot make images of {height}×{image_width} pixels and {channels} channels: it "
+                "upsamples twice by 2, so height and width must be positive multiples of 4. Choose a teacher of "
+                "such images, or give a size that it takes as well, such as "
+                f"--teacher.image_size {max(4, -(-height // 4) * 4)}."
+            )
+        self.image_shape = image_shape
+        self.noise_dim = noise_dim
+        self.projected_shape = (height // 4, image_width // 4, 2 * width)
+        self.projection = nn.Linear(noise_dim, height // 4 * (image_width // 4) * 2 * width)
+        self.bn0 = nn.BatchNorm2d(2 * width)
+        self.conv1 = nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm2d(2 * width)
+        self.conv2 = nn.Conv2d(2 * width, width, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Images ``(B, channels, height, width)`` of noise ``(B, noise_dim)``."""
+        # the projection's units are in channels-last order, so that such a network needs no copy
+        features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
+        if not self.conv1.weight.is_contiguous(memory_format=torch.channels_last):
+            features = features.contiguous()
+        features = F.interpolate(self.bn0(features), scale_factor=2, mode="nearest")
+        features = F.leaky_relu(self.bn1(self.conv1(features)), 0.2)
+        features = F.interpolate(features, scale_factor=2, mode="nearest")
+        features = F.leaky_relu(self.bn2(self.conv2(features)), 0.2)
+        return self.bn3(torch.tanh(self.conv3(features)))  # type: ignore[no-any-return]

@@ -1,0 +1,12 @@
+"""How the networks' weights start."""
+
+from torch import nn
+
+
+def initialize(network: nn.Module) -> None:
+    """He et al.'s normal initialization (ICCV 2015) of every convolution, by its fan-out."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,93 @@
+"""Wide residual networks (Zagoruyko and Komodakis, BMVC 2016)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfad.models.initialization import initialize
+from dfad.models.taps import Outputs
+
+
+class WideBlock(nn.Module):
+    """BatchNorm and ReLU before each of two 3×3 convolutions, beside a shortcut.
+
+    Where the width changes, the shortcut is a 1×1 convolution of the activation; else it is the block's input itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.shortcut = (
+            None
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output, and its input as its first ReLU sees it."""
+        normalized = self.bn1(features)
+        activation = F.relu(normalized)
+        residual = self.conv2(F.relu(self.bn2(self.conv1(activation)), inplace=True))
+        return residual + (features if self.shortcut is None else self.shortcut(activation)), normalized
+
+
+class WideResNet(nn.Module):
+    """Three stages of wide blocks; one tap per stage.
+
+    BatchNorm precedes ReLU in a block, so the pre-activation map of a stage comes out of the BatchNorm that opens the next.
+
+    Args:
+        depth: 6 n + 4 layers, for n blocks a stage.
+        widening: factor of the widths 16, 32, 64.
+        num_classes: length of the logits.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, depth: int, widening: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        widths = [16 * widening, 32 * widening, 64 * widening]
+        self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                WideBlock(width if index else in_width, width, stride if index == 0 else 1)
+                for index in range(blocks)
+            )
+            for in_width, width, stride in zip([16, *widths[:-1]], widths, (1, 2, 2), strict=True)
+        )
+        self.bn1 = nn.BatchNorm2d(widths[-1])
+        self.linear = nn.Linear(widths[-1], num_classes)
+        initialize(self)
+
+    def forward(self, images: Tensor) -> Outputs:
+        features = self.conv1(images)
+        entries = []
+        for stage in self.stages:
+            for index, block in enumerate(stage):  # type: ignore[arg-type]
+                features, normalized = block(features)
+                if index == 0:
+                    entries.append(normalized)
+        last = self.bn1(features)
+        return Outputs(self.linear(F.relu(last).mean((2, 3))), (*entries[1:], last))
+
+
+def wrn_16_1(*, num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+    """WRN-16-1, 0.18 M parameters."""
+    return WideResNet(16, 1, num_classes, in_channels)
+
+
+def wrn_16_2(*, num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+    """WRN-16-2, 0.69 M parameters."""
+    return WideResNet(16, 2, num_classes, in_channels)
+
+
+def wrn_40_1(*, num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+    """WRN-40-1, 0.56 M parameters."""
+    return WideResNet(40, 1, num_classes, in_channels)
+
+
+def wrn_40_2(*, num_classes: int = 10, in_channels: int = 3) -> WideResNet:
+    """WRN-40-2, 2.2 M parameters."""
+    return WideResNet(40, 2, num_classes, in_channels)

@@ -27,9 +27,9 @@ class Generator(nn.Module):
         channels, height, image_width = image_shape
         if height % 4 or image_width % 4 or min(image_shape) < 1:
             raise ModelError(
-                f"The generator cannot make images of {height}×{image_width} pixels and {channels} channels: it "
-                "upsamples twice by 2, so height and width must be positive multiples of 4. Choose a teacher of "
-                "such images, or give a size that it takes as well, such as "
+                f"The generator cannot make images of {height}×{image_width} pixels and {channels} channels: "
+                "it upsamples twice by 2, so height and width must be positive multiples of 4. Choose a teacher "
+                "of such images, or give a size that it takes as well, such as "
                 f"--teacher.image_size {max(4, -(-height // 4) * 4)}."
             )
         self.image_shape = image_shape
@@ -54,4 +54,4 @@ class Generator(nn.Module):
         features = F.leaky_relu(self.bn1(self.conv1(features)), 0.2)
         features = F.interpolate(features, scale_factor=2, mode="nearest")
         features = F.leaky_relu(self.bn2(self.conv2(features)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(features)))  # type: ignore[no-any-return]
+        return self.bn3(torch.tanh(self.conv3(features)))

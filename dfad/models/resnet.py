@@ -33,8 +33,8 @@ def _projection_shortcut(in_channels: int, out_channels: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut, from pre-activation to pre-activation.
 
-    The ReLU that is usually drawn at a block's end is at its beginning here: the function is the same, and what a
-    stage returns is its tap.
+    The ReLU that is usually drawn at a block's end is at its beginning here: the function is the same, and
+    what a stage returns is its tap.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: nn.Module) -> None:
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features = F.relu(features)  # not in place: the argument may be a tap
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(features)), inplace=True)))
-        return self.shortcut(features) + residual  # type: ignore[no-any-return]
+        return self.shortcut(features) + residual
 
 
 class ResNet(nn.Module):
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
     Args:
         widths: channels of each stage; every stage but the first halves height and width.
         depths: blocks of each stage.
-        shortcut: what a shortcut does where the width changes, "subsampling" (option A) or "projection" (option B).
+        shortcut: where the width changes, "subsampling" (option A) or "projection" (option B).
         num_classes: length of the logits.
         in_channels: channels of the images.
     """

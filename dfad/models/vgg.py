@@ -41,12 +41,10 @@ class VGG(nn.Module):
 
 def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for index in range(depth):
-        if index:
+    for width in (in_channels, *[out_channels] * (depth - 1)):
+        if layers:
             layers.append(nn.ReLU(inplace=True))
-        layers.append(
-            nn.Conv2d(out_channels if index else in_channels, out_channels, 3, padding=1, bias=False)
-        )
+        layers.append(nn.Conv2d(width, out_channels, kernel_size=3, padding=1, bias=False))
         layers.append(nn.BatchNorm2d(out_channels))
     return nn.Sequential(*layers)
 

@@ -10,7 +10,7 @@ from dfad.models.taps import Outputs
 class WideBlock(nn.Module):
     """BatchNorm and ReLU before each of two 3×3 convolutions, beside a shortcut.
 
-    Where the width changes, the shortcut is a 1×1 convolution of the activation; else it is the block's input itself.
+    Where the width changes, the shortcut is a 1×1 convolution of the activation; else it is the block's input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -36,7 +36,8 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Three stages of wide blocks; one tap per stage.
 
-    BatchNorm precedes ReLU in a block, so the pre-activation map of a stage comes out of the BatchNorm that opens the next.
+    A block begins with its BatchNorm, so the pre-activation map of a stage comes out of the BatchNorm that opens
+    the next.
 
     Args:
         depth: 6 n + 4 layers, for n blocks a stage.
@@ -52,8 +53,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
         self.stages = nn.ModuleList(
             nn.ModuleList(
-                WideBlock(width if index else in_width, width, stride if index == 0 else 1)
-                for index in range(blocks)
+                [WideBlock(in_width, width, stride), *(WideBlock(width, width, 1) for _ in range(blocks - 1))]
             )
             for in_width, width, stride in zip([16, *widths[:-1]], widths, (1, 2, 2), strict=True)
         )
@@ -64,11 +64,11 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         features = self.conv1(images)
         entries = []
-        for stage in self.stages:
-            for index, block in enumerate(stage):  # type: ignore[arg-type]
-                features, normalized = block(features)
-                if index == 0:
-                    entries.append(normalized)
+        for first, *others in self.stages:
+            features, entry = first(features)
+            entries.append(entry)
+            for block in others:
+                features, _ = block(features)
         last = self.bn1(features)
         return Outputs(self.linear(F.relu(last).mean((2, 3))), (*entries[1:], last))
 

@@ -39,8 +39,6 @@ class ConvNet(nn.Module):
         return Outputs(self.linear(features.mean((2, 3))), tuple(taps))
 
 
-def convnet(
-    *, channels: Sequence[int] = (32, 64, 128), num_classes: int = 10, in_channels: int = 3
-) -> ConvNet:
+def convnet(*, channels: Sequence[int] = (32, 64, 128), num_classes: int = 10, in_channels: int = 3) -> ConvNet:
     """A convolutional network of as many stages as ``channels`` names."""
     return ConvNet(channels, num_classes, in_channels)

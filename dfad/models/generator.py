@@ -28,8 +28,8 @@ class Generator(nn.Module):
         if height % 4 or image_width % 4 or min(image_shape) < 1:
             raise ModelError(
                 f"The generator cannot make images of {height}×{image_width} pixels and {channels} channels: "
-                "it upsamples twice by 2, so height and width must be positive multiples of 4. Choose a teacher "
-                "of such images, or give a size that it takes as well, such as "
+                "it upsamples twice by 2, so height and width must be positive multiples of 4. Choose a "
+                "teacher of such images, or give a size that it takes as well, such as "
                 f"--teacher.image_size {max(4, -(-height // 4) * 4)}."
             )
         self.image_shape = image_shape

@@ -10,7 +10,7 @@ from dfad.models.taps import Outputs
 class WideBlock(nn.Module):
     """BatchNorm and ReLU before each of two 3×3 convolutions, beside a shortcut.
 
-    Where the width changes, the shortcut is a 1×1 convolution of the activation; else it is the block's input.
+    Where the width changes, the shortcut is a 1×1 convolution of the activation; else it is the input itself.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -33,11 +33,27 @@ class WideBlock(nn.Module):
         return residual + (features if self.shortcut is None else self.shortcut(activation)), normalized
 
 
+class WideStage(nn.Module):
+    """Blocks of one width, of which the first takes the strides."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, depth: int) -> None:
+        super().__init__()
+        self.first = WideBlock(in_channels, out_channels, stride)
+        self.others = nn.ModuleList(WideBlock(out_channels, out_channels, 1) for _ in range(depth - 1))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The stage's output, and its input as its first ReLU sees it."""
+        features, normalized = self.first(features)
+        for block in self.others:
+            features, _ = block(features)
+        return features, normalized
+
+
 class WideResNet(nn.Module):
     """Three stages of wide blocks; one tap per stage.
 
-    A block begins with its BatchNorm, so the pre-activation map of a stage comes out of the BatchNorm that opens
-    the next.
+    A block begins with its BatchNorm, so a stage's pre-activation map comes out of the BatchNorm that opens the
+    next stage.
 
     Args:
         depth: 6 n + 4 layers, for n blocks a stage.
@@ -51,26 +67,19 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         widths = [16 * widening, 32 * widening, 64 * widening]
         self.conv1 = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                [WideBlock(in_width, width, stride), *(WideBlock(width, width, 1) for _ in range(blocks - 1))]
-            )
-            for in_width, width, stride in zip([16, *widths[:-1]], widths, (1, 2, 2), strict=True)
-        )
-        self.bn1 = nn.BatchNorm2d(widths[-1])
-        self.linear = nn.Linear(widths[-1], num_classes)
+        self.stage1 = WideStage(16, widths[0], 1, blocks)
+        self.stage2 = WideStage(widths[0], widths[1], 2, blocks)
+        self.stage3 = WideStage(widths[1], widths[2], 2, blocks)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.linear = nn.Linear(widths[2], num_classes)
         initialize(self)
 
     def forward(self, images: Tensor) -> Outputs:
-        features = self.conv1(images)
-        entries = []
-        for first, *others in self.stages:
-            features, entry = first(features)
-            entries.append(entry)
-            for block in others:
-                features, _ = block(features)
-        last = self.bn1(features)
-        return Outputs(self.linear(F.relu(last).mean((2, 3))), (*entries[1:], last))
+        features, _ = self.stage1(self.conv1(images))
+        features, first = self.stage2(features)
+        features, second = self.stage3(features)
+        third = self.bn1(features)
+        return Outputs(self.linear(F.relu(third).mean((2, 3))), (first, second, third))
 
 
 def wrn_16_1(*, num_classes: int = 10, in_channels: int = 3) -> WideResNet:

@@ -26,6 +26,9 @@ def _json_object(arguments: list[str]) -> dict[str, Any]:
     return value
 
 
+SETTINGS_FILE = "config.yaml"
+"""In a run's folder."""
+
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag that asks for something once, so that its negation has no meaning."""
 
@@ -66,6 +69,7 @@ class Command:
 
 
 CommandT = TypeVar("CommandT", bound=Command)
+T = TypeVar("T")
 
 
 def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str] | None = None) -> CommandT:
@@ -78,8 +82,8 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
     Raises:
         ConfigurationError: for an unknown preset, an unreadable file, or settings that differ from a resumed run's.
-        SystemExit: from tyro, with its own message and code 2, for anything else that is wrong; with code 0 after
-            ``--help`` and ``--print_config``.
+        SystemExit: with code 2, from tyro and with its message, for an unknown option or a value that does not fit;
+            with code 0 after ``--help`` and ``--print_config``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -87,7 +91,7 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         early.add_argument(option)
     chosen, _ = early.parse_known_args(arguments)
 
-    saved = _saved_settings(Path(chosen.resume), default) if chosen.resume else None
+    saved = saved_settings(Path(chosen.resume), default.settings) if chosen.resume else None  # type: ignore[attr-defined]
     tree = read_yaml(Path(chosen.config)) if chosen.config else {}
     preset = chosen.preset or tree.pop("preset", None) or default.preset
     if preset not in presets:
@@ -100,12 +104,9 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         settings = override(presets[preset], tree, source=str(chosen.config))
 
     prepared = dataclasses.replace(default, preset=preset, settings=settings)  # type: ignore[call-arg]
-    command = tyro.cli(type(default), args=arguments, default=prepared, use_underscores=True)
-    if saved is not None and (changes := differences(saved, command.settings)):  # type: ignore[attr-defined]
-        raise ConfigurationError(
-            f"{chosen.resume} cannot be resumed with other settings than it was started with. "
-            f"Changed: {'; '.join(changes)}. Leave these options out, or start a new run with --run_dir."
-        )
+    command = _tyro(prepared, arguments)
+    if saved is not None:
+        require_unchanged(Path(chosen.resume), saved, command.settings)  # type: ignore[attr-defined]
     if command.print_config:
         print(to_yaml(command.settings), end="")  # type: ignore[attr-defined]
         raise SystemExit(0)
@@ -173,14 +174,44 @@ def override(settings: Any, tree: Mapping[str, Any], source: str) -> Any:
         ConfigurationError: for an unknown name.
         SystemExit: from tyro, for a value that does not fit.
     """
-    flags = list(_flags(tree, settings, source))
-    return tyro.cli(type(settings), prog=source, args=flags, default=settings, use_underscores=True)
+    return _tyro(settings, list(_flags(tree, settings, source)), prog=source)
 
 
-def differences(before: Any, after: Any) -> list[str]:
-    """``name: before → after`` for each setting that differs."""
-    old, new = dict(_leaves(before)), dict(_leaves(after))
-    return [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
+def _tyro(default: T, arguments: Sequence[str], prog: str | None = None) -> T:
+    try:
+        return tyro.cli(type(default), prog=prog, args=arguments, default=default, use_underscores=True)
+    except ValueError as error:  # tyro words those of nested dataclasses itself, but not those of the outermost
+        raise ConfigurationError(f"{error}.") from None
+
+
+def saved_settings(folder: Path, defaults: Any) -> Any:
+    """The settings that a run was started with.
+
+    Raises:
+        ConfigurationError: if the folder holds no run.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
+            "Name a folder that a run has made."
+        )
+    return override(defaults, read_yaml(path), source=str(path))
+
+
+def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
+    """Refuse to resume with other settings.
+
+    Raises:
+        ConfigurationError: naming each setting that differs.
+    """
+    old, new = dict(_leaves(saved)), dict(_leaves(settings))
+    changes = [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
+    if changes:
+        raise ConfigurationError(
+            f"{folder} cannot be resumed with other settings than it was started with. "
+            f"Changed: {'; '.join(changes)}. Leave these options out, or start a new run with --run_dir."
+        )
 
 
 def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,7 +234,9 @@ def _flags(tree: Mapping[str, Any], settings: Any, source: str, prefix: str = ""
             )
         if dataclasses.is_dataclass(known[name]):
             if not isinstance(value, dict):
-                raise ConfigurationError(f"{source} sets {prefix}{name} to {value!r}; it must hold 'name: value' lines.")
+                raise ConfigurationError(
+                    f"{source} sets {prefix}{name} to {value!r}; it must hold 'name: value' lines."
+                )
             yield from _flags(value, known[name], source, f"{prefix}{name}.")
         elif isinstance(value, bool) and isinstance(known[name], bool):
             yield flag if value else f"--{prefix}no_{name}"
@@ -213,13 +246,3 @@ def _flags(tree: Mapping[str, Any], settings: Any, source: str, prefix: str = ""
             yield from (flag, *map(str, value))
         else:
             yield from (flag, str(value))
-
-
-def _saved_settings(folder: Path, default: Any) -> Any:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigurationError(
-            f"{folder} cannot be resumed: it holds no config.yaml, so it is not a run's folder. "
-            "Name a folder that a run has made."
-        )
-    return override(default.settings, read_yaml(path), source=str(path))

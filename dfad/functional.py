@@ -1,7 +1,6 @@
 """The equations of the method as functions of tensors."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +81,3 @@ def mix(images: Tensor, mixing_coefficient: Tensor) -> Tensor:
     """
     weight = mixing_coefficient.view(-1, *[1] * (images.ndim - 1)).to(images.dtype)
     return torch.lerp(images.flip(0), images, weight)
-
-
-def stage_weights(scheme: str, stages: int) -> Sequence[float]:
-    """Weights of the taps of so many stages, input side first; see ``ActivationConfig.stage_weights``."""
-    return [1.0] * stages if scheme == "uniform" else [0.5 ** (stages - 1 - stage) for stage in range(stages)]

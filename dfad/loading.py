@@ -100,7 +100,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "its code would not be safe. Where you trust it, save its state dict alone: "
             f"torch.save(network.state_dict(), file). Details: {_first_line(error)}"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+        OSError,
+    ) as error:
         raise ModelError(
             f"The checkpoint {path} ({path.stat().st_size} bytes) cannot be read; it is truncated or of another format: "
             f"{_first_line(error)}. Needed is a safetensors file or a state dict written by torch.save."

@@ -1,0 +1,89 @@
+"""Checkpoints that survive a kill at any moment."""
+
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from dfad.errors import RunFolderError
+
+log = logging.getLogger(__name__)
+
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint-previous.pt"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at every moment its old or its new content is there, never a part.
+
+    Args:
+        path: the file.
+        write: called with a binary file to write to.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before it is kept beside it."""
+    newest, previous = folder / NAME, folder / PREVIOUS
+    if newest.exists():
+        # a link, not a rename: there is no moment without a newest checkpoint
+        link = folder / (PREVIOUS + ".tmp")
+        link.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system without links keeps the newest alone
+            os.link(newest, link)
+            link.replace(previous)
+    write_atomically(newest, lambda file: torch.save(state, file))
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint, on the CPU; None where the run was stopped before its first.
+
+    Raises:
+        RunFolderError: if there are checkpoints, but none can be read.
+    """
+    failures = []
+    for path in (folder / NAME, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            OSError,
+            zipfile.BadZipFile,
+            KeyError,
+        ) as error:
+            failures.append(f"{path.name}: {str(error).partition(chr(10))[0]}")
+            log.warning("The checkpoint %s cannot be read; trying the one before it.", path)
+        else:
+            return state
+    if failures:
+        raise RunFolderError(
+            f"No checkpoint in {folder} can be read ({'; '.join(failures)}). Start anew with --overwrite, or elsewhere "
+            "with --run_dir."
+        )
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    # the rename itself must reach the disk
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""A run's folder and what is written into it while the run goes on."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dfad.cli import SETTINGS_FILE
+from dfad.errors import RunFolderError
+from dfad.terminal import console
+
+log = logging.getLogger(__name__)
+
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+
+Metrics = Mapping[str, float]
+
+
+def create_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make a run's folder.
+
+    Args:
+        folder: where; it may exist if it holds no run.
+        overwrite: remove a run that it holds. A folder that holds other things is never removed.
+
+    Raises:
+        RunFolderError: if it holds a run that may not be overwritten, or is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file; a run needs a folder. Choose another --run_dir.")
+    if (folder / SETTINGS_FILE).exists():
+        if not overwrite:
+            raise RunFolderError(
+                f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
+                "or choose another --run_dir."
+            )
+        _remove_run(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder} holds other files than a run's. Choose an empty --run_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_run(folder: Path) -> None:
+    # what a user has put beside the run's own files stays
+    for pattern in (
+        "*.pt",
+        "*.tmp",
+        "*.safetensors",
+        METRICS,
+        "samples.png",
+        "curves.png",
+        "result.json",
+        SETTINGS_FILE,
+    ):
+        for path in folder.glob(pattern):
+            path.unlink()
+    shutil.rmtree(folder / EVENTS, ignore_errors=True)
+
+
+class MetricBuffer:
+    """Metrics of the rounds since the last reading, kept on the device so that no round waits for the host."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._rows: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """The metrics of one round: scalars of the same names each time."""
+        self._names = tuple(terms)
+        self._rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+
+    def read(self) -> dict[str, float]:
+        """Their means since the last reading, and the rounds per second; waits for the device."""
+        means = torch.stack(self._rows).mean(dim=0).tolist()
+        now = time.perf_counter()
+        rate = len(self._rows) / (now - self._since)
+        self._rows.clear()
+        self._since = now
+        return {**dict(zip(self._names, means, strict=True)), "rounds_per_second": rate}
+
+
+class Recorder:
+    """Metrics to ``metrics.jsonl``, TensorBoard and the terminal.
+
+    Args:
+        folder: the run's; without one, metrics go to the terminal and :attr:`history` alone.
+        rounds: of the whole run.
+        start: rounds done before (a resumed run); later records of an interrupted run are dropped.
+    """
+
+    def __init__(self, folder: Path | None, rounds: int, start: int = 0) -> None:
+        self.rounds = rounds
+        self.history: list[dict[str, float]] = []
+        self._file = self._events = None
+        if folder is not None:
+            # imported late: it takes a second, and a run without a folder does not need it
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.history = _records_until(folder / METRICS, start)
+            _rewrite(folder / METRICS, self.history)
+            self._file = (folder / METRICS).open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+        self._progress = (
+            Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(), console=console,
+            )
+            if console.is_terminal and log.isEnabledFor(logging.INFO)
+            else None
+        )  # fmt: skip
+        if self._progress:
+            self._task = self._progress.add_task("Distilling", total=rounds, completed=start, status="")
+
+    def __enter__(self) -> "Recorder":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+
+    def write(self, round_index: int, metrics: Metrics) -> None:
+        """Record metrics of the moment after so many rounds."""
+        record = {"round": round_index, **metrics}
+        self.history.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._events:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, round_index)
+        status = _status(metrics)
+        if self._progress:
+            self._progress.update(self._task, completed=round_index, status=status)
+        else:
+            log.info("Round %d/%d  %s", round_index, self.rounds, status)
+
+
+def _status(metrics: Metrics) -> str:
+    shown = ("rounds_per_second", "student_loss", "generator_loss", "agreement", "accuracy")
+    names = {"rounds_per_second": "rounds/s", "student_loss": "student", "generator_loss": "generator"}
+    return "  ".join(f"{names.get(name, name)} {metrics[name]:.4g}" for name in shown if name in metrics)
+
+
+def _records_until(path: Path, last_round: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a kill may have cut the last line
+            break
+        if record["round"] <= last_round:
+            records.append(record)
+    return records
+
+
+def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

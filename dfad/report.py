@@ -1,0 +1,128 @@
+"""What a finished run leaves behind: networks, pictures and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dfad.checkpoint import write_atomically
+from dfad.export import save_model
+from dfad.modes import statistics_kept
+
+if TYPE_CHECKING:
+    from dfad.trainer import Distiller, Result
+
+SAMPLES = 32
+"""Images in ``samples.png``."""
+
+PNG_DPI = 110
+
+
+def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]], result: Result) -> None:
+    """Write ``student.safetensors``, ``student_best.safetensors``, ``generator.safetensors``, ``result.json``,
+    ``samples.png`` and ``curves.png``.
+
+    Args:
+        folder: the run's.
+        distiller: after its last round.
+        history: the records of ``metrics.jsonl``.
+        result: written as JSON.
+    """
+    config = distiller.config
+    description = {
+        "image_shape": list(distiller.image_shape),
+        "mean": config.teacher.mean,
+        "std": config.teacher.std,
+    }
+    architecture = {
+        "factory": config.student.factory,
+        "kwargs": config.student.kwargs,
+        "taps": config.student.taps,
+    }
+    student = {"architecture": architecture, **description}
+    save_model(folder / "student.safetensors", distiller.student.state_dict(), {**student, "round": result.rounds})
+    if distiller.best:
+        best = {**student, "round": result.best_round, "agreement": result.best_agreement}
+        save_model(folder / "student_best.safetensors", distiller.best["state"], best)
+    generator = {
+        "factory": "Generator",
+        "kwargs": {"image_shape": list(distiller.image_shape), **dataclasses.asdict(config.generator)},
+    }
+    save_model(folder / "generator.safetensors", distiller.generator.state_dict(), {"architecture": generator})
+    text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
+    write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    _save(samples_figure(distiller), folder / "samples.png")
+    _save(curves_figure(history), folder / "curves.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
+
+
+def samples_figure(distiller: Distiller) -> Figure:
+    """Generated images, each titled with the teacher's label and its confidence."""
+    with torch.no_grad(), distiller.engine.autocast(), statistics_kept(distiller.generator):
+        noise_stream = torch.Generator(distiller.device).manual_seed(distiller.config.seed)
+        noise = torch.randn(
+            SAMPLES, distiller.config.generator.noise_dim, generator=noise_stream, device=distiller.device
+        )
+        images = distiller.generator(noise)
+        confidences, labels = distiller.teacher(images).logits.float().softmax(dim=1).max(dim=1)
+    pixels = to_pixels(images.float().cpu(), distiller.config.teacher.mean, distiller.config.teacher.std)
+    columns = 8
+    figure = Figure(figsize=(columns * 1.05, SAMPLES / columns * 1.25), layout="constrained")
+    grid: Any = figure.subplots(SAMPLES // columns, columns)
+    for axes, image, label, confidence in zip(grid.flat, pixels, labels.tolist(), confidences.tolist(), strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"{label}  {confidence:.0%}", fontsize=8)
+        axes.axis("off")
+    return figure
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Images for display: an array ``(B, height, width[, 3])`` in 0–1.
+
+    Args:
+        images: ``(B, channels, height, width)`` as the teacher takes them.
+        mean: the normalisation to undo; without one, each image is stretched to its own range.
+        std: likewise.
+    """
+    if mean:
+        pixels = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    else:
+        low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+        pixels = (images - low) / (high - low).clamp_min(1e-12)
+    pixels = pixels.clamp(0, 1)
+    # only one and three channels have a colour that the eye knows
+    return (pixels.permute(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels.mean(dim=1)).numpy()
+
+
+def curves_figure(history: Sequence[dict[str, float]]) -> Figure:
+    """Losses, how the student agrees with the teacher, and how the generated images are, over the rounds."""
+    panels = {
+        "Losses": ("student_loss", "generator_loss"),
+        "Student": ("agreement", "accuracy"),
+        "Generated images": ("class_entropy", "teacher_confidence", "pairwise_diversity"),
+    }
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(record["round"], record[name]) for record in history if name in record]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=name.replace("_", " "),
+                    marker="." if len(points) < 30 else "",
+                )
+        axes.set(title=title, xlabel="round")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    return figure

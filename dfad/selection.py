@@ -1,0 +1,60 @@
+"""The best student without labels: agreement with the teacher on a fixed bank of generated images."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLICES = 8
+"""Generators of so many moments contribute to the bank, so that it holds more than one kind of image."""
+
+
+class AgreementBank:
+    """Generated images with the teacher's predictions, held out from training.
+
+    It fills in equal slices over the first half of the rounds and never changes after that: agreements before and
+    after could not be compared otherwise. So a student is a candidate from the middle of a run on.
+
+    Args:
+        size: images in all.
+        rounds: of the whole run.
+    """
+
+    def __init__(self, size: int, rounds: int) -> None:
+        slices = min(SLICES, size, max(1, rounds // 2))
+        self.due_rounds = [round(rounds * (i + 1) / (2 * slices)) for i in range(slices)]
+        self.slice_size = -(-size // slices)
+        self.images: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether it will change no more."""
+        return len(self.images) == len(self.due_rounds)
+
+    def is_due(self, round_index: int) -> bool:
+        """Whether the next slice is to be gathered after so many rounds."""
+        return not self.complete and round_index >= self.due_rounds[len(self.images)]
+
+    def add(self, images: Tensor, teacher_logits: Tensor) -> None:
+        """The next slice."""
+        self.images.append(images)
+        self.labels.append(teacher_logits.argmax(dim=1))
+
+    def agreement(self, classify: Callable[[Tensor], Tensor]) -> float:
+        """Fraction of the bank of which a student, given as a function from images to logits, says the same."""
+        agreeing = [
+            (classify(images).argmax(dim=1) == labels).float().mean()
+            for images, labels in zip(self.images, self.labels, strict=True)
+        ]
+        return torch.stack(agreeing).mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"images": self.images, "labels": self.labels}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """From a checkpoint."""
+        self.images = [images.to(device) for images in state["images"]]
+        self.labels = [labels.to(device) for labels in state["labels"]]

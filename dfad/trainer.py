@@ -1,0 +1,447 @@
+"""The round as a story: student steps on generated images, then the generator against the student."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfad import checkpoint, functional, report
+from dfad.cli import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
+from dfad.config import DistillConfig
+from dfad.engine import Engine, FrozenTeacher, choose_device
+from dfad.errors import DivergenceError, Interrupted, ModelError, RunFolderError
+from dfad.interruption import StopRequest, stop_requests
+from dfad.loading import as_outputs, dry_forward, image_shape_of
+from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
+from dfad.models.connectors import Connectors
+from dfad.models.generator import Generator
+from dfad.models.taps import Outputs, has_batchnorm
+from dfad.modes import evaluating, frozen, statistics_kept
+from dfad.recorder import MetricBuffer, Recorder, create_folder
+from dfad.selection import AgreementBank
+
+log = logging.getLogger(__name__)
+
+COLLAPSE_ENTROPY = 0.3
+"""Class entropy of the generated images, as a fraction of its maximum, under which the generator has collapsed."""
+
+COLLAPSE_GRACE = 0.1
+"""Fraction of the rounds in which an untrained generator may yet make images of few classes."""
+
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a distillation came to."""
+
+    rounds: int
+    images: int
+    """Generated images that a network was trained on."""
+    seconds: float
+    """Of the rounds of this process, recording and selection included."""
+    rounds_per_second: float
+    agreement: float | None
+    """Of the last student with the teacher on the bank of generated images."""
+    best_agreement: float | None
+    best_round: int | None
+    accuracy: float | None
+    """Of the last student on the evaluation set, where one is given."""
+    best_accuracy: float | None
+    """Of the student with the best agreement: chosen without labels."""
+
+
+class Distiller:
+    """Distils a student from a frozen teacher without any data.
+
+    Args:
+        teacher: a trained classifier; copied, never changed.
+        student: trained in place.
+        config: everything else.
+        image_shape: ``(channels, height, width)`` of the teacher's images; found by dry forwards where not given.
+        evaluate: accuracy of a network on real data; reported, never used to train or select.
+
+    Raises:
+        ModelError: if the networks cannot be combined as the configuration asks.
+        ConfigurationError: if the machine cannot do what the configuration asks.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig | None = None,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        self.config = config = config or DistillConfig()
+        method = config.method
+        self.evaluate = evaluate
+        self.device = choose_device(config.device)
+        self.engine = Engine(config.engine, fused=config.fused, device=self.device)
+        self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
+        teacher_outputs = dry_forward(teacher, self.image_shape)
+        student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
+        if method.regularizers.batchnorm and not has_batchnorm(teacher):
+            raise ModelError(
+                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has no "
+                "BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
+            )
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            generator = Generator(self.image_shape, config.generator.noise_dim, config.generator.width)
+            uses_taps = method.activation.weight or method.activation.generator_weight
+            connectors: nn.Module = (
+                Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
+            )
+        self.teacher = FrozenTeacher(teacher, self.engine)
+        self.student = self.engine.place(student)
+        self.generator = self.engine.place(generator)
+        self.connectors = self.engine.place(connectors)
+        self.student_optimizer, self.generator_optimizer = self.engine.optimizers(
+            config.optimizer, [*student.parameters(), *connectors.parameters()], generator.parameters()
+        )
+
+        self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
+        self.activation = ActivationBoundaryLoss(
+            method.activation.margin,
+            method.activation.stage_weights,
+            method.activation.scaling,
+            fused=config.fused,
+        )
+        self.interpolation = InterpolatedKLDivLoss(method.interpolation.temperature, fused=config.fused)
+        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
+
+        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank")}
+        for offset, generator_ in enumerate(self.rng.values()):
+            generator_.manual_seed(config.seed + offset * 2**32)
+        self.bank = AgreementBank(config.selection.bank_size, method.rounds)
+        self.round_index = 0
+        self.best: dict[str, Any] = {}
+        """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
+        self._global_rng: dict[str, Tensor] = {}
+        self._collapsed = False
+
+    # The round
+
+    def student_step(self) -> Terms:
+        """One step of the student towards the teacher on fresh images; returns the terms of its loss."""
+        method = self.config.method
+        self.student.train()
+        with torch.no_grad(), self.engine.autocast():
+            images = self.generator(self.sample_noise(method.batch_size))
+            teacher = self.teacher(images)
+        with self.engine.autocast():
+            student = as_outputs(self.student(images))
+            terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
+            if method.activation.weight:
+                terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
+            if method.interpolation.weight:
+                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+        weights = {
+            "discrepancy": 1.0,
+            "activation": method.activation.weight,
+            "interpolation": method.interpolation.weight,
+        }
+        loss = _weighted_sum(terms, weights)
+        self.engine.descend(loss, self.student_optimizer)
+        return {"student_loss": loss.detach(), **_prefixed("student", terms)}
+
+    def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The student's loss on mixed images; the images of the step serve again."""
+        config = self.config.method.interpolation
+        coefficient = self.sample_mixing_coefficient()
+        mixed = functional.mix(images, coefficient)
+        if config.labels == "teacher":
+            with torch.no_grad():
+                teacher_logits = self.teacher(mixed).logits
+            coefficient = torch.ones_like(coefficient)
+        if config.batchnorm == "update":
+            student_logits = as_outputs(self.student(mixed)).logits
+        else:
+            with statistics_kept(self.student):
+                student_logits = as_outputs(self.student(mixed)).logits
+        return self.interpolation(student_logits, teacher_logits, coefficient)
+
+    def generator_step(self) -> Terms:
+        """One step of the generator towards images on which student and teacher disagree."""
+        method = self.config.method
+        regularizers = method.regularizers
+        self.student.train(method.student_batchnorm == "train")
+        with frozen(self.student, self.connectors), self.engine.autocast():
+            images = self.generator(self.sample_noise(method.batch_size))
+            teacher, features = (
+                self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
+            )
+            student = as_outputs(self.student(images))
+            terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
+            if method.activation.generator_weight:
+                terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
+            if regularizers.batchnorm:
+                terms["batchnorm"] = self.batchnorm_statistics(features)
+            if regularizers.one_hot:
+                terms["one_hot"] = functional.one_hot_loss(teacher.logits)
+            if regularizers.diversity:
+                terms["diversity"] = functional.diversity_loss(teacher.logits)
+            weights = {
+                "adversarial": method.adversarial,
+                "activation": method.activation.generator_weight,
+                "batchnorm": regularizers.batchnorm,
+                "one_hot": regularizers.one_hot,
+                "diversity": regularizers.diversity,
+            }
+            loss = _weighted_sum(terms, weights)
+            self.engine.descend(loss, self.generator_optimizer)
+        with torch.no_grad():
+            observed = {
+                "class_entropy": functional.class_entropy(teacher.logits),
+                "pairwise_diversity": functional.pairwise_diversity(images),
+                "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
+            }
+        return {"generator_loss": loss.detach(), **_prefixed("generator", terms), **observed}
+
+    def round(self) -> Terms:
+        """Student steps, then a generator step; returns what is worth recording, on the device."""
+        for _ in range(self.config.method.student_steps):
+            student_terms = self.student_step()
+        return {**student_terms, **self.generator_step()}
+
+    def sample_noise(self, count: int, stream: str = "noise") -> Tensor:
+        """Standard normal noise ``(count, noise_dim)``."""
+        shape = (count, self.config.generator.noise_dim)
+        return torch.randn(shape, generator=self.rng[stream], device=self.device)
+
+    def sample_mixing_coefficient(self) -> Tensor:
+        """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
+        config = self.config.method.interpolation
+        shape = (self.config.method.batch_size, 2) if config.coefficient == "sample" else (2,)
+        concentration = torch.full(shape, config.concentration, device=self.device)
+        # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
+        return torch._sample_dirichlet(concentration, self.rng["mixing"])[..., 0]
+
+    # The run
+
+    def fit(self, run_dir: Path | str | None = None, *, resume: bool = False, overwrite: bool = False) -> Result:
+        """Run all rounds.
+
+        Args:
+            run_dir: folder for metrics, checkpoints, networks and pictures; nothing is written without one.
+            resume: continue the run in that folder from its last checkpoint.
+            overwrite: replace the run in that folder.
+
+        Raises:
+            DivergenceError: if a loss becomes NaN or infinite.
+            Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+            RunFolderError: if the folder does not admit this run.
+        """
+        folder = Path(run_dir) if run_dir is not None else None
+        if resume:
+            if folder is None:
+                raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
+            self._restore(folder)
+        elif folder is not None:
+            create_folder(folder, overwrite=overwrite)
+            (folder / SETTINGS_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        started, start_round = time.perf_counter(), self.round_index
+        with (
+            stop_requests() as stop,
+            Recorder(folder, self.config.method.rounds, start_round) as recorder,
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+        ):
+            self._restore_global_rng()
+            self._run_rounds(recorder, folder, stop)
+            seconds = time.perf_counter() - started
+        result = self._result(seconds, self.round_index - start_round)
+        if folder is not None:
+            report.write(folder, self, recorder.history, result)
+        return result
+
+    def _run_rounds(self, recorder: Recorder, folder: Path | None, stop: StopRequest) -> None:
+        config, rounds = self.config, self.config.method.rounds
+        buffer = MetricBuffer()
+
+        def due(every: int) -> bool:
+            return self.round_index % every == 0 or self.round_index == rounds
+
+        while self.round_index < rounds:
+            self._set_learning_rates()
+            buffer.add(self.engine.run(self.round))
+            self.round_index += 1
+            if self.bank.is_due(self.round_index):
+                self._extend_bank()
+            saving = folder is not None and (due(config.recording.checkpoint_every) or stop.requested)
+            if saving or due(config.recording.log_every) or due(config.selection.every):
+                metrics = self._read(buffer, folder)
+                if due(config.selection.every):
+                    metrics |= self._select()
+                recorder.write(self.round_index, metrics)
+            if saving:
+                assert folder is not None
+                checkpoint.save(folder, self.state_dict())
+            if stop.requested:
+                where = (
+                    f" Continue with --resume {folder}." if folder else " Nothing was written: no run_dir was given."
+                )
+                raise Interrupted(f"Stopped after round {self.round_index} of {rounds}.{where}", stop.signal_number)
+
+    def _set_learning_rates(self) -> None:
+        progress = self.round_index / self.config.method.rounds
+        for optimizer, config in (
+            (self.student_optimizer, self.config.optimizer.student),
+            (self.generator_optimizer, self.config.optimizer.generator),
+        ):
+            self.engine.set_learning_rate(optimizer, config.lr * config.factor(progress))
+
+    def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
+        metrics = buffer.read()
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            kept = f" The last good checkpoint is kept in {folder}." if folder else ""
+            raise DivergenceError(
+                f"{', '.join(broken)} became NaN or infinite by round {self.round_index}.{kept} Lower the learning "
+                "rates (--optimizer.student.lr, --optimizer.generator.lr) or the weights of the loss."
+            )
+        collapsed = (
+            metrics["class_entropy"] < COLLAPSE_ENTROPY
+            and self.round_index > COLLAPSE_GRACE * self.config.method.rounds
+        )
+        if collapsed and not self._collapsed:
+            log.warning(
+                "The generator collapsed by round %d: the class entropy of its images is %.2f of the maximum. A larger "
+                "--method.regularizers.diversity or a lower --optimizer.generator.lr may help.",
+                self.round_index,
+                metrics["class_entropy"],
+            )
+        self._collapsed = collapsed
+        return {**metrics, "collapsed": float(collapsed)}
+
+    def _extend_bank(self) -> None:
+        with torch.no_grad(), self.engine.autocast(), statistics_kept(self.generator):
+            images = self.generator(self.sample_noise(self.bank.slice_size, "bank"))
+            self.bank.add(images, self.teacher(images).logits)
+
+    def _select(self) -> dict[str, float]:
+        """Measure the student; keep it if it is the best by agreement. Later students win ties: they saw more."""
+        metrics: dict[str, float] = {}
+        with evaluating(self.student):
+            if self.evaluate:
+                metrics["accuracy"] = self.evaluate(self.student)
+            if self.bank.complete:
+                metrics["agreement"] = self.bank.agreement(self._classify)
+        if metrics.get("agreement", -1.0) >= self.best.get("agreement", 0.0):
+            state = {name: value.clone() for name, value in self.student.state_dict().items()}
+            self.best = {"round": self.round_index, **metrics, "state": state}
+        return metrics
+
+    @torch.no_grad()
+    def _classify(self, images: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return as_outputs(self.student(images)).logits
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to end with the bits of an uninterrupted one."""
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        rng = {name: generator.get_state() for name, generator in self.rng.items()}
+        rng["cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {**state, "round": self.round_index, "best": self.best, "rng": rng}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        for name, generator in self.rng.items():
+            generator.set_state(state["rng"][name])
+        self._global_rng = state["rng"]
+        self.round_index, self.best = state["round"], state["best"]
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "generator": self.generator,
+            "connectors": self.connectors,
+            "student_optimizer": self.student_optimizer,
+            "generator_optimizer": self.generator_optimizer,
+            "scaler": self.engine.scaler,
+            "bank": self.bank,
+        }
+
+    def _restore(self, folder: Path) -> None:
+        require_unchanged(folder, saved_settings(folder, DistillConfig()), self.config)
+        state = checkpoint.load(folder)
+        if state is None:
+            log.warning("%s was stopped before its first checkpoint; it starts from the beginning.", folder)
+        else:
+            self.load_state_dict(state)
+
+    def _restore_global_rng(self) -> None:
+        # a student's own dropout draws from PyTorch's global streams
+        if not self._global_rng:
+            torch.manual_seed(self.config.seed)
+            return
+        torch.set_rng_state(self._global_rng["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
+
+    def _result(self, seconds: float, rounds: int) -> Result:
+        method = self.config.method
+        last = self._select() if self.round_index else {}
+        return Result(
+            rounds=self.round_index,
+            images=self.round_index * (method.student_steps + 1) * method.batch_size,
+            seconds=seconds,
+            rounds_per_second=rounds / seconds if rounds else 0.0,
+            agreement=last.get("agreement"),
+            accuracy=last.get("accuracy"),
+            best_round=self.best.get("round"),
+            best_agreement=self.best.get("agreement"),
+            best_accuracy=self.best.get("accuracy"),
+        )
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    config: DistillConfig | None = None,
+    *,
+    run_dir: Path | str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+) -> Result:
+    """Distil a student, trained in place, from a frozen teacher; see :class:`Distiller`."""
+    return Distiller(teacher, student, config, evaluate=evaluate).fit(run_dir)
+
+
+def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
+    try:
+        outputs = dry_forward(student, image_shape)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
+            f"width): {str(error).splitlines()[0]}. Give --student.kwargs that fit."
+        ) from None
+    classes = outputs.logits.shape[1], teacher.logits.shape[1]
+    if classes[0] != classes[1]:
+        raise ModelError(
+            f"The student tells {classes[0]} classes apart and the teacher {classes[1]}; both must tell the same. "
+            f"Set --student.kwargs '{{\"num_classes\": {classes[1]}}}'."
+        )
+    return outputs
+
+
+def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
+    return torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
+
+
+def _prefixed(prefix: str, terms: Terms) -> Terms:
+    return {f"{prefix}/{name}": term.detach() for name, term in terms.items()}

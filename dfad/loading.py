@@ -38,7 +38,7 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
         ModelError: if it cannot be imported or called, or does not return an ``nn.Module``.
     """
     arguments = dict(kwargs or {})
-    callable_ = _resolve(factory)
+    callable_ = resolve(factory)
     try:
         network = callable_(**arguments)
     except Exception as error:
@@ -53,7 +53,7 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
     return with_taps(network, taps) if taps else network
 
 
-def _resolve(factory: str) -> Callable[..., Any]:
+def resolve(factory: str) -> Callable[..., Any]:
     module_name, _, attribute = factory.partition(":")
     if not attribute:
         if factory not in models.__all__:

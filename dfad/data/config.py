@@ -1,0 +1,42 @@
+"""Which data set, from where, and how it is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Backend = Literal["auto", "native", "dali"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set for training a teacher or for measuring; distilling never sees one."""
+
+    name: str = "digits"
+    """One of digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder, webdataset, torchvision/…, huggingface/…"""
+
+    root: Path | None = None
+    """Folder or archive that holds it."""
+
+    download: bool = False
+    """Fetch it into root where it is not there yet."""
+
+    backend: Backend = "auto"
+    """Images resident on the device (native), decoded as they are needed (dali), or whichever suits their size."""
+
+    image_size: int | None = None
+    """Height and width in pixels that image files are resized to; without it, all must be of one size."""
+
+    channels: Literal[1, 3] | None = None
+    """Channels that image files are converted to; without it, all must be of one kind."""
+
+    test_fraction: float = 0.2
+    """Part that is held out of an image folder or shards that have no test split."""
+
+    skip_corrupt: bool = False
+    """Leave out image files that do not decode, and list them, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}; it must be between 0 and 1")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it must be positive")

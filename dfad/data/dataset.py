@@ -1,0 +1,95 @@
+"""What every data set is once it is opened, whatever files it came from."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from dfad.data.decoded import DecodedSplit
+from dfad.data.encoded import EncodedSplit
+from dfad.errors import DataError
+
+STATISTICS_SAMPLE = 10_000
+"""Images, evenly spaced, that mean and standard deviation are taken over where nobody has published them."""
+
+
+Split = DecodedSplit | EncodedSplit
+"""Half a data set: what is trained on, or what is measured on."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set of labelled images."""
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    """Per channel, of pixels in 0–1, over the train split."""
+    std: tuple[float, ...]
+    train: Split
+    test: Split
+    skipped: tuple[str, ...] = ()
+    """Files left out because they do not decode; only where that was asked for."""
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("test", self.test)):
+            if len(split) == 0:
+                raise DataError(f"The data set {self.name} holds no {name} images.")
+            check_labels(split.labels, len(self.classes), f"{self.name} ({name})")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)``."""
+        return self.test.image_shape
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over classes, and content and labels of both splits in order: equal data, equal fingerprint."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(split.content_hash())
+        return digest.hexdigest()
+
+
+def check_labels(labels: Tensor, classes: int, source: str) -> None:
+    """Refuse labels outside ``range(classes)``.
+
+    Raises:
+        DataError: naming the first such label and its place.
+    """
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise DataError(
+            f"{source}: label {int(labels[index])} of image {index} is out of range; there are {classes} classes, "
+            f"0 to {classes - 1}. The file is damaged, or of another data set."
+        )
+
+
+def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of pixels in 0–1."""
+    step = -(-len(split) // STATISTICS_SAMPLE)
+    images = split.subset(range(0, len(split), step)).decoded().images.double() / 255
+    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3), correction=0)
+    # a constant channel carries nothing; dividing by its zero would make NaN of it
+    return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
+
+
+def divide(split: Split, test_fraction: float, source: str) -> tuple[Split, Split]:
+    """A fixed stratified division of one split into train and test.
+
+    Raises:
+        DataError: if a class has too few images to be in both.
+    """
+    indices = np.arange(len(split))
+    try:
+        train, test = train_test_split(indices, test_size=test_fraction, stratify=split.labels.numpy(), random_state=0)
+    except ValueError as error:
+        raise DataError(
+            f"{source} cannot be divided into train and test images of every class: {error} Add images, or give train/ "
+            "and test/ folders."
+        ) from None
+    return split.subset(sorted(train.tolist())), split.subset(sorted(test.tolist()))

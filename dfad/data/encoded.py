@@ -1,0 +1,145 @@
+"""Images that are still JPEG, PNG or the like."""
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dfad.data.decoded import DecodedSplit
+from dfad.data.files import Blob
+from dfad.errors import DataError
+
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Images in files or archives, decoded when they are needed."""
+
+    blobs: tuple[Blob, ...]
+    labels: Tensor
+    """``int64 (N,)``."""
+
+    image_shape: tuple[int, int, int]
+    """``(channels, height, width)`` after decoding and, where asked for, resizing."""
+
+    resized: bool = False
+    """Resize to :attr:`image_shape` instead of demanding that size of every file."""
+
+    converted: bool = False
+    """Convert to the channels of :attr:`image_shape` instead of demanding them of every file."""
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    def subset(self, indices: Sequence[int]) -> "EncodedSplit":
+        """The images at these indices."""
+        blobs = tuple(self.blobs[index] for index in indices)
+        return dataclasses.replace(self, blobs=blobs, labels=self.labels[torch.as_tensor(indices)])
+
+    def decoded(self) -> DecodedSplit:
+        """All images in memory."""
+        images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8)
+        for index, blob in enumerate(self.blobs):
+            images[index] = self.decode(blob)
+        return DecodedSplit(images, self.labels)
+
+    def decode(self, blob: Blob) -> Tensor:
+        """One image, ``uint8 (channels, height, width)``.
+
+        Raises:
+            DataError: if it does not decode, or is of another size or kind than the rest.
+        """
+        data = blob.read()
+        channels, height, width = self.image_shape
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                self.check_header(blob, image)
+                picture = image.convert("L" if channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise DataError(_undecodable(blob, len(data), error)) from None
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(picture))
+        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+    def check_header(self, blob: Blob, image: Image.Image) -> None:
+        """Refuse an image of another size or kind than the rest.
+
+        Raises:
+            DataError: naming the file.
+        """
+        channels, height, width = self.image_shape
+        if not self.resized and image.size != (width, height):
+            raise DataError(
+                f"{blob} is of {image.size[0]}×{image.size[1]} pixels, others are of {width}×{height}. Give "
+                "--data.image_size to resize all."
+            )
+        grey = image.mode in GREY_MODES
+        if not self.converted and grey != (channels == 1):
+            kinds = ("greyscale", "in colour") if grey else ("in colour", "greyscale")
+            raise DataError(
+                f"{blob} is {kinds[0]} (mode {image.mode}), others are {kinds[1]}. Give --data.channels 1 or 3 to "
+                "convert all, or remove it."
+            )
+
+    def without_corrupt(self) -> tuple["EncodedSplit", tuple[str, ...]]:
+        """The split without the files that do not decode, and what was wrong with each of those."""
+        kept, skipped = [], []
+        for index, blob in enumerate(self.blobs):
+            try:
+                self.decode(blob)
+            except DataError as error:
+                skipped.append(str(error))
+            else:
+                kept.append(index)
+        return self.subset(kept), tuple(skipped)
+
+    def content_hash(self) -> bytes:
+        """SHA-256 of the encoded files and labels."""
+        digest = hashlib.sha256(str(self.image_shape).encode())
+        for blob in self.blobs:
+            digest.update(hashlib.sha256(blob.read()).digest())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.digest()
+
+
+def encoded_split(
+    blobs: Sequence[Blob], labels: Sequence[int], image_size: int | None = None, channels: int | None = None
+) -> EncodedSplit:
+    """A split whose size and channels are those of its first image that can be read, where they are not given."""
+    height = width = image_size or 0
+    if image_size is None or channels is None:
+        size, mode = _first_header(blobs)
+        if image_size is None:
+            width, height = size
+    shape = (channels or (1 if mode in GREY_MODES else 3), height, width)
+    return EncodedSplit(
+        tuple(blobs), torch.tensor(labels), shape, resized=image_size is not None, converted=channels is not None
+    )
+
+
+def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], str]:
+    failure: DataError | None = None
+    for blob in blobs:
+        data = blob.read()
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size, image.mode
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            failure = failure or DataError(_undecodable(blob, len(data), error))
+    raise failure or DataError("There are no images to tell a size from.")
+
+
+def _undecodable(blob: Blob, size: int, error: Exception) -> str:
+    reason = str(error).partition("<")[0].strip().rstrip(".")
+    return (
+        f"{blob} ({size} bytes) does not decode as an image: {reason}. Replace or remove it, or leave such files out "
+        "with --data.skip_corrupt."
+    )

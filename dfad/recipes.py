@@ -1,0 +1,117 @@
+"""How a teacher is trained on data: frozen values, and presets of them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dfad.cli import Keywords
+from dfad.config import EngineConfig
+from dfad.data import AugmentConfig, DataConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network to train; channels and classes follow from the data."""
+
+    factory: str = "convnet"
+    """Callable that builds it: package.module:callable, or a bare name for one of dfad.models."""
+
+    kwargs: Keywords = field(default_factory=dict)
+    """Its keyword arguments; num_classes and in_channels are added where it takes them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a teacher: SGD with Nesterov momentum on the train split of a data set."""
+
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    augment: AugmentConfig = AugmentConfig()
+    engine: EngineConfig = EngineConfig()
+
+    epochs: int = 20
+    """Passes over the train split."""
+
+    batch_size: int = 128
+    """Images per step."""
+
+    lr: float = 0.1
+    """Highest learning rate."""
+
+    momentum: float = 0.9
+    """Nesterov momentum."""
+
+    weight_decay: float = 5e-4
+    """L2 penalty on weights; biases and BatchNorm go without."""
+
+    schedule: Literal["cosine", "onecycle"] = "cosine"
+    """Down half a cosine; or up from a twenty-fifth over the first 30 % of the steps, then down half a cosine."""
+
+    label_smoothing: float = 0.0
+    """Part of the label that is spread over all classes."""
+
+    ema: float = 0.0
+    """Decay per step of an average of the weights, which is then what is kept; 0 keeps the weights themselves."""
+
+    seed: int = 0
+    """Of weights, order and augmentation."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+
+    evaluate_every: int = 1
+    """Epochs between two looks at the test split; they select nothing, the last network is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "evaluate_every"):
+            _check(self, name, "positive and finite", lambda value: math.isfinite(value) and value > 0)
+        # BatchNorm in training mode has no variance to take of a single value per channel
+        _check(self, "batch_size", "2 or more", lambda value: value >= 2)
+        _check(self, "weight_decay", "finite and not negative", lambda value: math.isfinite(value) and value >= 0)
+        for name in ("momentum", "label_smoothing", "ema"):
+            _check(self, name, "in [0, 1)", lambda value: 0 <= value < 1)
+
+    def factor(self, progress: float) -> float:
+        """What the learning rate is multiplied by when a fraction ``progress`` of the steps is done."""
+        warm_up = 0.3 if self.schedule == "onecycle" else 0.0
+        if progress < warm_up:
+            return 1 / 25 + (1 - 1 / 25) * progress / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def _check(recipe: Recipe, name: str, need: str, holds: Callable[[float], bool]) -> None:
+    value = getattr(recipe, name)
+    if not holds(value):
+        raise ValueError(f"{name} is {value}; it must be {need}")
+
+
+def _cifar(name: str) -> Recipe:
+    return Recipe(
+        data=DataConfig(name=name),
+        network=NetworkConfig("resnet34"),
+        augment=AugmentConfig(flip=True, translate=4),
+        epochs=200,
+    )
+
+
+RECIPES = {
+    "digits": Recipe(
+        data=DataConfig(name="digits"),
+        network=NetworkConfig("convnet", {"channels": [32, 64, 128]}),
+        augment=AugmentConfig(translate=1),
+        epochs=30,
+        batch_size=64,
+    ),
+    "mnist": Recipe(
+        data=DataConfig(name="mnist"),
+        network=NetworkConfig("lenet5"),
+        augment=AugmentConfig(translate=2),
+        epochs=12,
+        lr=0.05,
+        schedule="onecycle",
+    ),
+    "cifar10": _cifar("cifar10"),
+    "cifar100": _cifar("cifar100"),
+}
+"""What ``--preset`` of ``python -m dfad.teacher`` names."""

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfad_kernels import activation_boundary_loss as activation_boundary_loss
+from dfad_kernels import interpolated_kl_div as interpolated_kl_div
+
 
 def one_hot_loss(teacher_logits: Tensor) -> Tensor:
     r"""Cross-entropy of the teacher's prediction against its own argmax, averaged over the batch.

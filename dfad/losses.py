@@ -1,6 +1,7 @@
 """Losses as modules: which equations, over which taps, with which weights. The mathematics is in the operators."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,94 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfad import functional
+from dfad_kernels import FusedLoss, activation_boundary_loss, interpolated_kl_div
+
+P = ParamSpec("P")
+
+
+def _implementation(loss: FusedLoss[P], fused: bool) -> Callable[P, Tensor]:
+    """The one place that chooses between an operator and its equation in PyTorch."""
+    return loss if fused else loss.reference
+
+
+class ActivationBoundaryLoss(nn.Module):
+    """:func:`~dfad.functional.activation_boundary_loss` of one pair of taps, or summed over several.
+
+    Args:
+        margin: distance from zero that the student must keep, in activation units.
+        weights: of the taps, a number for each; or ``uniform``, or ``halving``: 1 for the last tap and half of the
+            next one's for each before it (Heo et al., AAAI 2019). None is uniform.
+        reduction: as in torch; ``none`` is for a single pair.
+        fused: run the operator's kernels instead of its reference.
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        weights: Sequence[float] | str | None = None,
+        reduction: str = "mean",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(weights, str) and weights not in ("uniform", "halving"):
+            raise ValueError(f"weights is {weights!r}; give 'uniform', 'halving', or a number for each tap.")
+        self.margin = margin
+        self.weights = weights
+        self.reduction = reduction
+        self.loss = _implementation(activation_boundary_loss, fused)
+
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        """Both a tap ``(B, ...)``, or both a sequence of taps in the order of the network."""
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            student, teacher = [student], [teacher]
+        if len(student) != len(teacher):
+            raise ValueError(
+                f"The student has {len(student)} taps, the teacher {len(teacher)}; give those that belong together."
+            )
+        if len(student) == 0:
+            raise ValueError("There are no taps; networks whose taps are empty cannot be regularized.")
+        if len(student) > 1 and self.reduction == "none":
+            raise ValueError(
+                f"reduction is 'none' for {len(student)} taps; give one pair, or choose another reduction."
+            )
+        losses = [self.loss(s, t, self.margin, self.reduction) for s, t in zip(student, teacher, strict=True)]
+        weighted = [weight * loss for weight, loss in zip(self._weights(len(losses)), losses, strict=True)]
+        return sum(weighted[1:], start=weighted[0])
+
+    def _weights(self, taps: int) -> Sequence[float]:
+        if self.weights is None or self.weights == "uniform":
+            return [1.0] * taps
+        if self.weights == "halving":
+            return [0.5 ** (taps - 1 - tap) for tap in range(taps)]
+        if len(self.weights) != taps:
+            raise ValueError(f"There are {len(self.weights)} weights for {taps} taps; give one for each.")
+        return [float(weight) for weight in self.weights]
+
+
+class InterpolatedKLDivLoss(nn.Module):
+    """:func:`~dfad.functional.interpolated_kl_div`; with a mixing coefficient of 1 the plain distillation loss.
+
+    Args:
+        temperature: in units of the logits.
+        reduction: as in :class:`torch.nn.KLDivLoss`.
+        fused: run the operator's kernels instead of its reference.
+    """
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "batchmean", fused: bool = True) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.reduction = reduction
+        self.loss = _implementation(interpolated_kl_div, fused)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mixing_coefficient: Tensor | float,
+        partner: Tensor | None = None,
+    ) -> Tensor:
+        """See :func:`~dfad.functional.interpolated_kl_div`."""
+        return self.loss(student_logits, teacher_logits, mixing_coefficient, partner, self.temperature, self.reduction)
 
 
 class Discrepancy(nn.Module):

@@ -1,0 +1,30 @@
+#pragma once
+
+#include "simd.hpp"
+
+namespace dfad::DFAD_ISA {
+
+// v² with the violation v = max(0, m − sgn(t) s), sgn(0) = −1. NaN in either tensor gives NaN.
+template <class V> struct ActivationBoundary {
+    V margin;
+
+    explicit ActivationBoundary(double m) : margin(broadcast<V>(m)) {}
+
+    V value(V s, V t) const {
+        const V v = violation(s, t);
+        return v * v;
+    }
+
+    V gradient(V s, V t) const {
+        const V v = violation(s, t);
+        return v * (t > 0 ? V{} - 2 : V{} + 2);
+    }
+
+private:
+    V violation(V s, V t) const {
+        const V v = margin + (t > 0 ? -s : s);
+        return (v < 0 ? V{} : v) + (t == t ? V{} : t);
+    }
+};
+
+}  // namespace dfad::DFAD_ISA

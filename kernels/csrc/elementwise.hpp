@@ -1,0 +1,79 @@
+// The loops of a loss that is a sum over the elements of a pair of tensors, both walked in storage order.
+#pragma once
+
+#include <type_traits>
+
+#include "buffer.hpp"
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace dfad::DFAD_ISA {
+
+constexpr int64_t block_elements = 1 << 14;
+
+// loss = scale · Σ op.value(student, teacher), or the scaled values themselves where loss is not a scalar.
+template <template <class> class Op, class... Parameters>
+void elementwise_forward(Array loss, Array student, Array teacher, double scale, int threads, Parameters... parameters) {
+    with_storage(student.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using V = vector_t<T>;
+        const Op<V> op{parameters...};
+        const auto* s = static_cast<const T*>(student.data);
+        const auto* t = static_cast<const T*>(teacher.data);
+        auto* out = static_cast<scalar_t<T>*>(loss.dimensions ? loss.data : nullptr);
+        const V factor = broadcast<V>(scale);
+        const int64_t size = student.size();
+        const int64_t blocks = (size + block_elements - 1) / block_elements;
+        Buffer<double> partial(blocks);
+        parallel_for(blocks, size, threads, [=, &partial](int64_t block) {
+            const int64_t begin = block * block_elements;
+            const int64_t end = begin + block_elements < size ? begin + block_elements : size;
+            V sums[4] = {};
+            int64_t i = begin;
+            if (out == nullptr) {
+                for (; i + 4 * lanes<V> <= end; i += 4 * lanes<V>)
+                    for (int k = 0; k < 4; ++k)
+                        sums[k] += op.value(load(s + i + k * lanes<V>), load(t + i + k * lanes<V>));
+            }
+            for (; i < end; i += lanes<V>) {
+                const V value = op.value(load(s + i, end - i, 0), load(t + i, end - i, 0));
+                if (out == nullptr) sums[0] += lane_numbers<V>() < static_cast<scalar_t<T>>(end - i) ? value : V{};
+                else store(out + i, factor * value, end - i);
+            }
+            partial[block] = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        });
+        if (out != nullptr) return;
+        double total = 0;
+        for (int64_t block = 0; block < blocks; ++block) total += partial[block];
+        write_scalar(loss, scale * total);
+    });
+}
+
+// student_gradient = scale · loss_gradient · op.gradient(student, teacher).
+template <template <class> class Op, class... Parameters>
+void elementwise_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher, double scale,
+                          int threads, Parameters... parameters) {
+    with_storage(student.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using V = vector_t<T>;
+        const Op<V> op{parameters...};
+        auto* out = static_cast<T*>(student_gradient.data);
+        const auto* s = static_cast<const T*>(student.data);
+        const auto* t = static_cast<const T*>(teacher.data);
+        const auto* g = static_cast<const scalar_t<T>*>(loss_gradient.dimensions ? loss_gradient.data : nullptr);
+        const V factor = broadcast<V>(g == nullptr ? scale * read_scalar(loss_gradient) : scale);
+        const int64_t size = student.size();
+        const int64_t blocks = (size + block_elements - 1) / block_elements;
+        parallel_for(blocks, size, threads, [=](int64_t block) {
+            const int64_t begin = block * block_elements;
+            const int64_t end = begin + block_elements < size ? begin + block_elements : size;
+            for (int64_t i = begin; i < end; i += lanes<V>) {
+                const V upstream = g == nullptr ? factor : factor * load(g + i, end - i, 0);
+                const V slope = op.gradient(load(s + i, end - i, 0), load(t + i, end - i, 0));
+                store(out + i, upstream * slope, end - i);
+            }
+        });
+    });
+}
+
+}  // namespace dfad::DFAD_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels, one module for each operator; imported when an operator first meets a GPU."""

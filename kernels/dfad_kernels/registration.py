@@ -1,0 +1,291 @@
+"""From an equation to a PyTorch operator: schema, fake, autograd and kernels per device, once for all losses.
+
+PyTorch's dispatcher is the only dispatcher: the device of the tensors decides which kernels run.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Generic, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+NAMESPACE = "dfad_kernels"
+
+
+class Kernels(NamedTuple):
+    """How one operator is computed somewhere. Both fill the tensors that they are given first."""
+
+    forward: Callable[..., None]
+    """``(loss, *tensors and settings, scale)``; a loss without dimensions is the scaled sum, else the scaled terms."""
+
+    backward: Callable[..., None]
+    """``(*gradients, loss_gradient, *tensors and settings, scale)``; a gradient that nobody needs is None."""
+
+
+class FusedLoss(Generic[P]):
+    """A loss between a student's tensor and a teacher's that is one operator with its own kernels.
+
+    Its first parameters are the student's and the teacher's tensor, its last one is the reduction. It is called like
+    the equation that it was made from; :attr:`reference` is that equation, in float32 at least.
+
+    Args:
+        equation: the loss in PyTorch, over arguments as ``prepare`` returns them; its signature becomes the schema, so
+            it has no defaults: the dispatcher leaves out arguments that equal them.
+        prepare: checks what a caller gives, and returns the operator's arguments.
+        differentiable: how many of the leading tensors get a gradient.
+        view: a tensor, contiguous in the given memory format, as the kernels see it.
+    """
+
+    def __init__(
+        self,
+        equation: Callable[..., Tensor],
+        prepare: Callable[P, tuple[Any, ...]],
+        differentiable: int,
+        view: Callable[[Tensor], Tensor],
+    ) -> None:
+        functools.update_wrapper(self, equation)
+        self.__signature__ = inspect.signature(prepare).replace(return_annotation=Tensor)
+        self.__name__: str = equation.__name__
+        self._equation = equation
+        self._prepare = prepare
+        self._differentiable = differentiable
+        self._view = view
+        self._register()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return self._forward_operator(*self._prepare(*args, **kwargs))
+
+    def reference(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """The loss by its equation, each step a PyTorch operation."""
+        arguments = self._prepare(*args, **kwargs)
+        dtype = compute_dtype(arguments[0])
+        return self._equation(*(x.to(dtype) if _is_floating(x) else x for x in arguments))
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, Callable[[], Kernels]]:
+        """By name, how to load the kernels; loading raises where they cannot run."""
+        return {"cpp": lambda: _cpp_kernels(self.__name__), "triton": lambda: _triton_kernels(self.__name__)}
+
+    def _register(self) -> None:
+        name = f"{NAMESPACE}::{self.__name__}"
+        schema = torch.library.infer_schema(self._equation, mutates_args=())
+        parameters = schema.removeprefix("(").removesuffix(") -> Tensor")
+        tags = (torch.Tag.pt2_compliant_tag,)
+        torch.library.define(name, schema, tags=tags)
+        torch.library.define(
+            f"{name}_backward", f"(Tensor loss_gradient, bool[] needed, {parameters}) -> Tensor[]", tags=tags
+        )
+        for device, kernels in (("cpu", "cpp"), ("cuda", "triton")):
+            torch.library.impl(name, device, functools.partial(self.run_forward, kernels))
+            torch.library.impl(f"{name}_backward", device, functools.partial(self.run_backward, kernels))
+        torch.library.register_fake(name, self._allocate_loss)
+        torch.library.register_fake(f"{name}_backward", self._allocate_gradients)
+        torch.library.register_autograd(name, self._differentiate, setup_context=_save)
+        torch.library.register_autograd(f"{name}_backward", self._refuse_second_derivative, setup_context=_ignore)
+        self._forward_operator = getattr(torch.ops.dfad_kernels, self.__name__).default
+        self._backward_operator = getattr(torch.ops.dfad_kernels, f"{self.__name__}_backward").default
+
+    def run_forward(self, kernels: str, *arguments: Any) -> Tensor:
+        """The operator on the kernels of that name."""
+        loss = self._allocate_loss(*arguments)
+        student, *_, reduction = arguments
+        scale = _scale(reduction, student)
+        if student.numel() == 0:
+            return loss.fill_(0 * scale)
+        memory_format = agreed_format(arguments[0], arguments[1])
+        with _on(student.device):
+            forward = self.kernels[kernels]().forward
+            forward(self._view(loss) if loss.ndim else loss, *self._views(arguments, memory_format), scale)
+        return loss
+
+    def run_backward(self, kernels: str, loss_gradient: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+        """The operator's gradients on the kernels of that name."""
+        gradients = self._allocate_gradients(loss_gradient, needed, *arguments)
+        student, *_, reduction = arguments
+        if student.numel() == 0:
+            return gradients
+        memory_format = agreed_format(arguments[0], arguments[1])
+        # kernels write in the agreed layout; a gradient of another layout is copied from there
+        written = [
+            g if g.is_contiguous(memory_format=memory_format) else torch.empty_like(g, memory_format=memory_format)
+            for g in gradients
+        ]
+        slots = iter(written)
+        outputs = [self._view(next(slots)) if need else None for need in needed]
+        if loss_gradient.ndim:
+            loss_gradient = self._view(loss_gradient.detach().contiguous(memory_format=memory_format))
+        with _on(student.device):
+            backward = self.kernels[kernels]().backward
+            scale = _scale(reduction, student)
+            backward(*outputs, loss_gradient.detach(), *self._views(arguments, memory_format), scale)
+        for gradient, source in zip(gradients, written, strict=True):
+            if gradient is not source:
+                gradient.copy_(source)
+        return gradients
+
+    def _views(self, arguments: tuple[Any, ...], memory_format: torch.memory_format) -> list[Any]:
+        """What the kernels get of the arguments: the pair agreed on one layout, no reduction."""
+        student, teacher, *rest, _ = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        pair = (self._view(x.contiguous(memory_format=memory_format)) for x in (student, teacher))
+        return [*pair, *rest]
+
+    def _allocate_loss(self, *arguments: Any) -> Tensor:
+        student, *_, reduction = arguments
+        dtype = compute_dtype(student)
+        if reduction != "none":
+            return student.new_empty((), dtype=dtype)
+        return _new(student, dtype, agreed_format(arguments[0], arguments[1]))
+
+    def _allocate_gradients(self, loss_gradient: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+        return [
+            _new(x, x.dtype, _format(x) or torch.contiguous_format)
+            for x, need in zip(arguments, needed, strict=False)
+            if need
+        ]
+
+    def _differentiate(self, ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        arguments = [next(tensors) if is_tensor else x for is_tensor, x in ctx.arguments]
+        needed = list(ctx.needs_input_grad[: self._differentiable])
+        gradients = iter(self._backward_operator(loss_gradient, needed, *arguments))
+        rest = [None] * (len(arguments) - self._differentiable)
+        return (*(next(gradients) if need else None for need in needed), *rest)
+
+    def _refuse_second_derivative(self, ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"{self.__name__} has no second derivative. Use {self.__name__}.reference, which PyTorch "
+            "can differentiate any number of times."
+        )
+
+
+def fused_loss(
+    prepare: Callable[P, tuple[Any, ...]], differentiable: int, view: Callable[[Tensor], Tensor]
+) -> Callable[[Callable[..., Tensor]], FusedLoss[P]]:
+    """A decorator that makes an equation a :class:`FusedLoss`."""
+    return lambda equation: FusedLoss(equation, prepare, differentiable, view)
+
+
+def kernel_name(device: torch.device | str) -> str:
+    """Which kernels the operators run on a device: ``cpp`` or ``triton``.
+
+    Raises:
+        RuntimeError: if those kernels are missing there, or there are none for such a device.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        _extension()
+        return "cpp"
+    if kind == "cuda":
+        _triton_kernels("activation_boundary_loss")
+        return "triton"
+    raise RuntimeError(
+        f"There are no fused kernels for the device {kind!r}, only for 'cpu' and 'cuda'; "
+        "use the reference there (fused=False, --no-fused)."
+    )
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a tensor's loss is computed in and returned as: float32, for float64 itself."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def agreed_format(student: Tensor, teacher: Tensor) -> torch.memory_format:
+    """The layout in which both are walked: the student's if it is dense, else the teacher's, else contiguous."""
+    return _format(student) or _format(teacher) or torch.contiguous_format
+
+
+def storage_order(tensor: Tensor) -> Tensor:
+    """A dense tensor as one dimension, without a copy."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.movedim(1, -1).view(-1)
+
+
+def rows_classes_sites(tensor: Tensor) -> Tensor:
+    """A dense ``(N, C)`` or ``(N, C, *)`` as three dimensions, without a copy."""
+    return tensor.flatten(2) if tensor.ndim > 2 else tensor.unsqueeze(-1)
+
+
+def reduce(terms: Tensor, reduction: str) -> Tensor:
+    """The terms of a loss reduced as torch does."""
+    match reduction:
+        case "mean":
+            return terms.mean()
+        case "sum":
+            return terms.sum()
+        case "batchmean":
+            return terms.sum() / terms.shape[0]
+    return terms
+
+
+def _scale(reduction: str, student: Tensor) -> float:
+    divisor = {"mean": student.numel(), "batchmean": student.shape[0]}.get(reduction, 1)
+    return 1 / divisor if divisor else math.inf  # torch's mean over nothing is NaN: 0 · ∞
+
+
+def _format(tensor: Tensor) -> torch.memory_format | None:
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return None
+
+
+def _new(like: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, whatever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = [(isinstance(x, Tensor), None if isinstance(x, Tensor) else x) for x in inputs]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+
+def _ignore(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    pass
+
+
+@functools.cache
+def _extension() -> Any:
+    try:
+        cpu = importlib.import_module("dfad_kernels._cpu")
+    except ImportError as error:
+        raise RuntimeError(
+            f"The C++ kernels cannot be loaded: {error}. Install the project with a C++ compiler at hand "
+            "(`pip install -e .`), or use the reference (fused=False, --no-fused)."
+        ) from error
+    return getattr(cpu, cpu.isa[-1])
+
+
+def _cpp_kernels(name: str) -> Kernels:
+    forward = getattr(_extension(), f"{name}_forward")
+    backward = getattr(_extension(), f"{name}_backward")
+    threads = torch.get_num_threads
+    return Kernels(
+        lambda *arguments: forward(*arguments, threads()), lambda *arguments: backward(*arguments, threads())
+    )
+
+
+@functools.cache
+def _triton_kernels(name: str) -> Kernels:
+    try:
+        module = importlib.import_module(f"dfad_kernels.gpu.{name}")
+    except ImportError as error:
+        raise RuntimeError(
+            f"The Triton kernels cannot be loaded: {error}. Install triton 3.6 or newer (`pip install triton`), "
+            "or use the reference (fused=False, --no-fused)."
+        ) from error
+    return Kernels(module.forward, module.backward)

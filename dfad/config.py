@@ -326,9 +326,6 @@ class DistillConfig:
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
 
-    evaluate_on: str | None = None
-    """Data set whose test images measure teacher and student; never trains or selects."""
-
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     generator: GeneratorConfig = GeneratorConfig()

@@ -1,4 +1,6 @@
-"""Settings by name."""
+"""Settings of ``python -m dfad.train`` by name."""
+
+from dataclasses import dataclass
 
 from dfad.config import (
     ActivationConfig,
@@ -12,9 +14,22 @@ from dfad.config import (
     StudentConfig,
     TeacherConfig,
 )
+from dfad.data import DataConfig
 
-DIGITS = DistillConfig(
-    evaluate_on="digits",
+
+@dataclass(frozen=True)
+class TrainConfig(DistillConfig):
+    """A distillation, and the data that it is measured on where there are any."""
+
+    evaluate: bool = False
+    """Measure teacher and student on the test images of data; they never train or select."""
+
+    data: DataConfig = DataConfig()
+
+
+DIGITS = TrainConfig(
+    evaluate=True,
+    data=DataConfig(name="digits"),
     teacher=TeacherConfig(recipe="digits"),
     student=StudentConfig(factory="convnet", kwargs={"channels": [16, 32, 64], "in_channels": 1}),
     generator=GeneratorConfig(noise_dim=64, width=32),

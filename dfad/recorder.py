@@ -20,19 +20,20 @@ from dfad.terminal import console
 log = logging.getLogger(__name__)
 
 METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", METRICS, "result.json", SETTINGS_FILE)
 
 Metrics = Mapping[str, float]
 
 
-def create_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make a run's folder.
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a new run must not be written to.
 
     Args:
-        folder: where; it may exist if it holds no run.
-        overwrite: remove a run that it holds. A folder that holds other things is never removed.
+        folder: where; it may exist if it is empty.
+        overwrite: admit one that holds a run. One that holds other things is never admitted.
 
     Raises:
-        RunFolderError: if it holds a run that may not be overwritten, or is no folder.
+        RunFolderError: if it holds a run or other files, or is none.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file; a run needs a folder. Choose another --run_dir.")
@@ -42,27 +43,19 @@ def create_folder(folder: Path, *, overwrite: bool) -> None:
                 f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --run_dir."
             )
-        _remove_run(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise RunFolderError(f"{folder} holds other files than a run's. Choose an empty --run_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
-def _remove_run(folder: Path) -> None:
+def create_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make a run's folder, empty of an earlier run; see :func:`check_folder`."""
+    check_folder(folder, overwrite=overwrite)
     # what a user has put beside the run's own files stays
-    for pattern in (
-        "*.pt",
-        "*.tmp",
-        "*.safetensors",
-        METRICS,
-        "samples.png",
-        "curves.png",
-        "result.json",
-        SETTINGS_FILE,
-    ):
+    for pattern in RUN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / EVENTS, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 class MetricBuffer:

@@ -75,7 +75,7 @@ def samples_figure(distiller: Distiller) -> Figure:
         )
         images = distiller.generator(noise)
         confidences, labels = distiller.teacher(images).logits.float().softmax(dim=1).max(dim=1)
-    pixels = to_pixels(images.float().cpu(), distiller.config.teacher.mean, distiller.config.teacher.std)
+    pixels = to_pixels(images.float().cpu(), *distiller.normalisation)
     columns = 8
     figure = Figure(figsize=(columns * 1.05, SAMPLES / columns * 1.25), layout="constrained")
     grid: Any = figure.subplots(SAMPLES // columns, columns)

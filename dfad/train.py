@@ -2,21 +2,30 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import dfad_kernels
+import torch
 import tyro
 from rich.console import Console
+from rich.table import Table
+from torch import nn
 
+import dfad_kernels
 from dfad import cli
-from dfad.config import DistillConfig
+from dfad.config import DistillConfig, TeacherConfig
 from dfad.engine import choose_device
-from dfad.presets import PRESETS
+from dfad.errors import ModelError
+from dfad.evaluation import Evaluator
+from dfad.export import load_model
+from dfad.loading import build, load_weights
+from dfad.presets import PRESETS, TrainConfig
 from dfad.recorder import check_folder
+from dfad.teacher import cached_teacher
 from dfad.terminal import configure_logging
-from dfad.trainer import Distiller
+from dfad.trainer import Distiller, Result
 
 log = logging.getLogger(__name__)
 
@@ -29,36 +38,111 @@ class Train(cli.Command):
     infinite; 6 evaluation data; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
     """
 
-    settings: Annotated[DistillConfig, tyro.conf.arg(name="")] = DistillConfig()
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
 
     run_dir: Path | None = None
     """Folder of the run; runs/PRESET-TIME where not given."""
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     command = cli.parse(Train(preset="digits"), PRESETS, arguments)
     configure_logging()
     config = command.settings
-    run_dir = command.run_dir or Path("runs") / time.strftime(f"{command.preset}-%Y%m%d-%H%M%S")
     if command.resume:
         run_dir = command.resume
     else:
+        run_dir = command.run_dir or Path("runs") / time.strftime(f"{command.preset}-%Y%m%d-%H%M%S")
         check_folder(run_dir, overwrite=command.overwrite)  # before a teacher is trained for nothing
     device = choose_device(config.device)
     kernels = dfad_kernels.kernel_name(device) if config.fused else "PyTorch reference"
-    log.info("Loss kernels: %s on %s.", kernels, device)
+    log.info("Loss kernels: %s, on %s.", kernels, device)
 
-    teacher, image_shape, normalisation = load_teacher(config.teacher)
+    teacher = load_teacher(config.teacher)
     student = build_student(config)
-    evaluate = evaluator(config.evaluate_on, device) if config.evaluate_on else None
+    evaluate = Evaluator(config.data, device) if config.evaluate else None
+    teacher_accuracy = evaluate(teacher.network.to(device)) if evaluate else None
     distiller = Distiller(
-        teacher, student, config, image_shape=image_shape, normalisation=normalisation, evaluate=evaluate
+        teacher.network,
+        student,
+        config,
+        image_shape=teacher.image_shape,
+        normalisation=teacher.normalisation,
+        evaluate=evaluate,
     )
     result = distiller.fit(run_dir, resume=command.resume is not None, overwrite=command.overwrite)
-    teacher_accuracy = evaluate(teacher.to(device)) if evaluate else None
-    Console().print(result_table(result, teacher, student, teacher_accuracy))
+    Console().print(result_table(result, teacher.network, student, teacher_accuracy))
     log.info("Everything is in %s.", run_dir)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network and what its file tells of its images."""
+
+    network: nn.Module
+    image_shape: tuple[int, int, int] | None = None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """The teacher of a configuration: a file of this project, a factory with weights, or a recipe's.
+
+    Raises:
+        ModelError: if it cannot be built, or has no weights.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint is None and config.recipe:
+        checkpoint = cached_teacher(config.recipe)
+    if checkpoint is None:
+        raise ModelError(
+            "There is no trained teacher. Give --teacher.checkpoint FILE, with --teacher.factory package.module:callable "
+            "where the file was not written by this project, or --teacher.recipe NAME."
+        )
+    if config.factory:
+        network = build(config.factory, config.kwargs, config.taps)
+        load_weights(network, checkpoint)
+        return Teacher(network)
+    network, manifest = load_model(checkpoint)
+    normalisation = (manifest.get("mean", ()), manifest.get("std", ()))
+    return Teacher(network, tuple(manifest["image_shape"]), normalisation)
+
+
+def build_student(config: DistillConfig) -> nn.Module:
+    """The student of a configuration, its random weights drawn from the configuration's seed.
+
+    Raises:
+        ModelError: if it cannot be built.
+    """
+    if not config.student.factory:
+        raise ModelError(
+            "There is no student. Give --student.factory package.module:callable or a name of dfad.models."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        student = build(config.student.factory, config.student.kwargs, config.student.taps)
+    if config.student.checkpoint:
+        load_weights(student, config.student.checkpoint)
+    return student
+
+
+def result_table(result: Result, teacher: nn.Module, student: nn.Module, teacher_accuracy: float | None) -> Table:
+    """What a run came to, for people."""
+
+    def parameters(network: nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2%}"
+
+    table = Table("", "teacher", "student: last", "best", title="Distilled without data")
+    table.add_row("accuracy", *map(percent, (teacher_accuracy, result.accuracy, result.best_accuracy)))
+    table.add_row("agreement", "", percent(result.agreement), percent(result.best_agreement))
+    table.add_row("after round", "", str(result.rounds), str(result.best_round or "–"))
+    table.add_row("parameters", parameters(teacher), parameters(student), parameters(student))
+    table.add_row("images generated", "", f"{result.images:,}")
+    table.add_row("rounds per second", "", f"{result.rounds_per_second:.2f}")
+    table.add_row("seconds", "", f"{result.seconds:.1f}")
+    return table
 
 
 if __name__ == "__main__":

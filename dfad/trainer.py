@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Distiller:
         student: trained in place.
         config: everything else.
         image_shape: ``(channels, height, width)`` of the teacher's images; found by dry forwards where not given.
+        normalisation: mean and standard deviation per channel that its images were normalised with, which the pictures
+            of a run undo; the configuration's where not given.
         evaluate: accuracy of a network on real data; reported, never used to train or select.
 
     Raises:
@@ -79,11 +81,13 @@ class Distiller:
         config: DistillConfig | None = None,
         *,
         image_shape: tuple[int, int, int] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
     ) -> None:
         self.config = config = config or DistillConfig()
         method = config.method
         self.evaluate = evaluate
+        self.normalisation = normalisation or (config.teacher.mean, config.teacher.std)
         self.device = choose_device(config.device)
         self.engine = Engine(config.engine, fused=config.fused, device=self.device)
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
@@ -378,7 +382,7 @@ class Distiller:
         }
 
     def _restore(self, folder: Path) -> None:
-        require_unchanged(folder, saved_settings(folder, DistillConfig()), self.config)
+        require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)
         state = checkpoint.load(folder)
         if state is None:
             log.warning("%s was stopped before its first checkpoint; it starts from the beginning.", folder)

@@ -2,14 +2,30 @@
 
 from collections.abc import Callable
 
+from dfad.data.cifar import read_cifar
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset
 from dfad.data.digits import read_digits
+from dfad.data.external import read_huggingface, read_torchvision
+from dfad.data.folder import read_folder
+from dfad.data.idx import read_mnist
+from dfad.data.svhn import read_svhn
+from dfad.data.webdataset import read_webdataset
 from dfad.errors import DataError, nearest
 
 READERS: dict[str, Callable[[DataConfig], Dataset]] = {
-    "digits": lambda config: read_digits(),
+    "digits": read_digits,
+    "mnist": read_mnist,
+    "fashion-mnist": read_mnist,
+    "cifar10": read_cifar,
+    "cifar100": read_cifar,
+    "svhn": read_svhn,
+    "folder": read_folder,
+    "webdataset": read_webdataset,
+    "torchvision": read_torchvision,
+    "huggingface": read_huggingface,
 }
+"""By what stands before the first slash of a name."""
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -18,8 +34,9 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises:
         DataError: if it is unknown, missing or damaged.
     """
-    if config.name not in READERS:
+    kind = config.name.partition("/")[0]
+    if kind not in READERS:
         raise DataError(
-            f"There is no data set {config.name!r}.{nearest(config.name, READERS)} Choose one of: {', '.join(READERS)}."
+            f"There is no data set {config.name!r}.{nearest(kind, READERS)} Choose one of: {', '.join(READERS)}."
         )
-    return READERS[config.name](config)
+    return READERS[kind](config)

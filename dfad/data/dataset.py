@@ -1,13 +1,16 @@
 """What every data set is once it is opened, whatever files it came from."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from dfad.data.config import DataConfig
 from dfad.data.decoded import DecodedSplit
 from dfad.data.encoded import EncodedSplit
 from dfad.errors import DataError
@@ -15,6 +18,10 @@ from dfad.errors import DataError
 STATISTICS_SAMPLE = 10_000
 """Images, evenly spaced, that mean and standard deviation are taken over where nobody has published them."""
 
+
+log = logging.getLogger(__name__)
+
+SplitT = TypeVar("SplitT", DecodedSplit, EncodedSplit)
 
 Split = DecodedSplit | EncodedSplit
 """Half a data set: what is trained on, or what is measured on."""
@@ -38,7 +45,8 @@ class Dataset:
         for name, split in (("train", self.train), ("test", self.test)):
             if len(split) == 0:
                 raise DataError(f"The data set {self.name} holds no {name} images.")
-            check_labels(split.labels, len(self.classes), f"{self.name} ({name})")
+            source = split.source if isinstance(split, DecodedSplit) and split.source else f"{self.name} ({name})"
+            check_labels(split.labels, len(self.classes), source)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -78,7 +86,20 @@ def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
 
 
-def divide(split: Split, test_fraction: float, source: str) -> tuple[Split, Split]:
+def from_encoded(config: DataConfig, classes: tuple[str, ...], train: EncodedSplit, test: EncodedSplit) -> Dataset:
+    """A data set of image files; without those that do not decode, where that is asked for."""
+    skipped: tuple[str, ...] = ()
+    if config.skip_corrupt:
+        train, train_skipped = train.without_corrupt()
+        test, test_skipped = test.without_corrupt()
+        skipped = train_skipped + test_skipped
+        for reason in skipped:
+            log.warning("Skipped: %s", reason)
+        log.info("%s: %d corrupt files were skipped.", config.name, len(skipped))
+    return Dataset(config.name, classes, *statistics(train), train, test, skipped)
+
+
+def divide(split: SplitT, test_fraction: float, source: str) -> tuple[SplitT, SplitT]:
     """A fixed stratified division of one split into train and test.
 
     Raises:

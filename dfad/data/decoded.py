@@ -18,6 +18,9 @@ class DecodedSplit:
     labels: Tensor
     """``int64 (N,)``."""
 
+    source: str = ""
+    """The files that it was read from, for messages."""
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -34,7 +37,7 @@ class DecodedSplit:
     def subset(self, indices: Sequence[int]) -> "DecodedSplit":
         """The images at these indices."""
         chosen = torch.as_tensor(indices)
-        return DecodedSplit(self.images[chosen], self.labels[chosen])
+        return DecodedSplit(self.images[chosen], self.labels[chosen], self.source)
 
     def content_hash(self) -> bytes:
         """SHA-256 of pixels and labels."""

@@ -3,12 +3,14 @@
 import torch
 from sklearn.datasets import load_digits
 
-from dfad.data.dataset import Dataset, DecodedSplit, divide, statistics
+from dfad.data.config import DataConfig
+from dfad.data.dataset import Dataset, divide, statistics
+from dfad.data.decoded import DecodedSplit
 
 TEST_FRACTION = 0.2
 
 
-def read_digits() -> Dataset:
+def read_digits(config: DataConfig) -> Dataset:
     """1,797 grey images of 8×8 pixels; a fixed stratified fifth of them is held out."""
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # the source counts 0 to 16

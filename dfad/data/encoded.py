@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dfad.data.config import DataConfig
 from dfad.data.decoded import DecodedSplit
 from dfad.data.files import Blob
 from dfad.errors import DataError
@@ -69,6 +71,11 @@ class EncodedSplit:
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """That all images would take in memory."""
+        return len(self) * math.prod(self.image_shape)
+
     def check_header(self, blob: Blob, image: Image.Image) -> None:
         """Refuse an image of another size or kind than the rest.
 
@@ -111,17 +118,29 @@ class EncodedSplit:
 
 
 def encoded_split(
-    blobs: Sequence[Blob], labels: Sequence[int], image_size: int | None = None, channels: int | None = None
+    blobs: Sequence[Blob], labels: Sequence[int], config: DataConfig, like: EncodedSplit | None = None
 ) -> EncodedSplit:
-    """A split whose size and channels are those of its first image that can be read, where they are not given."""
-    height = width = image_size or 0
-    if image_size is None or channels is None:
-        size, mode = _first_header(blobs)
-        if image_size is None:
-            width, height = size
-    shape = (channels or (1 if mode in GREY_MODES else 3), height, width)
+    """A split of image files.
+
+    Args:
+        blobs: the files.
+        labels: of each.
+        config: size and channels, where all are to be brought to the same.
+        like: the split whose size and channels the images must have where that is not asked for; without one, those
+            of the first image that can be read.
+    """
+    if like is not None:
+        return dataclasses.replace(like, blobs=tuple(blobs), labels=torch.tensor(labels))
+    (width, height), mode = _first_header(blobs)
+    if config.image_size is not None:
+        width = height = config.image_size
+    shape = (config.channels or (1 if mode in GREY_MODES else 3), height, width)
     return EncodedSplit(
-        tuple(blobs), torch.tensor(labels), shape, resized=image_size is not None, converted=channels is not None
+        tuple(blobs),
+        torch.tensor(labels),
+        shape,
+        resized=config.image_size is not None,
+        converted=config.channels is not None,
     )
 
 

@@ -6,16 +6,14 @@ Nothing is ever written, so an archive cannot place a file anywhere; one that tr
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from dfad.errors import DataError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Blob:
 
     offset: int = 0
     size: int | None = None
-    content: bytes | None = None
+    content: bytes | None = field(default=None, repr=False)
     """The bytes themselves, where the archive is compressed and has no random access."""
 
     def __str__(self) -> str:
@@ -58,65 +56,86 @@ class Blob:
         return data
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Files and folders, by their path from the root with forward slashes."""
+
+    root: Path
+    files: dict[str, Blob]
+    """Of a folder, sorted; of an archive, in its order."""
+    folders: set[str]
+
+
 def is_archive(path: Path) -> bool:
     """Whether a name is that of a tar archive."""
     return path.name.endswith(ARCHIVES)
 
 
-def files_in(root: Path) -> dict[str, Blob]:
-    """The files below a folder or in a tar archive, by their path inside it with forward slashes, sorted.
+def read_tree(root: Path) -> Tree:
+    """What lies below a folder or in a tar archive.
 
     Raises:
         DataError: if there is no such folder or archive, or the archive is damaged, or a member is a link, a device, or
             has a path outside the archive's root.
     """
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.is_file())
-        return {path.relative_to(root).as_posix(): Blob(path) for path in paths}
+        paths = sorted(root.rglob("*"))
+        return Tree(
+            root,
+            {path.relative_to(root).as_posix(): Blob(path) for path in paths if path.is_file()},
+            {path.relative_to(root).as_posix() for path in paths if path.is_dir()},
+        )
     if not root.exists():
         raise DataError(f"There is no {root}. Point --data.root at the folder or archive that holds the data set.")
     if not is_archive(root):
         raise DataError(f"{root} is neither a folder nor a tar archive ({', '.join(ARCHIVES)}).")
-    return dict(sorted(reading_archive(root, lambda: list(_members(root)))))
+    files: dict[str, Blob] = {}
+    folders: set[str] = set()
+    for name, blob in _members(root):
+        folders.update(parent.as_posix() for parent in PurePosixPath(name).parents[:-1])
+        if blob is None:
+            folders.add(name)
+        else:
+            files[name] = blob
+    return Tree(root, files, folders)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Blob]]:
-    with tarfile.open(archive) as tar:
-        compressed = archive.suffix != ".tar"
+def _members(archive: Path) -> Iterator[tuple[str, Blob | None]]:
+    compressed = archive.suffix != ".tar"
+    with damage_reported(archive), tarfile.open(archive) as tar:
         for info in tar:
             _check_member(archive, info)
-            if not info.isfile():
-                continue
-            content = None
-            if compressed:
-                stream = tar.extractfile(info)
-                assert stream is not None  # only None for what is no file
-                content = stream.read()
+            # the same file may be written as a/b and as ./a/b
             name = PurePosixPath(info.name).as_posix()
+            if not info.isfile():
+                yield name, None
+                continue
+            stream = tar.extractfile(info) if compressed else None
+            content = stream.read() if stream else None
             yield name, Blob(archive, info.name, info.offset_data, info.size, content)
 
 
 def _check_member(archive: Path, info: tarfile.TarInfo) -> None:
     path = PurePosixPath(info.name)
-    kind = ""
     if path.is_absolute() or ".." in path.parts:
-        kind = "has a path outside the archive's root"
+        fault = "has a path outside the archive's root"
     elif info.issym() or info.islnk():
-        kind = f"is a link to {info.linkname}"
+        fault = f"is a link to {info.linkname}"
     elif not (info.isfile() or info.isdir()):
-        kind = "is a device or pipe"
-    if kind:
-        raise DataError(
-            f"{archive}: member {info.name} {kind}. A data set holds plain files alone; the archive was not read any "
-            "further, and should not be trusted."
-        )
+        fault = "is a device or a pipe"
+    else:
+        return
+    raise DataError(
+        f"{archive}: member {info.name} {fault}. A data set holds plain files alone; nothing of the archive was used."
+    )
 
 
-def reading_archive(path: Path, read: Callable[[], _Result]) -> _Result:
-    """Call ``read``; what damaged compression or a damaged archive makes it raise becomes a DataError."""
+@contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turns what a damaged or truncated archive or compressed file raises into a DataError that names it."""
     try:
-        return read()
+        yield
     except EOFError as error:
-        raise DataError(f"{path} ({path.stat().st_size} bytes) is truncated: {error}. Get the file anew.") from None
+        raise DataError(f"{path} ({path.stat().st_size} bytes) is truncated: {error} Get the file anew.") from None
     except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise DataError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}. Get the file anew.") from None
+        raise DataError(f"{path} cannot be read, it may be damaged: {error}. Get the file anew.") from None

@@ -1,0 +1,162 @@
+"""The backend that decodes as images are needed, with NVIDIA DALI (extra ``dali``)."""
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dfad.data.encoded import EncodedSplit
+from dfad.data.files import Blob
+from dfad.data.plan import Plan
+from dfad.errors import DataError
+
+THREADS = 4
+"""That decode on the CPU."""
+
+
+class DaliBackend:
+    """Image files decoded, moved, mirrored, normalised and cut by a DALI pipeline.
+
+    A pipeline is fed from outside with what a plan names, batch by batch. So order and random numbers are those of
+    every other backend, and the last batch of an epoch is as long as what is left: none of the padding and repeating
+    of DALI's own readers, which would count images twice in an evaluation.
+
+    Args:
+        split: the image files; never decoded as a whole.
+        mean: per channel, of pixels in 0–1.
+        std: likewise.
+        device: where the batches are to be; on a GPU, JPEGs are decoded there.
+
+    Raises:
+        DataError: if DALI is not installed.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self, split: EncodedSplit, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        if not dali_installed():
+            raise DataError(
+                "The backend dali needs NVIDIA DALI, which is not installed. Install it with pip install 'dfad[dali]', "
+                "or use --data.backend native."
+            )
+        self.split = split
+        self.mean = [255 * value for value in mean]
+        self.std = [255 * value for value in std]
+        self.device = device
+        self._checked = np.zeros(len(split), dtype=bool)
+
+    def batches(self, plan: Plan, batch_size: int, *, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images ``float32 (B, channels, height, width)`` and labels, on the device."""
+        fed: list[Plan] = []
+
+        def feed() -> Iterator[tuple[list[np.ndarray], ...]]:
+            for part in plan.batches(batch_size, drop_last=drop_last):
+                fed.append(part)
+                yield self._inputs(part)
+
+        pipeline = self._pipeline(feed, batch_size, plan.hole_size)
+        while True:
+            try:
+                (images,) = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._explain(error, fed) from None
+            part = fed.pop(0)
+            # a copy: DALI writes its next batch into the same memory
+            normalized = torch.from_dlpack(images.as_tensor()).clone()
+            yield normalized.to(self.device), self.split.labels[part.indices].to(self.device)
+
+    def _inputs(self, part: Plan) -> tuple[list[np.ndarray], ...]:
+        files = [np.frombuffer(self._read(index), dtype=np.uint8) for index in part.indices.tolist()]
+        shifts, flips = (list(changes.to(torch.int32).numpy()) for changes in (part.shifts, part.flips))
+        holes = list(part.holes.to(torch.float32).numpy())
+        return (files, shifts, flips, holes) if part.hole_size else (files, shifts, flips)
+
+    def _read(self, index: int) -> bytes:
+        blob = self.split.blobs[index]
+        data = blob.read()
+        if not self._checked[index]:
+            check_file(self.split, blob, data)
+            self._checked[index] = True
+        return data
+
+    def _pipeline(self, feed: Callable[[], Iterator[Any]], batch_size: int, hole_size: int) -> Any:
+        from nvidia.dali import fn, pipeline_def, types
+
+        channels, height, width = self.split.image_shape
+        on_gpu = self.device.type == "cuda"
+
+        @pipeline_def(
+            batch_size=batch_size,
+            num_threads=THREADS,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=2,
+        )
+        def carry_out() -> Any:
+            files, shifts, flips, *holes = fn.external_source(
+                feed,
+                num_outputs=4 if hole_size else 3,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT][: 4 if hole_size else 3],
+            )
+            images = fn.decoders.image(
+                files,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.GRAY if channels == 1 else types.RGB,
+                jpeg_fancy_upsampling=True,  # as libjpeg does by default, and so the native backend
+            )
+            if self.split.resized:
+                images = fn.resize(images, size=[height, width], interp_type=types.INTERP_TRIANGULAR)
+            images = fn.slice(
+                images, start=shifts, shape=[height, width], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
+            )
+            images = fn.crop_mirror_normalize(
+                images, mirror=flips, mean=self.mean, std=self.std, dtype=types.FLOAT, output_layout="CHW"
+            )
+            if holes:
+                images = fn.erase(
+                    images, anchor=holes[0], shape=[hole_size, hole_size], axis_names="HW", fill_value=0.0
+                )
+            return images
+
+        pipeline = carry_out()
+        pipeline.build()
+        return pipeline
+
+    def _explain(self, error: RuntimeError, fed: list[Plan]) -> DataError:
+        """DALI does not tell which file it failed at; the other decoder does."""
+        for part in fed:
+            for index in part.indices.tolist():
+                try:
+                    self.split.decode(self.split.blobs[index])
+                except DataError as found:
+                    return found
+        return DataError(f"DALI cannot decode these images, though Pillow can: {error}. Use --data.backend native.")
+
+
+def check_file(split: EncodedSplit, blob: Blob, data: bytes) -> None:
+    """Refuse what DALI would accept silently: an image of another size or kind.
+
+    Raises:
+        DataError: naming the file.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            split.check_header(blob, image)
+    except UnidentifiedImageError:
+        split.decode(blob)
+
+
+def dali_installed() -> bool:
+    """Whether DALI is there to be imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # nor is anything else of NVIDIA's
+        return False

@@ -1,0 +1,78 @@
+"""Fetching data sets, where that is asked for."""
+
+import hashlib
+import logging
+import shutil
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfad.data.config import DataConfig
+from dfad.errors import DataError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 60.0
+"""Seconds without a byte."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A published file."""
+
+    url: str
+    md5: str
+    """As published with it: it tells a damaged transfer, not an attack."""
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self.url.rpartition("/")[2]
+
+
+def require_root(config: DataConfig) -> Path:
+    """The data set's root.
+
+    Raises:
+        DataError: if none is given.
+    """
+    if config.root is None:
+        raise DataError(f"The data set {config.name} is read from files: say where with --data.root FOLDER.")
+    return config.root
+
+
+def fetch(remote: Remote, folder: Path) -> Path:
+    """A published file, downloaded unless it is there already; it appears in the folder whole or not at all.
+
+    Raises:
+        DataError: if it cannot be had, or is not the file that was published.
+    """
+    path = folder / remote.name
+    if path.exists():
+        return path
+    log.info("Downloading %s to %s.", remote.url, folder)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(remote.url, timeout=TIMEOUT) as response, temporary.open("wb") as file:
+            shutil.copyfileobj(response, file)
+        found = _md5(temporary)
+        if found != remote.md5:
+            raise DataError(
+                f"{remote.url} gave another file than the one published: MD5 {found}, needed is {remote.md5}. Nothing "
+                f"was kept. Try again, or put the file into {folder} yourself."
+            )
+        temporary.replace(path)
+    except OSError as error:  # URLError is one
+        raise DataError(
+            f"{remote.url} cannot be downloaded: {error}. Nothing was kept. Put the file into {folder} yourself, or "
+            "try again."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

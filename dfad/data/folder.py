@@ -1,0 +1,84 @@
+"""Image folders: a folder of images per class, in a folder or a tar archive."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from dfad.data.config import DataConfig
+from dfad.data.dataset import Dataset, divide, from_encoded
+from dfad.data.download import require_root
+from dfad.data.encoded import EncodedSplit, encoded_split
+from dfad.data.files import Blob, Tree, read_tree
+from dfad.errors import DataError
+
+log = logging.getLogger(__name__)
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+TEST_NAMES = ("test", "val", "valid", "validation")
+"""What a folder or shards of test images are called."""
+
+
+def read_folder(config: DataConfig) -> Dataset:
+    """``train/CLASS/*`` and ``test/CLASS/*``; or ``CLASS/*`` alone, of which a fixed part is held out."""
+    tree = _below_single_folder(read_tree(require_root(config)))
+    top = {PurePosixPath(name).parts[0] for name in tree.folders}
+    test_name = next((name for name in TEST_NAMES if name in top), None)
+    if "train" in top and test_name:
+        classes = _classes(tree, "train/")
+        unknown = [name for name in _classes(tree, f"{test_name}/") if name not in classes]
+        if unknown:
+            raise DataError(
+                f"{tree.root}: {test_name}/{unknown[0]} is a class that train/ lacks. Known: {', '.join(classes)}."
+            )
+        train = _split(tree, "train/", classes, config)
+        test = _split(tree, f"{test_name}/", classes, config, like=train)
+        return from_encoded(config, classes, train, test)
+    classes = _classes(tree, "")
+    everything = _split(tree, "", classes, config)
+    return from_encoded(config, classes, *divide(everything, config.test_fraction, str(tree.root)))
+
+
+def _below_single_folder(tree: Tree) -> Tree:
+    """An archive often wraps everything in one folder; a folder of one class is none of that."""
+    tops = {PurePosixPath(name).parts[0] for name in [*tree.files, *tree.folders]}
+    if len(tops) != 1 or not any(name.count("/") >= 1 for name in tree.folders):
+        return tree
+    prefix = tops.pop() + "/"
+    return Tree(
+        tree.root,
+        {name.removeprefix(prefix): blob for name, blob in tree.files.items()},
+        {name.removeprefix(prefix) for name in tree.folders if name.startswith(prefix)},
+    )
+
+
+def _classes(tree: Tree, prefix: str) -> tuple[str, ...]:
+    names = {name.removeprefix(prefix).partition("/")[0] for name in tree.folders if name.startswith(prefix)}
+    classes = tuple(sorted(name for name in names if name and not name.startswith(".")))
+    if not classes:
+        raise DataError(f"{tree.root} holds no folders of classes{' in ' + prefix if prefix else ''}.")
+    return classes
+
+
+def _split(
+    tree: Tree, prefix: str, classes: Sequence[str], config: DataConfig, like: EncodedSplit | None = None
+) -> EncodedSplit:
+    by_class: Mapping[str, list[Blob]] = {name: [] for name in classes}
+    others = 0
+    for path, blob in sorted(tree.files.items()):
+        class_name, _, rest = path.removeprefix(prefix).partition("/")
+        if not path.startswith(prefix) or class_name not in by_class or not rest:
+            continue
+        if path.lower().endswith(IMAGES):
+            by_class[class_name].append(blob)
+        else:
+            others += 1
+    if others:
+        log.info("%s: %d files that are no images by their name were left out.", tree.root, others)
+    present = classes if like is None else [name for name in classes if f"{prefix}{name}" in tree.folders]
+    for name in present:
+        if not by_class[name]:
+            raise DataError(f"{tree.root}: the class folder {prefix}{name} holds no image. Fill it or remove it.")
+    blobs = [blob for name in classes for blob in by_class[name]]
+    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
+    return encoded_split(blobs, labels, config, like)

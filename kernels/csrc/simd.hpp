@@ -1,5 +1,5 @@
-// Vectors of 64 bytes and what is computed with them. The compiler lowers them to the registers of the instruction
-// set that the including file is compiled for: four of SSE2, two of AVX2, one of AVX-512.
+// Vectors of one register of the instruction set that the including file is compiled for, and what is computed with
+// them. Wider ones would be lowered to several registers, but GCC 12 takes their comparisons apart into scalars.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,22 @@ namespace dfad::DFAD_ISA {
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
-template <class T, int bytes = 64> struct vector_of { typedef T type __attribute__((vector_size(bytes))); };
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+template <class T, int bytes = register_bytes> struct vector_of { typedef T type __attribute__((vector_size(bytes))); };
 
 using floats = vector_of<float>::type;
 using doubles = vector_of<double>::type;
 using ints = vector_of<int32_t>::type;
 using longs = vector_of<int64_t>::type;
 using words = vector_of<uint32_t>::type;
-using halfwords = vector_of<uint16_t, 32>::type;
+using halfwords = vector_of<uint16_t, register_bytes / 2>::type;
 
 // What a storage type is computed in.
 template <class Storage> struct compute { using scalar = float; using vector = floats; using mask = ints; };

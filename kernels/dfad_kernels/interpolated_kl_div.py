@@ -1,5 +1,6 @@
 """Distillation against soft labels that are interpolated between pairs of samples."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from dfad_kernels.checks import check_pair, check_positive, check_reduction
 from dfad_kernels.registration import compute_dtype, fused_loss, reduce, rows_classes_sites
+
+RESIDENT_CLASSES = 8192
+"""So many classes of a row a GPU program holds at once; rows of more are walked in chunks."""
 
 
 def _prepare(
@@ -66,7 +70,14 @@ def _check_partner(partner: Tensor, logits: Tensor) -> None:
         raise ValueError(f"partner is on {partner.device}, the logits on {logits.device}; move it with `.to(device)`.")
 
 
-@fused_loss(prepare=_prepare, differentiable=2, view=rows_classes_sites)
+def _statistics(kernels: str, student_logits: Tensor) -> tuple[int, ...]:
+    """Six numbers of each row that the Triton kernels walk in chunks; what fits is cheaper to find out again."""
+    samples, classes, *sites = student_logits.shape
+    chunked = kernels == "triton" and classes > RESIDENT_CLASSES
+    return (6, samples * math.prod(sites)) if chunked else (0,)
+
+
+@fused_loss(prepare=_prepare, differentiable=2, view=rows_classes_sites, saved=_statistics)
 def interpolated_kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -16,16 +16,25 @@ from torch import Tensor
 
 P = ParamSpec("P")
 NAMESPACE = "dfad_kernels"
+KERNELS = {"cpu": "cpp", "cuda": "triton"}
+"""Which kernels run on which type of device."""
 
 
 class Kernels(NamedTuple):
-    """How one operator is computed somewhere. Both fill the tensors that they are given first."""
+    """How one operator is computed somewhere. Both fill the tensors that they are given first.
+
+    ``saved`` is what the forward kernels leave for the backward ones, of the shape that :class:`FusedLoss` is told.
+    """
 
     forward: Callable[..., None]
-    """``(loss, *tensors and settings, scale)``; a loss without dimensions is the scaled sum, else the scaled terms."""
+    """``(loss, *arguments, scale, saved=)``; a loss without dimensions is the scaled sum, else the scaled terms."""
 
     backward: Callable[..., None]
-    """``(*gradients, loss_gradient, *tensors and settings, scale)``; a gradient that nobody needs is None."""
+    """``(*gradients, loss_gradient, *arguments, scale, saved=)``; a gradient that nobody needs is None."""
+
+
+def _nothing(kernels: str, student: Tensor) -> tuple[int, ...]:
+    return (0,)
 
 
 class FusedLoss(Generic[P]):
@@ -39,7 +48,8 @@ class FusedLoss(Generic[P]):
             it has no defaults: the dispatcher leaves out arguments that equal them.
         prepare: checks what a caller gives, and returns the operator's arguments.
         differentiable: how many of the leading tensors get a gradient.
-        view: a tensor, contiguous in the given memory format, as the kernels see it.
+        view: a dense tensor as the kernels see it.
+        saved: the shape of what the kernels of that name keep between forward and backward pass.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class FusedLoss(Generic[P]):
         prepare: Callable[P, tuple[Any, ...]],
         differentiable: int,
         view: Callable[[Tensor], Tensor],
+        saved: Callable[[str, Tensor], tuple[int, ...]],
     ) -> None:
         functools.update_wrapper(self, equation)
         self.__signature__ = inspect.signature(prepare).replace(return_annotation=Tensor)
@@ -56,10 +67,12 @@ class FusedLoss(Generic[P]):
         self._prepare = prepare
         self._differentiable = differentiable
         self._view = view
+        self._saved = saved
         self._register()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return self._forward_operator(*self._prepare(*args, **kwargs))
+        loss: Tensor = self._forward_operator(*self._prepare(*args, **kwargs))[0]
+        return loss
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """The loss by its equation, each step a PyTorch operation."""
@@ -77,36 +90,41 @@ class FusedLoss(Generic[P]):
         schema = torch.library.infer_schema(self._equation, mutates_args=())
         parameters = schema.removeprefix("(").removesuffix(") -> Tensor")
         tags = (torch.Tag.pt2_compliant_tag,)
-        torch.library.define(name, schema, tags=tags)
+        torch.library.define(name, f"({parameters}) -> (Tensor loss, Tensor saved)", tags=tags)
         torch.library.define(
-            f"{name}_backward", f"(Tensor loss_gradient, bool[] needed, {parameters}) -> Tensor[]", tags=tags
+            f"{name}_backward",
+            f"(Tensor loss_gradient, Tensor saved, bool[] needed, {parameters}) -> Tensor[]",
+            tags=tags,
         )
-        for device, kernels in (("cpu", "cpp"), ("cuda", "triton")):
+        for device, kernels in KERNELS.items():
             torch.library.impl(name, device, functools.partial(self.run_forward, kernels))
             torch.library.impl(f"{name}_backward", device, functools.partial(self.run_backward, kernels))
-        torch.library.register_fake(name, self._allocate_loss)
+        torch.library.register_fake(name, self._fake_loss)
         torch.library.register_fake(f"{name}_backward", self._allocate_gradients)
         torch.library.register_autograd(name, self._differentiate, setup_context=_save)
         torch.library.register_autograd(f"{name}_backward", self._refuse_second_derivative, setup_context=_ignore)
         self._forward_operator = getattr(torch.ops.dfad_kernels, self.__name__).default
         self._backward_operator = getattr(torch.ops.dfad_kernels, f"{self.__name__}_backward").default
 
-    def run_forward(self, kernels: str, *arguments: Any) -> Tensor:
+    def run_forward(self, kernels: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         """The operator on the kernels of that name."""
-        loss = self._allocate_loss(*arguments)
+        loss, saved = self._allocate_loss(kernels, *arguments)
         student, *_, reduction = arguments
         scale = _scale(reduction, student)
         if student.numel() == 0:
-            return loss.fill_(0 * scale)
+            return loss.fill_(0 * scale), saved
         memory_format = agreed_format(arguments[0], arguments[1])
         with _on(student.device):
             forward = self.kernels[kernels]().forward
-            forward(self._view(loss) if loss.ndim else loss, *self._views(arguments, memory_format), scale)
-        return loss
+            out = self._view(loss) if loss.ndim else loss
+            forward(out, *self._views(arguments, memory_format), scale, saved=saved)
+        return loss, saved
 
-    def run_backward(self, kernels: str, loss_gradient: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+    def run_backward(
+        self, kernels: str, loss_gradient: Tensor, saved: Tensor, needed: list[bool], *arguments: Any
+    ) -> list[Tensor]:
         """The operator's gradients on the kernels of that name."""
-        gradients = self._allocate_gradients(loss_gradient, needed, *arguments)
+        gradients = self._allocate_gradients(loss_gradient, saved, needed, *arguments)
         student, *_, reduction = arguments
         if student.numel() == 0:
             return gradients
@@ -123,7 +141,7 @@ class FusedLoss(Generic[P]):
         with _on(student.device):
             backward = self.kernels[kernels]().backward
             scale = _scale(reduction, student)
-            backward(*outputs, loss_gradient.detach(), *self._views(arguments, memory_format), scale)
+            backward(*outputs, loss_gradient.detach(), *self._views(arguments, memory_format), scale, saved=saved)
         for gradient, source in zip(gradients, written, strict=True):
             if gradient is not source:
                 gradient.copy_(source)
@@ -135,25 +153,32 @@ class FusedLoss(Generic[P]):
         pair = (self._view(x.contiguous(memory_format=memory_format)) for x in (student, teacher))
         return [*pair, *rest]
 
-    def _allocate_loss(self, *arguments: Any) -> Tensor:
-        student, *_, reduction = arguments
-        dtype = compute_dtype(student)
-        if reduction != "none":
-            return student.new_empty((), dtype=dtype)
-        return _new(student, dtype, agreed_format(arguments[0], arguments[1]))
+    def _fake_loss(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return self._allocate_loss(KERNELS[arguments[0].device.type], *arguments)
 
-    def _allocate_gradients(self, loss_gradient: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
+    def _allocate_loss(self, kernels: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        student, teacher, *_, reduction = arguments
+        dtype = compute_dtype(student)
+        saved = student.new_empty(self._saved(kernels, student), dtype=dtype)
+        if reduction == "none":
+            return _new(student, dtype, agreed_format(student, teacher)), saved
+        return student.new_empty((), dtype=dtype), saved
+
+    def _allocate_gradients(
+        self, loss_gradient: Tensor, saved: Tensor, needed: list[bool], *arguments: Any
+    ) -> list[Tensor]:
         return [
             _new(x, x.dtype, _format(x) or torch.contiguous_format)
             for x, need in zip(arguments, needed, strict=False)
             if need
         ]
 
-    def _differentiate(self, ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
+    def _differentiate(self, ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved, *tensors = ctx.saved_tensors
+        tensors = iter(tensors)
         arguments = [next(tensors) if is_tensor else x for is_tensor, x in ctx.arguments]
         needed = list(ctx.needs_input_grad[: self._differentiable])
-        gradients = iter(self._backward_operator(loss_gradient, needed, *arguments))
+        gradients = iter(self._backward_operator(loss_gradient, saved, needed, *arguments))
         rest = [None] * (len(arguments) - self._differentiable)
         return (*(next(gradients) if need else None for need in needed), *rest)
 
@@ -165,10 +190,13 @@ class FusedLoss(Generic[P]):
 
 
 def fused_loss(
-    prepare: Callable[P, tuple[Any, ...]], differentiable: int, view: Callable[[Tensor], Tensor]
+    prepare: Callable[P, tuple[Any, ...]],
+    differentiable: int,
+    view: Callable[[Tensor], Tensor],
+    saved: Callable[[str, Tensor], tuple[int, ...]] = _nothing,
 ) -> Callable[[Callable[..., Tensor]], FusedLoss[P]]:
     """A decorator that makes an equation a :class:`FusedLoss`."""
-    return lambda equation: FusedLoss(equation, prepare, differentiable, view)
+    return lambda equation: FusedLoss(equation, prepare, differentiable, view, saved)
 
 
 def kernel_name(device: torch.device | str) -> str:
@@ -249,9 +277,12 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
     ctx.arguments = [(isinstance(x, Tensor), None if isinstance(x, Tensor) else x) for x in inputs]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.save_for_backward(saved, *(x for x in inputs if isinstance(x, Tensor)))
 
 
 def _ignore(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -275,7 +306,8 @@ def _cpp_kernels(name: str) -> Kernels:
     backward = getattr(_extension(), f"{name}_backward")
     threads = torch.get_num_threads
     return Kernels(
-        lambda *arguments: forward(*arguments, threads()), lambda *arguments: backward(*arguments, threads())
+        lambda *arguments, saved: forward(*arguments, threads()),
+        lambda *arguments, saved: backward(*arguments, threads()),
     )
 
 

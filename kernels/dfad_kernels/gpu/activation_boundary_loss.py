@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+from dfad_kernels.gpu.common import compute_type
+
+BLOCK = 2048
+"""Elements that a program reads of each tensor: four 128-bit loads of float32 in each of 128 threads."""
 
 
 @triton.jit
@@ -17,83 +20,62 @@ def _violation(s, t, margin):
 
 @triton.jit
 def _forward_kernel(
-    loss_ptr, s_ptr, t_ptr, numel, margin, scale, ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    loss_ptr, s_ptr, t_ptr, numel, margin: "fp64", scale: "fp64",
+    ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    v = tl.where(inside, _violation(s, t, margin), 0.0)  # padding lanes violate by the margin
+    v = tl.where(inside, _violation(s, t, tl.full((), margin, DTYPE)), 0.0)  # padding lanes violate by the margin
     if ELEMENTWISE:
-        tl.store(loss_ptr + offsets, v * v * scale, mask=inside)
+        tl.store(loss_ptr + offsets, v * v * tl.full((), scale, DTYPE), mask=inside)
     else:
         tl.store(loss_ptr + block, tl.sum(v * v))
 
 
 @triton.jit
 def _backward_kernel(
-    ds_ptr,
-    g_ptr,
-    s_ptr,
-    t_ptr,
-    numel,
-    margin,
-    scale,
-    ELEMENTWISE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: "fp64", scale: "fp64",
+    ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    g = 2 * tl.full((), scale, DTYPE)
     if ELEMENTWISE:
-        g = tl.load(g_ptr + offsets, mask=inside, other=0.0) * scale
+        g *= tl.load(g_ptr + offsets, mask=inside, other=0.0)
     else:
-        g = tl.load(g_ptr) * scale
-    slope = 2 * _violation(s, t, margin)
-    tl.store(ds_ptr + offsets, tl.where(t > 0, -slope, slope) * g, mask=inside)
+        g *= tl.load(g_ptr)
+    v = _violation(s, t, tl.full((), margin, DTYPE))
+    tl.store(ds_ptr + offsets, tl.where(t > 0, -v, v) * g, mask=inside)
 
 
-def _dtype(tensor: Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
-
-
-def forward(loss: Tensor, student: Tensor, teacher: Tensor, margin: float, scale: float) -> None:
+def forward(loss: Tensor, student: Tensor, teacher: Tensor, margin: float, scale: float, saved: Tensor) -> None:
     """Fills the loss: see :class:`dfad_kernels.registration.Kernels`."""
-    elementwise = loss.ndim > 0
-    blocks = triton.cdiv(student.numel(), BLOCK)
-    out = loss if elementwise else loss.new_empty(blocks)
-    _forward_kernel[(blocks,)](
-        out,
-        student,
-        teacher,
-        student.numel(),
-        margin,
-        scale,
-        ELEMENTWISE=elementwise,
-        DTYPE=_dtype(student),
-        BLOCK=BLOCK,
-    )
-    if not elementwise:
+    numel = student.numel()
+    blocks = triton.cdiv(numel, BLOCK)
+    out = loss if loss.ndim else loss.new_empty(blocks)
+    settings = {"ELEMENTWISE": loss.ndim > 0, "DTYPE": compute_type(student), "BLOCK": BLOCK}
+    _forward_kernel[(blocks,)](out, student, teacher, numel, margin, scale, **settings)
+    if not loss.ndim:
         torch.sum(out, 0, out=loss).mul_(scale)
 
 
 def backward(
-    student_gradient: Tensor, loss_gradient: Tensor, student: Tensor, teacher: Tensor, margin: float, scale: float
+    student_gradient: Tensor,
+    loss_gradient: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    margin: float,
+    scale: float,
+    saved: Tensor,
 ) -> None:
     """Fills the gradient: see :class:`dfad_kernels.registration.Kernels`."""
-    _backward_kernel[(triton.cdiv(student.numel(), BLOCK),)](
-        student_gradient,
-        loss_gradient,
-        student,
-        teacher,
-        student.numel(),
-        margin,
-        scale,
-        ELEMENTWISE=loss_gradient.ndim > 0,
-        DTYPE=_dtype(student),
-        BLOCK=BLOCK,
-    )
+    numel = student.numel()
+    settings = {"ELEMENTWISE": loss_gradient.ndim > 0, "DTYPE": compute_type(student), "BLOCK": BLOCK}
+    inputs = (loss_gradient, student, teacher)
+    _backward_kernel[(triton.cdiv(numel, BLOCK),)](student_gradient, *inputs, numel, margin, scale, **settings)

@@ -1,0 +1,10 @@
+"""What the Triton modules share on the host."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+
+def compute_type(tensor: Tensor) -> tl.dtype:
+    """What a tensor is computed in."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

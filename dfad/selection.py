@@ -19,9 +19,11 @@ class AgreementBank:
     Args:
         size: images in all.
         rounds: of the whole run.
+        device: where the images are.
     """
 
-    def __init__(self, size: int, rounds: int) -> None:
+    def __init__(self, size: int, rounds: int, device: torch.device) -> None:
+        self.device = device
         slices = min(SLICES, size, max(1, rounds // 2))
         self.due_rounds = [round(rounds * (i + 1) / (2 * slices)) for i in range(slices)]
         self.slice_size = -(-size // slices)
@@ -54,7 +56,7 @@ class AgreementBank:
         """For a checkpoint."""
         return {"images": self.images, "labels": self.labels}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.images = [images.to(device) for images in state["images"]]
-        self.labels = [labels.to(device) for labels in state["labels"]]
+        self.images = [images.to(self.device) for images in state["images"]]
+        self.labels = [labels.to(self.device) for labels in state["labels"]]

@@ -127,7 +127,7 @@ class Distiller:
         self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank")}
         for offset, generator_ in enumerate(self.rng.values()):
             generator_.manual_seed(config.seed + offset * 2**32)
-        self.bank = AgreementBank(config.selection.bank_size, method.rounds)
+        self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = 0
         self.best: dict[str, Any] = {}
         """Round, metrics and weights of the student that agreed best with the teacher on the bank."""

@@ -10,7 +10,7 @@ from dfad.errors import ModelError
 class Generator(nn.Module):
     """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
 
-    The last BatchNorm has no parameters: images come out with mean 0 and variance 1 per channel, the space of
+    Convolutions before a BatchNorm go without a bias, which it would take away again. The last one has no parameters: images come out with mean 0 and variance 1 per channel, the space of
     normalised images that the teacher was trained in.
 
     Args:
@@ -37,9 +37,9 @@ class Generator(nn.Module):
         self.projected_shape = (height // 4, image_width // 4, 2 * width)
         self.projection = nn.Linear(noise_dim, height // 4 * (image_width // 4) * 2 * width)
         self.bn0 = nn.BatchNorm2d(2 * width)
-        self.conv1 = nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(2 * width)
-        self.conv2 = nn.Conv2d(2 * width, width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(2 * width, width, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, channels, kernel_size=3, padding=1)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)

@@ -1,0 +1,80 @@
+"""Small networks and settings that the tests share."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfad import models
+from dfad.config import (
+    ActivationConfig,
+    DistillConfig,
+    GeneratorConfig,
+    InterpolationConfig,
+    MethodConfig,
+    RecordingConfig,
+    RegularizerConfig,
+    SelectionConfig,
+)
+
+IMAGE_SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that what nobody wrote is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data and trained networks: ``$DFAD_DATA``, or ``shared/data`` beside the checkout."""
+    folder = Path(os.environ.get("DFAD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the development data are not in {folder}; set DFAD_DATA")
+    return folder
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    """A small network whose BatchNorms have seen data, in train mode to see whether anyone minds."""
+    torch.manual_seed(1)
+    network = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.randn(32, *IMAGE_SHAPE))
+    return network
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    """Narrower than the teacher, so that its taps need connectors."""
+    torch.manual_seed(2)
+    return models.convnet(channels=(4, 8), num_classes=4, in_channels=1)
+
+
+@pytest.fixture
+def config() -> DistillConfig:
+    """A whole run in a second, every part of the method in use."""
+    return DistillConfig(
+        device="cpu",
+        generator=GeneratorConfig(noise_dim=8, width=4),
+        method=MethodConfig(
+            rounds=6,
+            student_steps=2,
+            batch_size=16,
+            activation=ActivationConfig(weight=0.1, generator_weight=0.05),
+            interpolation=InterpolationConfig(weight=0.5),
+            regularizers=RegularizerConfig(batchnorm=0.1, one_hot=0.2, diversity=0.3),
+        ),
+        selection=SelectionConfig(bank_size=32, every=2),
+        recording=RecordingConfig(log_every=2, checkpoint_every=2),
+    )
+
+
+def with_method(config: DistillConfig, **changes) -> DistillConfig:
+    """A configuration with other settings of the method."""
+    return replace(config, method=replace(config.method, **changes))

@@ -48,6 +48,11 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(newest, lambda file: torch.save(state, file))
 
 
+def exists(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint."""
+    return (folder / NAME).exists()
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """The newest readable checkpoint, on the CPU; None where the run was stopped before its first.
 

@@ -237,10 +237,9 @@ class OptimizerConfig:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         for i, beta in enumerate(self.betas):
             _require(0 <= beta < 1, f"betas[{i}]", beta, "in [0, 1)")
-        _require(
-            all(0 < milestone < 1 for milestone in self.milestones) and list(self.milestones) == sorted(self.milestones),
-            "milestones", self.milestones, "increasing fractions between 0 and 1",
-        )  # fmt: skip
+        increasing = sorted(self.milestones) == list(self.milestones)
+        inside = all(0 < milestone < 1 for milestone in self.milestones)
+        _require(increasing and inside, "milestones", self.milestones, "increasing fractions between 0 and 1")
 
     def factor(self, progress: float) -> float:
         """What the learning rate is multiplied by when a fraction ``progress`` of the rounds is done."""

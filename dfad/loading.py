@@ -61,7 +61,7 @@ def resolve(factory: str) -> Callable[..., Any]:
                 f"There is no network {factory!r} in dfad.models.{nearest(factory, models.__all__)} "
                 f"There are: {', '.join(models.__all__)}. Your own is named package.module:callable."
             )
-        return getattr(models, factory)  # type: ignore[no-any-return]
+        return getattr(models, factory)
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way while it is imported
@@ -75,7 +75,7 @@ def resolve(factory: str) -> Callable[..., Any]:
         found = getattr(found, name)
     if not callable(found):
         raise ModelError(f"The factory {factory} is a {type(found).__name__}; it must be callable.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -96,8 +96,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"The checkpoint {path} is a pickle that holds more than tensors, or is damaged, and was not loaded: running "
-            "its code would not be safe. Where you trust it, save its state dict alone: "
+            f"The checkpoint {path} is a pickle that holds more than tensors, or is damaged, and was not loaded: "
+            "running its code would not be safe. Where you trust it, save its state dict alone: "
             f"torch.save(network.state_dict(), file). Details: {_first_line(error)}"
         ) from None
     except (
@@ -110,8 +110,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         OSError,
     ) as error:
         raise ModelError(
-            f"The checkpoint {path} ({path.stat().st_size} bytes) cannot be read; it is truncated or of another format: "
-            f"{_first_line(error)}. Needed is a safetensors file or a state dict written by torch.save."
+            f"The checkpoint {path} ({path.stat().st_size} bytes) cannot be read; it is truncated or of another "
+            f"format: {_first_line(error)}. Needed is a safetensors file or a state dict written by torch.save."
         ) from None
     for key in STATE_DICT_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -104,8 +104,8 @@ class Recorder:
             self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
         self._progress = (
             Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(), console=console,
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"), TimeRemainingColumn(), console=console,
             )
             if console.is_terminal and log.isEnabledFor(logging.INFO)
             else None

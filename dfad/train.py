@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class Train(cli.Command):
     """Distil a small network from a trained one without any data.
 
-    Exit codes: 0 done; 2 option or configuration; 3 teacher, student or checkpoint; 4 run folder; 5 losses became NaN or
-    infinite; 6 evaluation data; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+    Exit codes: 0 done; 2 option or configuration; 3 teacher, student or checkpoint; 4 run folder; 5 losses became NaN
+    or infinite; 6 evaluation data; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
     """
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
@@ -95,8 +95,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         checkpoint = cached_teacher(config.recipe)
     if checkpoint is None:
         raise ModelError(
-            "There is no trained teacher. Give --teacher.checkpoint FILE, with --teacher.factory package.module:callable "
-            "where the file was not written by this project, or --teacher.recipe NAME."
+            "There is no trained teacher. Give --teacher.checkpoint FILE, with --teacher.factory "
+            "package.module:callable where the file was not written by this project, or --teacher.recipe NAME."
         )
     if config.factory:
         network = build(config.factory, config.kwargs, config.taps)

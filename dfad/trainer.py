@@ -95,8 +95,8 @@ class Distiller:
         student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
         if method.regularizers.batchnorm and not has_batchnorm(teacher):
             raise ModelError(
-                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has no "
-                "BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
+                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
+                "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
             )
 
         with torch.random.fork_rng(devices=[]):
@@ -308,7 +308,7 @@ class Distiller:
         metrics = buffer.read()
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
-            kept = f" The last good checkpoint is kept in {folder}." if folder else ""
+            kept = f" The last good checkpoint is kept in {folder}." if folder and checkpoint.exists(folder) else ""
             raise DivergenceError(
                 f"{', '.join(broken)} became NaN or infinite by round {self.round_index}.{kept} Lower the learning "
                 "rates (--optimizer.student.lr, --optimizer.generator.lr) or the weights of the loss."

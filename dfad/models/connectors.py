@@ -23,8 +23,8 @@ class Connectors(nn.Module):
         sizes = [[tuple(tap.shape[1:]) for tap in taps] for taps in (student_taps, teacher_taps)]
         if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ModelError(
-                f"The activation regularizer pairs the student's taps {sizes[0]} with the teacher's {sizes[1]}: both need "
-                "the same number, at least one. Name them with --student.taps and --teacher.taps, or set "
+                f"The activation regularizer pairs the student's taps {sizes[0]} with the teacher's {sizes[1]}: both "
+                "need the same number, at least one. Name them with --student.taps and --teacher.taps, or set "
                 "--method.activation.weight 0."
             )
         for stage, (student, teacher) in enumerate(zip(*sizes, strict=True)):

@@ -10,8 +10,9 @@ from dfad.errors import ModelError
 class Generator(nn.Module):
     """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
 
-    Convolutions before a BatchNorm go without a bias, which it would take away again. The last one has no parameters: images come out with mean 0 and variance 1 per channel, the space of
-    normalised images that the teacher was trained in.
+    The last BatchNorm has no parameters: images come out with mean 0 and variance 1 per channel, the space of
+    normalised images that the teacher was trained in. Where a BatchNorm follows a convolution, that has no bias,
+    which would be taken away again.
 
     Args:
         image_shape: ``(channels, height, width)`` of the images; height and width divisible by 4.

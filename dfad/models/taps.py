@@ -80,7 +80,7 @@ class _RecordingBatchNorm(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         self.features = features
-        return self.norm(features)  # type: ignore[no-any-return]
+        return self.norm(features)
 
 
 class BatchNormTaps(nn.Module):

@@ -88,17 +88,22 @@ class Recorder:
         folder: the run's; without one, metrics go to the terminal and :attr:`history` alone.
         rounds: of the whole run.
         start: rounds done before (a resumed run); later records of an interrupted run are dropped.
+        task: what is going on, for the terminal.
+        unit: name of a round in records and log lines.
     """
 
-    def __init__(self, folder: Path | None, rounds: int, start: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None, rounds: int, start: int = 0, *, task: str = "Distilling", unit: str = "round"
+    ) -> None:
         self.rounds = rounds
+        self.unit = unit
         self.history: list[dict[str, float]] = []
         self._file = self._events = None
         if folder is not None:
             # imported late: it takes a second, and a run without a folder does not need it
             from torch.utils.tensorboard import SummaryWriter
 
-            self.history = _records_until(folder / METRICS, start)
+            self.history = _records_until(folder / METRICS, start, unit)
             _rewrite(folder / METRICS, self.history)
             self._file = (folder / METRICS).open("a", encoding="utf-8")
             self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
@@ -111,7 +116,7 @@ class Recorder:
             else None
         )  # fmt: skip
         if self._progress:
-            self._task = self._progress.add_task("Distilling", total=rounds, completed=start, status="")
+            self._task = self._progress.add_task(task, total=rounds, completed=start, status="")
 
     def __enter__(self) -> "Recorder":
         if self._progress:
@@ -130,7 +135,7 @@ class Recorder:
 
     def write(self, round_index: int, metrics: Metrics) -> None:
         """Record metrics of the moment after so many rounds."""
-        record = {"round": round_index, **metrics}
+        record = {self.unit: round_index, **metrics}
         self.history.append(record)
         if self._file:
             self._file.write(json.dumps(record) + "\n")
@@ -142,16 +147,16 @@ class Recorder:
         if self._progress:
             self._progress.update(self._task, completed=round_index, status=status)
         else:
-            log.info("Round %d/%d  %s", round_index, self.rounds, status)
+            log.info("%s %d/%d  %s", self.unit.capitalize(), round_index, self.rounds, status)
 
 
 def _status(metrics: Metrics) -> str:
-    shown = ("rounds_per_second", "student_loss", "generator_loss", "agreement", "accuracy")
+    shown = ("rounds_per_second", "student_loss", "generator_loss", "loss", "agreement", "accuracy")
     names = {"rounds_per_second": "rounds/s", "student_loss": "student", "generator_loss": "generator"}
     return "  ".join(f"{names.get(name, name)} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 
-def _records_until(path: Path, last_round: int) -> list[dict[str, Any]]:
+def _records_until(path: Path, last_round: int, unit: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
@@ -160,7 +165,7 @@ def _records_until(path: Path, last_round: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:  # a kill may have cut the last line
             break
-        if record["round"] <= last_round:
+        if record[unit] <= last_round:
             records.append(record)
     return records
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dfad.cli import to_tree
 from dfad.data import Dataset, batch_source, shuffled
 from dfad.engine import Engine, choose_device
-from dfad.errors import DivergenceError, ModelError
-from dfad.evaluation import predict
+from dfad.errors import ConfigurationError, DivergenceError, ModelError
+from dfad.evaluation import predict, top_k_accuracy
 from dfad.loading import as_outputs, build, dry_forward, resolve
 from dfad.recipes import Recipe
 
@@ -54,23 +55,29 @@ class SupervisedTrainer:
         self.train_source = batch_source(dataset, dataset.train, backend, self.device)
         self.test_source = batch_source(dataset, dataset.test, backend, self.device)
         self.steps_per_epoch = len(dataset.train) // recipe.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigurationError(
+                f"batch_size is {recipe.batch_size}, but {dataset.name} has only {len(dataset.train)} train images. Give "
+                "a smaller --batch_size."
+            )
         self.epoch = 0
-        self.images = torch.empty(recipe.batch_size, *dataset.image_shape, device=self.device)
+        layout = torch.channels_last if self.engine.channels_last else torch.contiguous_format
+        self.images = torch.empty(recipe.batch_size, *dataset.image_shape, device=self.device, memory_format=layout)
         """Where every step finds its batch: one address, so that a step can be captured as a CUDA graph."""
         self.labels = torch.empty(recipe.batch_size, dtype=torch.int64, device=self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        decayed = [p for p in self.network.parameters() if p.ndim > 1]
-        free = [p for p in self.network.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": self.recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        parameters = list(self.network.parameters())
         groups = [
-            # a float would be baked into a captured graph
-            {**group, "lr": torch.tensor(self.recipe.lr, device=self.device)}
-            for group in groups
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.SGD(
-            groups, lr=self.recipe.lr, momentum=self.recipe.momentum, nesterov=self.recipe.momentum > 0, fused=True
-        )
+        for group in groups:
+            # a float would be baked into a captured graph
+            group["lr"] = torch.tensor(self.recipe.lr, device=self.device)
+        momentum = self.recipe.momentum
+        fused = self.engine.fused_optimizers
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
     def step(self) -> Mapping[str, Tensor]:
         """One step on the batch at hand."""
@@ -93,17 +100,19 @@ class SupervisedTrainer:
         self.network.train()
         total = torch.zeros((), device=self.device)
         batches = self.train_source.batches(plan, recipe.batch_size, drop_last=True)
-        for index, (images, labels) in enumerate(batches):
-            progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
-            self.engine.set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            total += self.engine.run(self.step)["loss"]
-            if self.average is not None:
-                self.average.update_parameters(self.network)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(recipe.seed + self.epoch)  # for networks with dropout: a resumed run draws the same
+            for index, (images, labels) in enumerate(batches):
+                progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
+                self.engine.set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
+                self.images.copy_(images)
+                self.labels.copy_(labels)
+                total += self.engine.run(self.step)["loss"]
+                if self.average is not None:
+                    self.average.update_parameters(self.network)
         self.epoch += 1
         loss = total.item() / self.steps_per_epoch
-        if not loss < float("inf"):
+        if not math.isfinite(loss):
             raise DivergenceError(f"The loss became {loss} in epoch {self.epoch}. Lower --lr, now {recipe.lr}.")
         return loss
 
@@ -114,8 +123,7 @@ class SupervisedTrainer:
 
     def accuracy(self) -> float:
         """On the test split."""
-        logits, labels = predict(self.result, self.test_source, len(self.dataset.test))
-        return (logits.argmax(dim=1) == labels).double().mean().item()
+        return top_k_accuracy(*predict(self.result, self.test_source, len(self.dataset.test)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""

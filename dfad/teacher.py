@@ -5,16 +5,104 @@ import hashlib
 import json
 import logging
 import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from dfad.cli import to_tree
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dfad import checkpoint, cli
+from dfad.cli import SETTINGS_FILE, to_tree, to_yaml
 from dfad.data import open_dataset
-from dfad.errors import ConfigurationError, nearest
+from dfad.errors import ConfigurationError, Interrupted, nearest
 from dfad.export import save_model
-from dfad.recipes import RECIPES
+from dfad.interruption import stop_requests
+from dfad.recipes import RECIPES, Recipe
+from dfad.recorder import Recorder, check_folder, create_folder
 from dfad.supervised import SupervisedTrainer
+from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
+
+MODEL_FILE = "teacher.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teach(cli.Command):
+    """Train a network on labelled images: SGD with Nesterov momentum.
+
+    Exit codes: 0 done; 2 option or configuration; 3 network; 4 run folder; 5 the loss became NaN or infinite; 6 data;
+    130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+    """
+
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
+
+    run_dir: Path | None = None
+    """Folder of the run; runs/teacher-PRESET-TIME where not given."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    command = cli.parse(Teach(preset="digits"), RECIPES, arguments)
+    configure_logging()
+    recipe = command.settings
+    if command.resume:
+        run_dir = command.resume
+    else:
+        run_dir = command.run_dir or Path("runs") / time.strftime(f"teacher-{command.preset}-%Y%m%d-%H%M%S")
+        check_folder(run_dir, overwrite=command.overwrite)  # before data are read for nothing
+    trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
+    if command.resume:
+        state = checkpoint.load(run_dir)
+        if state is not None:
+            trainer.load_state_dict(state)
+    else:
+        create_folder(run_dir, overwrite=command.overwrite)
+        (run_dir / SETTINGS_FILE).write_text(to_yaml(recipe), encoding="utf-8")
+    started = time.perf_counter()
+    accuracy = train(trainer, run_dir)
+    save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
+
+    table = Table("data", "network", "parameters", "accuracy", "seconds")
+    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    seconds = time.perf_counter() - started
+    table.add_row(trainer.dataset.name, recipe.network.factory, f"{parameters:,}", f"{accuracy:.4f}", f"{seconds:.1f}")
+    Console().print(table)
+    log.info("The teacher is in %s.", run_dir / MODEL_FILE)
+
+
+def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
+    """Run all epochs; returns the accuracy on the test split at the end.
+
+    Args:
+        trainer: may have some epochs behind it.
+        folder: for metrics and, after every epoch, a checkpoint; nothing is written without one.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, when the checkpoint of the epoch is written.
+        DivergenceError: if the loss becomes NaN or infinite.
+    """
+    epochs, every = trainer.recipe.epochs, trainer.recipe.evaluate_every
+    accuracy = None
+    with (
+        stop_requests() as stop,
+        Recorder(folder, epochs, trainer.epoch, task="Training the teacher", unit="epoch") as recorder,
+    ):
+        while trainer.epoch < epochs:
+            metrics = {"loss": trainer.train_epoch()}
+            if trainer.epoch % every == 0 or trainer.epoch == epochs:
+                metrics["accuracy"] = accuracy = trainer.accuracy()
+            recorder.write(trainer.epoch, metrics)
+            if folder is not None:
+                checkpoint.save(folder, trainer.state_dict())
+            if stop.requested:
+                where = f" Continue with --resume {folder}." if folder else ""
+                raise Interrupted(f"Stopped after epoch {trainer.epoch} of {epochs}.{where}", stop.signal_number)
+    return trainer.accuracy() if accuracy is None else accuracy
 
 
 def cache_folder() -> Path:
@@ -32,6 +120,7 @@ def cached_teacher(name: str) -> Path:
 
     Raises:
         ConfigurationError: if there is no such recipe.
+        DataError: if its data set needs files.
     """
     if name not in RECIPES:
         raise ConfigurationError(
@@ -46,9 +135,10 @@ def cached_teacher(name: str) -> Path:
         if not path.exists():
             log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)
             trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
-            for _ in range(recipe.epochs):
-                trainer.train_epoch()
-            accuracy = trainer.accuracy()
-            log.info("Its accuracy on the test images: %.4f.", accuracy)
+            accuracy = train(trainer, folder=None)
             save_model(path, trainer.result.state_dict(), trainer.manifest(accuracy))
     return path
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,263 @@
+"""``python -m dfad.evaluate``: measure a network on real data, alone and beside a teacher."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dfad import cli
+from dfad.checkpoint import write_atomically
+from dfad.cli import Action, Keywords
+from dfad.data import DataConfig, Dataset, batch_source, open_dataset
+from dfad.engine import choose_device
+from dfad.errors import ConfigurationError, ModelError
+from dfad.evaluation import (
+    agreement,
+    confusion_matrix,
+    expected_calibration_error,
+    predict,
+    teacher_divergence,
+    top_k_accuracy,
+)
+from dfad.export import load_model
+from dfad.loading import build, load_weights
+from dfad.terminal import configure_logging
+
+log = logging.getLogger(__name__)
+
+JSON_FILE, PICTURE_FILE = "evaluation.json", "confusion.png"
+
+OF_MODEL = "of-model"
+"""Name of a data set: the one that the model's file names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a network on real data, alone and beside a teacher.
+
+    Exit codes: 0 done; 2 option; 3 model; 6 data.
+    """
+
+    model: Path
+    """Its weights; a file that this project wrote tells the rest."""
+
+    factory: str | None = None
+    """Callable that builds it, where its file does not tell: package.module:callable, or a bare name of dfad.models."""
+
+    kwargs: Keywords = field(default_factory=dict)
+    """Keyword arguments of the factory."""
+
+    mean: tuple[float, ...] = ()
+    """Mean per channel that its images are normalised with (pixels in 0–1); else the file's, else the data set's."""
+
+    std: tuple[float, ...] = ()
+    """Standard deviation likewise."""
+
+    teacher: Path | None = None
+    """A file that this project wrote, to compare with."""
+
+    data: DataConfig = DataConfig(name=OF_MODEL)
+
+    split: Literal["train", "test"] = "test"
+    """Which images."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+
+    output: Path | None = None
+    """Folder for evaluation.json and confusion.png; neither is written without one."""
+
+    json: Action = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} must be given together, one value per channel")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    command = tyro.cli(Evaluate, args=arguments, use_underscores=True)
+    configure_logging()
+    device = choose_device(command.device)
+    network, manifest = _load(command)
+    dataset = open_dataset(_data_config(command, manifest))
+    recorded = manifest.get("data", {}).get("fingerprint")
+    if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
+        log.warning("These are not the data that the model was trained on: their fingerprints differ.")
+    logits, labels = _predictions(command, network, _normalised(dataset, command, manifest), device)
+    teacher_logits = None
+    if command.teacher is not None:
+        teacher, teacher_manifest = load_model(command.teacher)
+        teacher_data = _normalised(dataset, command, teacher_manifest)
+        teacher_logits, _ = _predictions(command, teacher, teacher_data, device)
+    figures = measure(logits, labels, dataset.classes, teacher_logits)
+    about = {
+        "model": str(command.model),
+        "data": dataset.name,
+        "split": command.split,
+        "fingerprint": dataset.fingerprint,
+        "images": len(labels),
+        "skipped": list(dataset.skipped),
+    }
+    text = json.dumps({**about, **figures}, indent=2, ensure_ascii=False)
+    if command.output is not None:
+        command.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(command.output / JSON_FILE, lambda file: file.write(text.encode()))
+        picture = confusion_figure(torch.tensor(figures["confusion"]), dataset.classes)
+        write_atomically(command.output / PICTURE_FILE, lambda file: picture.savefig(file, format="png", dpi=110))
+    if command.json:
+        print(text)
+    else:
+        Console().print(summary_table(about, figures))
+        Console().print(class_table(figures))
+
+
+def _load(command: Evaluate) -> tuple[nn.Module, Mapping[str, Any]]:
+    if command.factory is None:
+        return load_model(command.model)
+    network = build(command.factory, command.kwargs)
+    load_weights(network, command.model)
+    return network, {}
+
+
+def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
+    if command.data.name != OF_MODEL:
+        return command.data
+    recorded = manifest.get("recipe", {}).get("data")
+    if recorded is None:
+        raise ConfigurationError(
+            f"{command.model} does not tell which data it was trained on. Give --data.name and, for data sets "
+            "in files, --data.root."
+        )
+    named = cli.override(DataConfig(), recorded, source=str(command.model))
+    given = {
+        spec.name: getattr(command.data, spec.name)
+        for spec in dataclasses.fields(DataConfig)
+        if spec.name != "name" and getattr(command.data, spec.name) != spec.default
+    }
+    return dataclasses.replace(named, **given)
+
+
+def _normalised(dataset: Dataset, command: Evaluate, manifest: Mapping[str, Any]) -> Dataset:
+    """The data set as a network wants it: by the options, else by its file, else by the data set's own figures."""
+    mean = command.mean or tuple(manifest.get("mean", ())) or dataset.mean
+    std = command.std or tuple(manifest.get("std", ())) or dataset.std
+    if len(mean) != dataset.image_shape[0]:
+        raise ModelError(
+            f"The model's images have {len(mean)} channels, those of {dataset.name} {dataset.image_shape[0]}. Choose "
+            "other data, or give --mean and --std with one value per channel."
+        )
+    return dataclasses.replace(dataset, mean=mean, std=std)
+
+
+def _predictions(
+    command: Evaluate, network: nn.Module, dataset: Dataset, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    split = getattr(dataset, command.split)
+    source = batch_source(dataset, split, command.data.backend, device)
+    try:
+        logits, labels = predict(network.to(device), source, len(split))
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
+            f"{dataset.image_shape}: {error}. Choose other data, or --data.image_size for image files."
+        ) from error
+    if logits.shape[1] != len(dataset.classes):
+        raise ModelError(
+            f"{type(network).__name__} tells {logits.shape[1]} classes apart, {dataset.name} has "
+            f"{len(dataset.classes)}. Choose the data that it was trained for."
+        )
+    return logits, labels
+
+
+def measure(
+    logits: Tensor, labels: Tensor, classes: Sequence[str], teacher_logits: Tensor | None = None
+) -> dict[str, Any]:
+    """All figures, as JSON values.
+
+    Args:
+        logits: ``(B, classes)``.
+        labels: ``(B,)``.
+        classes: their names.
+        teacher_logits: of the same images.
+    """
+    confusion = confusion_matrix(logits, labels)
+    counts = confusion.sum(dim=1)
+    figures: dict[str, Any] = {"top1": top_k_accuracy(logits, labels)}
+    if len(classes) > 5:
+        figures["top5"] = top_k_accuracy(logits, labels, k=5)
+    figures["expected_calibration_error"] = expected_calibration_error(logits, labels)
+    if teacher_logits is not None:
+        figures["teacher"] = {
+            "top1": top_k_accuracy(teacher_logits, labels),
+            "agreement": agreement(logits, teacher_logits),
+            "kl_divergence": teacher_divergence(logits, teacher_logits),
+        }
+    figures["per_class"] = {
+        name: {"images": int(count), "accuracy": int(right) / int(count) if count else None}
+        for name, count, right in zip(classes, counts, confusion.diagonal(), strict=True)
+    }
+    return {**figures, "confusion": confusion.tolist()}
+
+
+def summary_table(about: Mapping[str, Any], figures: Mapping[str, Any]) -> Table:
+    """The figures over all classes."""
+    table = Table(
+        "", "value", title=f"{about['model']} on {about['data']} ({about['split']}, {about['images']} images)"
+    )
+    table.add_row("top-1 accuracy", f"{figures['top1']:.4f}")
+    if "top5" in figures:
+        table.add_row("top-5 accuracy", f"{figures['top5']:.4f}")
+    table.add_row("expected calibration error", f"{figures['expected_calibration_error']:.4f}")
+    if "teacher" in figures:
+        teacher = figures["teacher"]
+        table.add_row("teacher's top-1 accuracy", f"{teacher['top1']:.4f}")
+        table.add_row("agreement with the teacher", f"{teacher['agreement']:.4f}")
+        table.add_row("KL(teacher ‖ student), nats", f"{teacher['kl_divergence']:.4f}")
+    if about["skipped"]:
+        table.add_row("corrupt files skipped", str(len(about["skipped"])))
+    return table
+
+
+def class_table(figures: Mapping[str, Any]) -> Table:
+    """The figures of each class."""
+    table = Table("class", "images", "accuracy")
+    for name, row in figures["per_class"].items():
+        table.add_row(name, str(row["images"]), "–" if row["accuracy"] is None else f"{row['accuracy']:.4f}")
+    return table
+
+
+def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """The confusion matrix as a picture, each row in parts of its class."""
+    shares = confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
+    side = max(4.0, min(16.0, 0.45 * len(classes) + 2))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="taken for", ylabel="class", title="Confusion, in parts of the class")
+    if len(classes) <= 30:  # more numbers than that cannot be read
+        places = range(len(classes))
+        axes.set_xticks(places, classes, rotation=90)
+        axes.set_yticks(places, classes)
+        for row in places:
+            for column in places:
+                if confusion[row, column]:
+                    shade = "white" if shares[row, column] > 0.5 else "black"
+                    text = str(int(confusion[row, column]))
+                    axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    cli.run(main)

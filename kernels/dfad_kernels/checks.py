@@ -35,7 +35,7 @@ def check_pair(student: Tensor, teacher: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raises unless the value is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"{name} is {value}; it must be a finite number above 0.")
 
 

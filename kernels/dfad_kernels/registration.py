@@ -64,26 +64,21 @@ class FusedLoss(Generic[P]):
         self.__signature__ = inspect.signature(prepare).replace(return_annotation=Tensor)
         self.__name__: str = equation.__name__
         self._equation = equation
-        self._prepare = prepare
+        self.prepare = prepare
         self._differentiable = differentiable
         self._view = view
         self._saved = saved
         self._register()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        loss: Tensor = self._forward_operator(*self._prepare(*args, **kwargs))[0]
+        loss: Tensor = self._forward_operator(*self.prepare(*args, **kwargs))[0]
         return loss
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """The loss by its equation, each step a PyTorch operation."""
-        arguments = self._prepare(*args, **kwargs)
+        arguments = self.prepare(*args, **kwargs)
         dtype = compute_dtype(arguments[0])
         return self._equation(*(x.to(dtype) if _is_floating(x) else x for x in arguments))
-
-    @functools.cached_property
-    def kernels(self) -> dict[str, Callable[[], Kernels]]:
-        """By name, how to load the kernels; loading raises where they cannot run."""
-        return {"cpp": lambda: _cpp_kernels(self.__name__), "triton": lambda: _triton_kernels(self.__name__)}
 
     def _register(self) -> None:
         name = f"{NAMESPACE}::{self.__name__}"
@@ -103,6 +98,7 @@ class FusedLoss(Generic[P]):
         torch.library.register_fake(f"{name}_backward", self._allocate_gradients)
         torch.library.register_autograd(name, self._differentiate, setup_context=_save)
         torch.library.register_autograd(f"{name}_backward", self._refuse_second_derivative, setup_context=_ignore)
+        torch.library.register_vmap(name, self._refuse_vmap)
         self._forward_operator = getattr(torch.ops.dfad_kernels, self.__name__).default
         self._backward_operator = getattr(torch.ops.dfad_kernels, f"{self.__name__}_backward").default
 
@@ -115,7 +111,7 @@ class FusedLoss(Generic[P]):
             return loss.fill_(0 * scale), saved
         memory_format = agreed_format(arguments[0], arguments[1])
         with _on(student.device):
-            forward = self.kernels[kernels]().forward
+            forward = load_kernels(kernels, self.__name__).forward
             out = self._view(loss) if loss.ndim else loss
             forward(out, *self._views(arguments, memory_format), scale, saved=saved)
         return loss, saved
@@ -139,7 +135,7 @@ class FusedLoss(Generic[P]):
         if loss_gradient.ndim:
             loss_gradient = self._view(loss_gradient.detach().contiguous(memory_format=memory_format))
         with _on(student.device):
-            backward = self.kernels[kernels]().backward
+            backward = load_kernels(kernels, self.__name__).backward
             scale = _scale(reduction, student)
             backward(*outputs, loss_gradient.detach(), *self._views(arguments, memory_format), scale, saved=saved)
         for gradient, source in zip(gradients, written, strict=True):
@@ -182,10 +178,16 @@ class FusedLoss(Generic[P]):
         rest = [None] * (len(arguments) - self._differentiable)
         return (*(next(gradients) if need else None for need in needed), *rest)
 
+    def _refuse_vmap(self, *_: Any) -> None:
+        raise RuntimeError(
+            f"{self.__name__} cannot be mapped by torch.vmap: it is a loss over a whole batch already. "
+            f"Map {self.__name__}.reference instead."
+        )
+
     def _refuse_second_derivative(self, ctx: Any, *_: Any) -> None:
         raise RuntimeError(
             f"{self.__name__} has no second derivative. Use {self.__name__}.reference, which PyTorch "
-            "can differentiate any number of times."
+            "differentiates any number of times."
         )
 
 
@@ -206,15 +208,36 @@ def kernel_name(device: torch.device | str) -> str:
         RuntimeError: if those kernels are missing there, or there are none for such a device.
     """
     kind = torch.device(device).type
-    if kind == "cpu":
-        _extension()
-        return "cpp"
-    if kind == "cuda":
-        _triton_kernels("activation_boundary_loss")
-        return "triton"
-    raise RuntimeError(
-        f"There are no fused kernels for the device {kind!r}, only for 'cpu' and 'cuda'; "
-        "use the reference there (fused=False, --no-fused)."
+    if kind not in KERNELS:
+        raise RuntimeError(
+            f"There are no fused kernels for the device {kind!r}, only for {' and '.join(KERNELS)}; "
+            "use the reference there (fused=False, --no-fused)."
+        )
+    load_kernels(KERNELS[kind], "activation_boundary_loss")
+    return KERNELS[kind]
+
+
+def instruction_sets() -> list[str]:
+    """Those that the C++ kernels were compiled for and this processor runs; the last one is used."""
+    return list(_extension().isa)
+
+
+@functools.cache
+def load_kernels(kernels: str, operator: str) -> Kernels:
+    """The kernels of an operator: ``triton``, ``cpp``, or ``cpp.`` and one of :func:`instruction_sets`.
+
+    Raises:
+        RuntimeError: if they cannot be loaded.
+    """
+    if kernels == "triton":
+        return _triton_kernels(operator)
+    _, _, instruction_set = kernels.partition(".")
+    module = getattr(_extension(), instruction_set or instruction_sets()[-1])
+    forward, backward = getattr(module, f"{operator}_forward"), getattr(module, f"{operator}_backward")
+    threads = torch.get_num_threads
+    return Kernels(
+        lambda *arguments, saved: forward(*arguments, threads()),
+        lambda *arguments, saved: backward(*arguments, threads()),
     )
 
 
@@ -289,32 +312,19 @@ def _ignore(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     pass
 
 
-@functools.cache
 def _extension() -> Any:
     try:
-        cpu = importlib.import_module("dfad_kernels._cpu")
+        return importlib.import_module("dfad_kernels._cpu")
     except ImportError as error:
         raise RuntimeError(
             f"The C++ kernels cannot be loaded: {error}. Install the project with a C++ compiler at hand "
             "(`pip install -e .`), or use the reference (fused=False, --no-fused)."
         ) from error
-    return getattr(cpu, cpu.isa[-1])
 
 
-def _cpp_kernels(name: str) -> Kernels:
-    forward = getattr(_extension(), f"{name}_forward")
-    backward = getattr(_extension(), f"{name}_backward")
-    threads = torch.get_num_threads
-    return Kernels(
-        lambda *arguments, saved: forward(*arguments, threads()),
-        lambda *arguments, saved: backward(*arguments, threads()),
-    )
-
-
-@functools.cache
-def _triton_kernels(name: str) -> Kernels:
+def _triton_kernels(operator: str) -> Kernels:
     try:
-        module = importlib.import_module(f"dfad_kernels.gpu.{name}")
+        module = importlib.import_module(f"dfad_kernels.gpu.{operator}")
     except ImportError as error:
         raise RuntimeError(
             f"The Triton kernels cannot be loaded: {error}. Install triton 3.6 or newer (`pip install triton`), "

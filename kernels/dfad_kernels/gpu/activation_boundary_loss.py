@@ -20,7 +20,7 @@ def _violation(s, t, margin):
 
 @triton.jit
 def _forward_kernel(
-    loss_ptr, s_ptr, t_ptr, numel, margin: "fp64", scale: "fp64",
+    loss_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -37,7 +37,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: "fp64", scale: "fp64",
+    ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)

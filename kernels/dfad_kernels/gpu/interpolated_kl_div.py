@@ -134,7 +134,7 @@ def _times(probability, value):
 @triton.jit
 def _forward_kernel(
     loss_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, samples, classes, sites, w_stride,
-    temperature: "fp64", scale: "fp64",
+    temperature: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _forward_kernel(
 @triton.jit
 def _forward_chunked_kernel(
     loss_ptr, saved_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, samples, classes, sites, w_stride,
-    temperature: "fp64", scale: "fp64",
+    temperature: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +219,7 @@ def _student_gradient(p, label, g, total):
 @triton.jit
 def _backward_kernel(
     ds_ptr, dt_ptr, g_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, inverse_ptr, samples, classes, sites, w_stride,
-    temperature: "fp64", scale: "fp64",
+    temperature: tl.float64, scale: tl.float64,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -276,7 +276,7 @@ def _saved(saved_ptr, k: tl.constexpr, row, rows, exists):
 @triton.jit
 def _backward_chunked_kernel(
     ds_ptr, dt_ptr, g_ptr, saved_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, inverse_ptr, samples, classes, sites, w_stride,
-    temperature: "fp64", scale: "fp64",
+    temperature: tl.float64, scale: tl.float64,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
@@ -305,14 +305,14 @@ def _backward_chunked_kernel(
     total = tl.full((ROWS, 1), 1, DTYPE)
     own_mean = _saved(saved_ptr, 4, row, rows, inside)
     partner_mean = _saved(saved_ptr, 5, row_source, rows, source_exists)
-    WALKS: tl.constexpr = 2 if ELEMENTWISE else 1  # with a gradient for each term the sums are not known beforehand
+    walks: tl.constexpr = 2 if ELEMENTWISE else 1  # with a gradient for each term the sums are not known beforehand
     if ELEMENTWISE:
         total = tl.zeros((ROWS, 1), DTYPE)
         own_mean = tl.zeros((ROWS, 1), DTYPE)
         partner_mean = tl.zeros((ROWS, 1), DTYPE)
     else:
         factor *= tl.load(g_ptr)
-    for walk in tl.static_range(WALKS):
+    for walk in tl.static_range(walks):
         for start in range(0, classes, CLASSES):
             c = start + tl.arange(0, CLASSES)
             s = _load(s_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
@@ -327,7 +327,7 @@ def _backward_chunked_kernel(
             else:
                 g = tl.full((ROWS, CLASSES), 1, DTYPE)
             if STUDENT:
-                if walk == WALKS - 1:
+                if walk == walks - 1:
                     ds = _student_gradient(p, label, g, total)
                     _store(ds_ptr, ds * factor, sample, site, inside, c, classes, sites, CLASSES_LAST)
                 else:
@@ -344,7 +344,7 @@ def _backward_chunked_kernel(
                     h = g * (h + 1)
                     g = _load(g_ptr, source, site, source_exists, c, classes, sites, CLASSES_LAST, DTYPE)
                     h_source = g * (h_source + 1)
-                if walk == WALKS - 1:
+                if walk == walks - 1:
                     dt = w * _times(q, h - own_mean) + (1 - w_source) * _times(q, h_source - partner_mean)
                     _store(dt_ptr, dt * factor, sample, site, inside, c, classes, sites, CLASSES_LAST)
                 else:

@@ -57,8 +57,8 @@ class SupervisedTrainer:
         self.steps_per_epoch = len(dataset.train) // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigurationError(
-                f"batch_size is {recipe.batch_size}, but {dataset.name} has only {len(dataset.train)} train images. Give "
-                "a smaller --batch_size."
+                f"batch_size is {recipe.batch_size}, but {dataset.name} has only {len(dataset.train)} train images. "
+                "Give a smaller --batch_size."
             )
         self.epoch = 0
         layout = torch.channels_last if self.engine.channels_last else torch.contiguous_format

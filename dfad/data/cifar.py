@@ -172,8 +172,8 @@ def _unpickle(blob: Blob) -> dict[bytes, Any]:
         content = _ArrayUnpickler(stream, encoding="bytes").load()
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
         raise DataError(
-            f"{blob} was not read beyond offset {stream.tell()}: {error}. It is damaged, or not the official file; none "
-            "of its code was run."
+            f"{blob} was not read beyond offset {stream.tell()}: {error}. It is damaged, or not the official file; "
+            "none of its code was run."
         ) from None
     if not isinstance(content, dict):
         raise DataError(

@@ -33,7 +33,7 @@ class DataConfig:
     """Part that is held out of an image folder or shards that have no test split."""
 
     skip_corrupt: bool = False
-    """Leave out image files that do not decode, and list them, instead of stopping."""
+    """Leave out image files that do not decode or do not fit the rest, and list them, instead of stopping."""
 
     def __post_init__(self) -> None:
         if not 0 < self.test_fraction < 1:

@@ -39,7 +39,7 @@ class Dataset:
     train: Split
     test: Split
     skipped: tuple[str, ...] = ()
-    """Files left out because they do not decode; only where that was asked for."""
+    """Why each image file that is left out does not decode or does not fit; only where that was asked for."""
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("test", self.test)):

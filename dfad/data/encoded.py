@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dfad.data.config import DataConfig
@@ -60,28 +61,29 @@ class EncodedSplit:
         """
         data = blob.read()
         channels, height, width = self.image_shape
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                self.check_header(blob, image)
-                picture = image.convert("L" if channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise DataError(_undecodable(blob, len(data), error)) from None
+        with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
+            self._check(blob, image)
+            picture = image.convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+    def check_header(self, blob: Blob, data: bytes) -> None:
+        """Refuse an image whose header tells another size or kind than the rest, without decoding it.
+
+        Raises:
+            DataError: naming the file.
+        """
+        with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
+            self._check(blob, image)
 
     @property
     def decoded_bytes(self) -> int:
         """That all images would take in memory."""
         return len(self) * math.prod(self.image_shape)
 
-    def check_header(self, blob: Blob, image: Image.Image) -> None:
-        """Refuse an image of another size or kind than the rest.
-
-        Raises:
-            DataError: naming the file.
-        """
+    def _check(self, blob: Blob, image: Image.Image) -> None:
         channels, height, width = self.image_shape
         if not self.resized and image.size != (width, height):
             raise DataError(
@@ -97,7 +99,7 @@ class EncodedSplit:
             )
 
     def without_corrupt(self) -> tuple["EncodedSplit", tuple[str, ...]]:
-        """The split without the files that do not decode, and what was wrong with each of those."""
+        """The split without the files that :meth:`decode` refuses, and what is wrong with each of those."""
         kept, skipped = [], []
         for index, blob in enumerate(self.blobs):
             try:
@@ -145,20 +147,27 @@ def encoded_split(
 
 
 def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], str]:
-    failure: DataError | None = None
-    for blob in blobs:
-        data = blob.read()
+    failure = DataError("There are no images to tell a size from.")
+    for index, blob in enumerate(blobs):
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            data = blob.read()
+            with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
                 return image.size, image.mode
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            failure = failure or DataError(_undecodable(blob, len(data), error))
-    raise failure or DataError("There are no images to tell a size from.")
+        except DataError as error:
+            failure = failure if index else error
+    raise failure
 
 
-def _undecodable(blob: Blob, size: int, error: Exception) -> str:
-    reason = str(error).partition("<")[0].strip().rstrip(".")
-    return (
-        f"{blob} ({size} bytes) does not decode as an image: {reason}. Replace or remove it, or leave such files out "
-        "with --data.skip_corrupt."
-    )
+@contextmanager
+def decoding(blob: Blob, data: bytes) -> Iterator[None]:
+    """Turns what a decoder raises into a DataError that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file, a decoder may raise anything
+        reason = str(error).partition("<")[0].strip().rstrip(".")
+        raise DataError(
+            f"{blob} ({len(data)} bytes) does not decode as an image: {reason}. Replace or remove it, or leave such "
+            "files out with --data.skip_corrupt."
+        ) from None

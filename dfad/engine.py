@@ -3,24 +3,19 @@
 The trainer says what happens in a round; nothing of how it runs is known there, and nothing of the method here.
 """
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfad.config import EngineConfig, OptimizerConfig, OptimizersConfig, Switch
+from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.errors import ConfigurationError
-from dfad.loading import as_outputs
-from dfad.models.taps import BatchNormTaps, Outputs
+from dfad.graph import CapturedRound
+from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
 
 log = logging.getLogger(__name__)
-
-WARM_UP_ROUNDS = 3
-"""Rounds before a capture, so that libraries have chosen algorithms and optimizers have allocated their state."""
 
 
 class Unavailable(Exception):
@@ -28,34 +23,43 @@ class Unavailable(Exception):
 
 
 class Engine:
-    """The parts of the engine that a configuration and a machine admit, and what they do.
+    """The parts of the engine that a configuration asks for and a machine admits.
 
     Args:
         config: each part's switch.
         fused: what ``auto`` stands for.
         device: where everything runs.
+        optimizer_backend: ``torch`` or ``apex``.
 
     Raises:
         ConfigurationError: if a part that is explicitly on cannot run here.
     """
 
-    def __init__(self, config: EngineConfig, *, fused: bool, device: torch.device) -> None:
+    def __init__(
+        self, config: EngineConfig, *, fused: bool, device: torch.device, optimizer_backend: str = "torch"
+    ) -> None:
         self.config = config
         self.fused = fused
         self.device = device
+        self.optimizer_backend = optimizer_backend
+        if optimizer_backend == "apex":
+            require_apex(device)
         self.precision = self._choose_precision()
-        self.channels_last = self._admit("channels_last", config.channels_last, lambda: None)
-        self.fused_optimizers = self._admit("fused_optimizers", config.fused_optimizers, lambda: None)
-        self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm, lambda: None)
-        self.compile = self._admit("compile", config.compile, lambda: None)
+        self.channels_last = self._admit("channels_last", config.channels_last)
+        self.fused_optimizers = self._admit("fused_optimizers", config.fused_optimizers)
+        self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
+        self.compile = self._admit("compile", config.compile)
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
-        if self.precision == "tf32" and device.type == "cuda":
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-            torch.backends.cudnn.fp32_precision = "tf32"
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
+        self._captured: CapturedRound | None = None
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = fused  # shapes never change
+            if self.precision == "tf32":
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
+                torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
-    def _admit(self, name: str, switch: Switch, check: Callable[[], None]) -> bool:
+    def _admit(self, name: str, switch: Switch, check: Callable[[], None] = lambda: None) -> bool:
         if switch == "off" or (switch == "auto" and not self.fused):
             return False
         try:
@@ -72,19 +76,24 @@ class Engine:
     def _check_cuda_graph(self) -> None:
         if self.device.type != "cuda":
             raise Unavailable(f"CUDA graphs need an NVIDIA GPU, and the device is {self.device}")
+        if self.optimizer_backend == "apex":
+            raise Unavailable("apex's optimizers take the learning rate from the host, which a graph would fix")
+        if not self.fused_optimizers:
+            raise Unavailable("engine.fused_optimizers is off, and a graph would fix the learning rate")
 
     def _choose_precision(self) -> str:
         chosen = self.config.precision
         if chosen == "auto":
-            if self.fused and has_bfloat16(self.device):
+            if not self.fused:
+                return "float32"
+            if has_bfloat16(self.device):
                 return "bfloat16"
-            if self.fused:
-                log.info("Without bfloat16: %s has no such arithmetic in hardware; float32.", self.device)
+            log.info("Without bfloat16: %s does not compute it in hardware; float32.", self.device)
             return "float32"
-        if chosen == "float16" and self.device.type == "cpu":
+        if chosen in ("float16", "tf32") and self.device.type == "cpu":
             raise ConfigurationError(
-                "engine.precision is float16, but a CPU computes it slower than float32. "
-                "Use bfloat16 or float32 there, or --device cuda."
+                f"engine.precision is {chosen}, which a CPU does not compute in hardware. Use bfloat16 or float32 "
+                "there, or --device cuda."
             )
         return chosen
 
@@ -100,38 +109,34 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype)
 
     def place(self, network: nn.Module) -> nn.Module:
-        """A network on the device, in the engine's memory format."""
+        """A network on the device, in the engine's memory format, compiled where that is asked for."""
         network.to(self.device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile:
+            network.compile(dynamic=False)
         return network
 
-    def optimizers(
-        self, config: OptimizersConfig, student: Iterable[nn.Parameter], generator: Iterable[nn.Parameter]
-    ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        """The student's and the generator's optimizer, with learning rates that live on the device."""
-        return self._optimizer(config.student, student), self._optimizer(config.generator, generator)
+    def optimizer(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimizer over parameters that are on the device."""
+        if self.optimizer_backend == "apex":
+            return apex_optimizer(config, parameters)
+        return torch_optimizer(config, parameters, self.device, fused=self.fused_optimizers)
 
-    def _optimizer(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        # a float would be baked into a captured graph
-        lr = torch.tensor(config.lr, device=self.device) if self.fused_optimizers else config.lr
-        options = {"lr": lr, "weight_decay": config.weight_decay, "fused": self.fused_optimizers}
-        if config.name == "sgd":
-            return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=False, **options)  # type: ignore[arg-type]
-        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-        return kind(parameters, betas=config.betas, capturable=self.cuda_graph, **options)  # type: ignore[arg-type]
+    def run(
+        self, round_: Callable[[], Mapping[str, Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> Mapping[str, Tensor]:
+        """One round, the same at each call; what it returns may be overwritten by the next.
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Set it without waiting for the device."""
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
-    def run(self, round_: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """One round."""
-        return round_()
+        Args:
+            round_: work that does not wait for the device.
+            generators: of the random numbers that it draws.
+        """
+        if not self.cuda_graph:
+            return round_()
+        if self._captured is None:
+            self._captured = CapturedRound(round_, generators, self.device)
+        return self._captured()
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of an optimizer down the gradient of a loss."""
@@ -167,32 +172,4 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
-
-
-class FrozenTeacher:
-    """A teacher that never learns: eval mode, no parameter gradients, a copy of its own.
-
-    Args:
-        teacher: copied, so that the caller's network is left as it was.
-        engine: where and how it runs.
-    """
-
-    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self.network = engine.place(teacher)
-        self.measured = BatchNormTaps(copy.deepcopy(self.network))
-
-    @property
-    def norms(self) -> list[_BatchNorm]:
-        """Its BatchNorms, in the order of what :meth:`with_statistics` returns of them."""
-        return self.measured.norms
-
-    def __call__(self, images: Tensor) -> Outputs:
-        """Logits and taps."""
-        return as_outputs(self.network(images))
-
-    def with_statistics(self, images: Tensor) -> tuple[Outputs, tuple[Tensor, ...]]:
-        """Logits, taps and what reached each BatchNorm."""
-        outputs, features = self.measured(images)
-        return as_outputs(outputs), features
+    return torch.cpu._is_avx512_bf16_supported()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dfad import checkpoint, functional, report
 from dfad.cli import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
 from dfad.config import DistillConfig
-from dfad.engine import Engine, FrozenTeacher, choose_device
+from dfad.engine import Engine, choose_device
 from dfad.errors import DivergenceError, Interrupted, ModelError, RunFolderError
+from dfad.frozen import FrozenTeacher
 from dfad.interruption import StopRequest, stop_requests
 from dfad.loading import as_outputs, dry_forward, image_shape_of
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
@@ -23,6 +24,7 @@ from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
 from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import evaluating, frozen, statistics_kept
+from dfad.optimizers import load_optimizer_state, set_learning_rate
 from dfad.recorder import MetricBuffer, Recorder, create_folder
 from dfad.selection import AgreementBank
 
@@ -89,7 +91,9 @@ class Distiller:
         self.evaluate = evaluate
         self.normalisation = normalisation or (config.teacher.mean, config.teacher.std)
         self.device = choose_device(config.device)
-        self.engine = Engine(config.engine, fused=config.fused, device=self.device)
+        self.engine = Engine(
+            config.engine, fused=config.fused, device=self.device, optimizer_backend=config.optimizer.backend
+        )
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
         teacher_outputs = dry_forward(teacher, self.image_shape)
         student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
@@ -106,13 +110,14 @@ class Distiller:
             connectors: nn.Module = (
                 Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
             )
-        self.teacher = FrozenTeacher(teacher, self.engine)
+        self.teacher = FrozenTeacher(teacher, self.engine, statistics=method.regularizers.batchnorm > 0)
         self.student = self.engine.place(student)
         self.generator = self.engine.place(generator)
         self.connectors = self.engine.place(connectors)
-        self.student_optimizer, self.generator_optimizer = self.engine.optimizers(
-            config.optimizer, [*student.parameters(), *connectors.parameters()], generator.parameters()
+        self.student_optimizer = self.engine.optimizer(
+            config.optimizer.student, [*student.parameters(), *connectors.parameters()]
         )
+        self.generator_optimizer = self.engine.optimizer(config.optimizer.generator, generator.parameters())
 
         self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
         self.activation = ActivationBoundaryLoss(
@@ -277,7 +282,7 @@ class Distiller:
 
         while self.round_index < rounds:
             self._set_learning_rates()
-            buffer.add(self.engine.run(self.round))
+            buffer.add(self.engine.run(self.round, self._round_generators()))
             self.round_index += 1
             if self.bank.is_due(self.round_index):
                 self._extend_bank()
@@ -302,7 +307,7 @@ class Distiller:
             (self.student_optimizer, self.config.optimizer.student),
             (self.generator_optimizer, self.config.optimizer.generator),
         ):
-            self.engine.set_learning_rate(optimizer, config.lr * config.factor(progress))
+            set_learning_rate(optimizer, config.lr * config.factor(progress))
 
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
         metrics = buffer.read()
@@ -354,7 +359,7 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the bits of an uninterrupted one."""
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        state = {name: part.state_dict() for name, part in (self._stateful() | self._optimizers()).items()}
         rng = {name: generator.get_state() for name, generator in self.rng.items()}
         rng["cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -365,6 +370,8 @@ class Distiller:
         """Continue from a checkpoint's state."""
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
+        for name, optimizer in self._optimizers().items():
+            load_optimizer_state(optimizer, state[name])
         for name, generator in self.rng.items():
             generator.set_state(state["rng"][name])
         self._global_rng = state["rng"]
@@ -375,11 +382,15 @@ class Distiller:
             "student": self.student,
             "generator": self.generator,
             "connectors": self.connectors,
-            "student_optimizer": self.student_optimizer,
-            "generator_optimizer": self.generator_optimizer,
             "scaler": self.engine.scaler,
             "bank": self.bank,
         }
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
+
+    def _round_generators(self) -> list[torch.Generator]:
+        return [self.rng["noise"], self.rng["mixing"]]
 
     def _restore(self, folder: Path) -> None:
         require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)

@@ -22,6 +22,9 @@ from dfad.config import (
 
 IMAGE_SHAPE = (1, 8, 8)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers that each take all cores wait for one another
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -24,10 +24,18 @@ class Outputs(NamedTuple):
     addition of the shortcut, before ReLU."""
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        # containers are traced through, so that nodes inside the stages of a network can be named
-        return super().is_leaf_module(module, module_qualified_name) and not isinstance(module, nn.Sequential)
+def trace(network: nn.Module) -> fx.Graph:
+    """The graph of a network's forward pass, its own modules traced through and PyTorch's as nodes.
+
+    Raises:
+        ModelError: if the network cannot be traced.
+    """
+    try:
+        return fx.Tracer().trace(network)
+    except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
+        raise ModelError(
+            f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error})."
+        ) from error
 
 
 def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -41,14 +49,10 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
     Raises:
         ModelError: if the network cannot be traced, or a name does not exist.
     """
-    tracer = _Tracer()
     try:
-        graph = tracer.trace(network)
-    except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
-        raise ModelError(
-            f"{type(network).__name__} cannot be traced for taps ({type(error).__name__}: {error}). "
-            "Let its forward return dfad.models.taps.Outputs(logits, taps) instead."
-        ) from error
+        graph = trace(network)
+    except ModelError as error:
+        raise ModelError(f"{error} For taps, let its forward return dfad.models.taps.Outputs(logits, taps).") from error
     last_nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:
         last_nodes[node.name] = node

@@ -1,0 +1,91 @@
+"""Optimizers whose step is one kernel, and whose learning rate lives on the device."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfad.config import OptimizerConfig
+from dfad.errors import ConfigurationError
+
+
+def torch_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], device: torch.device, *, fused: bool
+) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of a configuration.
+
+    Args:
+        config: which, and its hyperparameters.
+        parameters: what it moves, on the device.
+        device: where its learning rate lives if it is fused: a number would be baked into a captured graph.
+        fused: one kernel per step.
+    """
+    options: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
+    options["lr"] = torch.tensor(config.lr, device=device) if fused else config.lr
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=config.betas, **options)
+
+
+def apex_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """NVIDIA apex's optimizer of a configuration; see :func:`require_apex`."""
+    optimizers = importlib.import_module("apex.optimizers")
+    if config.name == "sgd":
+        optimizer = optimizers.FusedSGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = optimizers.FusedAdam(
+            parameters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            adam_w_mode=config.name == "adamw",
+        )
+    return optimizer
+
+
+def require_apex(device: torch.device) -> None:
+    """Check that NVIDIA apex can be used.
+
+    Raises:
+        ConfigurationError: if it is not installed, is another package of that name, or there is no GPU for it.
+    """
+    way_out = "Install NVIDIA apex from its source with CUDA extensions, or set --optimizer.backend torch."
+    if device.type != "cuda":
+        raise ConfigurationError(f"optimizer.backend is apex, which runs on CUDA alone, not on {device}. {way_out}")
+    try:
+        importlib.import_module("apex")
+    except ImportError:
+        raise ConfigurationError(f"optimizer.backend is apex, which is not installed. {way_out}") from None
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")  # the kernels, which a build without CUDA extensions lacks
+    except ImportError as error:
+        raise ConfigurationError(
+            f"optimizer.backend is apex, but the installed package of that name is not NVIDIA's, or was built without "
+            f"CUDA extensions ({error}). The apex of the package registry is another project. {way_out}"
+        ) from None
+    missing = [name for name in ("FusedSGD", "FusedAdam") if not hasattr(optimizers, name)]
+    if missing:
+        raise ConfigurationError(f"The installed apex has no {' and no '.join(missing)}. {way_out}")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set it without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a checkpoint's state; the learning rates stay the tensors that they are, on their device."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -17,6 +17,7 @@ from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, ModelError
 from dfad.evaluation import predict, top_k_accuracy
 from dfad.loading import as_outputs, build, dry_forward, resolve
+from dfad.optimizers import load_optimizer_state, set_learning_rate
 from dfad.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class SupervisedTrainer:
             torch.manual_seed(recipe.seed + self.epoch)  # for networks with dropout: a resumed run draws the same
             for index, (images, labels) in enumerate(batches):
                 progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
-                self.engine.set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
+                set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
                 self.images.copy_(images)
                 self.labels.copy_(labels)
                 total += self.engine.run(self.step)["loss"]
@@ -141,7 +142,7 @@ class SupervisedTrainer:
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.engine.scaler.load_state_dict(state["scaler"])
 
     def manifest(self, accuracy: float) -> dict[str, Any]:

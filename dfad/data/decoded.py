@@ -36,7 +36,7 @@ class DecodedSplit:
 
     def subset(self, indices: Sequence[int]) -> "DecodedSplit":
         """The images at these indices."""
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
         return DecodedSplit(self.images[chosen], self.labels[chosen], self.source)
 
     def content_hash(self) -> bytes:

@@ -44,7 +44,7 @@ class EncodedSplit:
     def subset(self, indices: Sequence[int]) -> "EncodedSplit":
         """The images at these indices."""
         blobs = tuple(self.blobs[index] for index in indices)
-        return dataclasses.replace(self, blobs=blobs, labels=self.labels[torch.as_tensor(indices)])
+        return dataclasses.replace(self, blobs=blobs, labels=self.labels[torch.as_tensor(indices, dtype=torch.int64)])
 
     def decoded(self) -> DecodedSplit:
         """All images in memory."""

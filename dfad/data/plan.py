@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +92,8 @@ def in_order(count: int) -> Plan:
 
 def shuffled(count: int, image_shape: tuple[int, int, int], augment: AugmentConfig, *, seed: int, epoch: int) -> Plan:
     """Every image once, in random order, changed at random; the same for the same seed and epoch."""
-    stream = torch.Generator().manual_seed(seed + epoch * 2**32)
+    # a hash of both: the generator of the CPU looks at 32 bits of its seed alone
+    stream = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
     _, height, width = image_shape
     indices = torch.randperm(count, generator=stream)
     shifts = torch.randint(-augment.translate, augment.translate + 1, (count, 2), generator=stream)

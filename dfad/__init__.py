@@ -1,1 +1,18 @@
 """Data-free adversarial distillation with activation regularization and virtual interpolation."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfad.config import DistillConfig
+    from dfad.trainer import Distiller, Result, distill
+
+__all__ = ["DistillConfig", "Distiller", "Result", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use, so that `import dfad.losses` loads the losses alone
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dfad import config, trainer
+
+    return getattr(config if name == "DistillConfig" else trainer, name)

@@ -64,6 +64,9 @@ class Command:
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint, with the settings saved there."""
 
+    run_dir: Path | None = None
+    """Folder of a new run; one in runs/ named after preset and time where not given."""
+
     overwrite: Action = False
     """Replace a run that the run's folder already holds."""
 
@@ -81,7 +84,8 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         arguments: the command line; by default the process's.
 
     Raises:
-        ConfigurationError: for an unknown preset, an unreadable file, or settings that differ from a resumed run's.
+        ConfigurationError: for an unknown preset, an unreadable file, settings that differ from a resumed run's, or
+            flags that exclude one another.
         SystemExit: with code 2, from tyro and with its message, for an unknown option or a value that does not fit;
             with code 0 after ``--help`` and ``--print_config``.
     """
@@ -104,9 +108,14 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         settings = override(presets[preset], tree, source=str(chosen.config))
 
     prepared = dataclasses.replace(default, preset=preset, settings=settings)  # type: ignore[call-arg]
-    command = _tyro(prepared, arguments)
+    command = _tyro(prepared, arguments, prog=_program())
     if saved is not None:
         require_unchanged(Path(chosen.resume), saved, command.settings)  # type: ignore[attr-defined]
+    if command.resume and (command.run_dir or command.overwrite):
+        raise ConfigurationError(
+            f"--resume {command.resume} continues a run in its own folder. Leave out --run_dir and --overwrite, which "
+            "are for new runs."
+        )
     if command.print_config:
         print(to_yaml(command.settings), end="")  # type: ignore[attr-defined]
         raise SystemExit(0)
@@ -115,6 +124,9 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit; an error meant for people is shown as its paragraph alone."""
+    # as `python -m` does, so that an installed script finds a factory in the current folder too
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         command()
     except DfadError as error:
@@ -182,6 +194,12 @@ def _tyro(default: T, arguments: Sequence[str], prog: str | None = None) -> T:
         return tyro.cli(type(default), prog=prog, args=arguments, default=default, use_underscores=True)
     except ValueError as error:  # tyro words those of nested dataclasses itself, but not those of the outermost
         raise ConfigurationError(f"{error}.") from None
+
+
+def _program() -> str:
+    # tyro would name the file of the module
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def saved_settings(folder: Path, defaults: Any) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dfad.checkpoint import write_atomically
@@ -17,6 +16,8 @@ from dfad.export import save_model
 from dfad.modes import statistics_kept
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dfad.trainer import Distiller, Result
 
 SAMPLES = 32
@@ -52,7 +53,7 @@ def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]
         best = {**student, "round": result.best_round, "agreement": result.best_agreement}
         save_model(folder / "student_best.safetensors", distiller.best["state"], best)
     generator = {
-        "factory": "Generator",
+        "factory": "dfad.models.generator:Generator",
         "kwargs": {"image_shape": list(distiller.image_shape), **dataclasses.asdict(config.generator)},
     }
     save_model(folder / "generator.safetensors", distiller.generator.state_dict(), {"architecture": generator})
@@ -60,6 +61,13 @@ def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]
     write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
     _save(samples_figure(distiller), folder / "samples.png")
     _save(curves_figure(history), folder / "curves.png")
+
+
+def _figure(width: float, height: float) -> Figure:
+    # imported late: it takes half a second, and a run without a folder draws nothing
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -77,7 +85,7 @@ def samples_figure(distiller: Distiller) -> Figure:
         confidences, labels = distiller.teacher(images).logits.float().softmax(dim=1).max(dim=1)
     pixels = to_pixels(images.float().cpu(), *distiller.normalisation)
     columns = 8
-    figure = Figure(figsize=(columns * 1.05, SAMPLES / columns * 1.25), layout="constrained")
+    figure = _figure(columns * 1.05, SAMPLES / columns * 1.25)
     grid: Any = figure.subplots(SAMPLES // columns, columns)
     for axes, image, label, confidence in zip(grid.flat, pixels, labels.tolist(), confidences.tolist(), strict=True):
         axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -111,7 +119,7 @@ def curves_figure(history: Sequence[dict[str, float]]) -> Figure:
         "Student": ("agreement", "accuracy"),
         "Generated images": ("class_entropy", "teacher_confidence", "pairwise_diversity"),
     }
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = _figure(12, 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             points = [(record["round"], record[name]) for record in history if name in record]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfad import checkpoint, cli
-from dfad.cli import SETTINGS_FILE, to_tree, to_yaml
+from dfad.cli import to_tree, to_yaml
 from dfad.data import open_dataset
 from dfad.errors import ConfigurationError, Interrupted, nearest
 from dfad.export import save_model
@@ -41,9 +41,6 @@ class Teach(cli.Command):
 
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
 
-    run_dir: Path | None = None
-    """Folder of the run; runs/teacher-PRESET-TIME where not given."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
@@ -61,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state is not None:
             trainer.load_state_dict(state)
     else:
-        create_folder(run_dir, overwrite=command.overwrite)
-        (run_dir / SETTINGS_FILE).write_text(to_yaml(recipe), encoding="utf-8")
+        create_folder(run_dir, to_yaml(recipe), overwrite=command.overwrite)
     started = time.perf_counter()
     accuracy = train(trainer, run_dir)
     save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))

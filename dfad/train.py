@@ -40,9 +40,6 @@ class Train(cli.Command):
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
 
-    run_dir: Path | None = None
-    """Folder of the run; runs/PRESET-TIME where not given."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad import checkpoint, functional, report
-from dfad.cli import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
+from dfad.cli import require_unchanged, saved_settings, to_yaml
 from dfad.config import DistillConfig
 from dfad.engine import Engine, choose_device
 from dfad.errors import DivergenceError, Interrupted, ModelError, RunFolderError
@@ -257,8 +257,7 @@ class Distiller:
                 raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
             self._restore(folder)
         elif folder is not None:
-            create_folder(folder, overwrite=overwrite)
-            (folder / SETTINGS_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+            create_folder(folder, to_yaml(self.config), overwrite=overwrite)
         started, start_round = time.perf_counter(), self.round_index
         with (
             stop_requests() as stop,

@@ -231,7 +231,7 @@ class TestLosses:
             student = models.convnet(channels=(4, 8), num_classes=4, in_channels=1)
             engine = replace(config.engine, precision="float32")
             # Adam would turn rounding of gradients near zero into whole steps
-            optimizer = OptimizersConfig(generator=OptimizerConfig(lr=0.1))
+            optimizer = OptimizersConfig(student=OptimizerConfig(lr=0.01), generator=OptimizerConfig(lr=0.01))
             settings = with_method(replace(config, fused=fused, engine=engine, optimizer=optimizer), **changes)
             distiller = Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
             terms = distiller.round()

@@ -220,7 +220,15 @@ void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient
             // through one label to the teacher's row with probabilities q
             const auto pull = [&](const Softmax<V>& q, V weight, int64_t k) {
                 const V* h = slot(k);
-                const V mean = layout.sum([&](int64_t step) { const V p = q.probability(step); return select(p == 0, V{}, p * h[step]); });
+// the second sum takes back what Σ q ≠ 1 in the last place has done to the first
+                const auto weigh = [&](V shift) {
+                    return layout.sum([&](int64_t step) {
+                        const V p = q.probability(step);
+                        return select(p == 0, V{}, p * (h[step] - shift));
+                    });
+                };
+                const V first = weigh(V{});
+                const V mean = first + weigh(first);
                 return [=, &q](int64_t step) { const V p = q.probability(step); return select(p == 0, V{}, weight * p * (h[step] - mean)); };
             };
             const auto write_teacher = [&](int64_t row, auto first, auto second) {

@@ -132,6 +132,13 @@ def _times(probability, value):
 
 
 @triton.jit
+def _centred(q, h):
+    """h less its mean; the second sum takes back what Σ q ≠ 1 in the last place has done to the first."""
+    h -= tl.sum(_times(q, h), 1, keep_dims=True)
+    return h - tl.sum(_times(q, h), 1, keep_dims=True)
+
+
+@triton.jit
 def _forward_kernel(
     loss_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, samples, classes, sites, w_stride,
     temperature: tl.float64, scale: tl.float64,
@@ -251,7 +258,7 @@ def _backward_kernel(
         h = _log_ratio(label, p, log_p)
         if ELEMENTWISE:
             h = g * (h + 1)
-        dt = w * _times(q, h - tl.sum(_times(q, h), 1, keep_dims=True))
+        dt = w * _times(q, _centred(q, h))
 
         source, exists = _inverse(inverse_ptr, partner_ptr, sample, inside, samples, REVERSED)
         s = _load(s_ptr, source, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
@@ -264,7 +271,7 @@ def _backward_kernel(
         h = _log_ratio(label, p, log_p)
         if ELEMENTWISE:
             h = (h + 1) * _load(g_ptr, source, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
-        dt += (1 - w) * _times(q, h - tl.sum(_times(q, h), 1, keep_dims=True))
+        dt += (1 - w) * _times(q, _centred(q, h))
         _store(dt_ptr, dt * factor, sample, site, inside, c, classes, sites, CLASSES_LAST)
 
 

@@ -42,13 +42,8 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def digits_teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers: one trains, the others wait
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DFAD_CACHE", str(folder / "cache"))
-        return teacher.cached_teacher("digits")
+def digits_teacher() -> Path:
+    return teacher.cached_teacher("digits")
 
 
 def weights(trainer):

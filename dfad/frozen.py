@@ -28,6 +28,7 @@ class FrozenTeacher:
 
     def __init__(self, teacher: nn.Module, engine: Engine, *, statistics: bool) -> None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.parameter_count = sum(parameter.numel() for parameter in teacher.parameters())
         self.norms: list[_BatchNorm] = []
         """Its BatchNorms, in the order of what :meth:`with_statistics` returns of them."""
         self.measured: BatchNormTaps | None = None

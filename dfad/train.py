@@ -18,6 +18,7 @@ from dfad import cli
 from dfad.config import DistillConfig, TeacherConfig
 from dfad.engine import choose_device
 from dfad.errors import ModelError
+from dfad.estimate import Estimate, estimate
 from dfad.evaluation import Evaluator
 from dfad.export import load_model
 from dfad.loading import build, load_weights
@@ -39,6 +40,9 @@ class Train(cli.Command):
     """
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+
+    dry_run: cli.Action = False
+    """Print parameters, FLOPs per round, peak memory and seconds, measured on a few rounds, and stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         normalisation=teacher.normalisation,
         evaluate=evaluate,
     )
+    if command.dry_run:
+        Console().print(estimate_table(estimate(distiller)))
+        return
     result = distiller.fit(run_dir, resume=command.resume is not None, overwrite=command.overwrite)
     Console().print(result_table(result, teacher.network, student, teacher_accuracy))
     log.info("Everything is in %s.", run_dir)
@@ -120,6 +127,19 @@ def build_student(config: DistillConfig) -> nn.Module:
     if config.student.checkpoint:
         load_weights(student, config.student.checkpoint)
     return student
+
+
+def estimate_table(cost: Estimate) -> Table:
+    """What a run will cost, for people."""
+    table = Table("", "", title="What this run will cost", show_header=False)
+    table.add_row("teacher parameters", f"{cost.teacher_parameters:,}")
+    table.add_row("student parameters", f"{cost.student_parameters:,}")
+    table.add_row("generator parameters", f"{cost.generator_parameters:,}")
+    table.add_row("GFLOP per round", f"{cost.flops_per_round / 1e9:,.2f}")
+    table.add_row("peak memory of a round, MB", f"{cost.peak_memory / 1e6:,.1f}")
+    table.add_row("seconds per round", f"{cost.seconds_per_round:.4g}")
+    table.add_row("seconds in all", f"{cost.total_seconds:,.1f}")
+    return table
 
 
 def result_table(result: Result, teacher: nn.Module, student: nn.Module, teacher_accuracy: float | None) -> Table:

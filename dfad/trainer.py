@@ -223,6 +223,13 @@ class Distiller:
             student_terms = self.student_step()
         return {**student_terms, **self.generator_step()}
 
+    def run_round(self) -> Mapping[str, Tensor]:
+        """The next round, the way the engine runs it."""
+        self._set_learning_rates()
+        terms = self.engine.run(self.round, [self.rng["noise"], self.rng["mixing"]])
+        self.round_index += 1
+        return terms
+
     def sample_noise(self, count: int, stream: str = "noise") -> Tensor:
         """Standard normal noise ``(count, noise_dim)``."""
         shape = (count, self.config.generator.noise_dim)
@@ -280,9 +287,7 @@ class Distiller:
             return self.round_index % every == 0 or self.round_index == rounds
 
         while self.round_index < rounds:
-            self._set_learning_rates()
-            buffer.add(self.engine.run(self.round, self._round_generators()))
-            self.round_index += 1
+            buffer.add(self.run_round())
             if self.bank.is_due(self.round_index):
                 self._extend_bank()
             saving = folder is not None and (due(config.recording.checkpoint_every) or stop.requested)
@@ -309,7 +314,9 @@ class Distiller:
             set_learning_rate(optimizer, config.lr * config.factor(progress))
 
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
-        metrics = buffer.read()
+        # a loss is of the weights before its step; a checkpoint holds those after
+        norms = {"student_norm": _norm(self.student, self.connectors), "generator_norm": _norm(self.generator)}
+        metrics = {**buffer.read(), **norms}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             kept = f" The last good checkpoint is kept in {folder}." if folder and checkpoint.exists(folder) else ""
@@ -388,9 +395,6 @@ class Distiller:
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
 
-    def _round_generators(self) -> list[torch.Generator]:
-        return [self.rng["noise"], self.rng["mixing"]]
-
     def _restore(self, folder: Path) -> None:
         require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)
         state = checkpoint.load(folder)
@@ -455,6 +459,13 @@ def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[in
 
 def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
     return torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
+
+
+@torch.no_grad()
+def _norm(*networks: nn.Module) -> float:
+    """Euclidean length of parameters and statistics: finite if and only if each of them is."""
+    state = [value for network in networks for value in network.state_dict().values() if value.is_floating_point()]
+    return torch.nn.utils.get_total_norm(state).item()
 
 
 def _prefixed(prefix: str, terms: Terms) -> Terms:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -47,14 +48,18 @@ def read_torchvision(config: DataConfig) -> Dataset:
 
 def read_huggingface(config: DataConfig) -> Dataset:
     """``huggingface/PATH``: a data set of the Hub; or, with a root, one that ``save_to_disk`` wrote there."""
+    if not config.download:
+        # read when the package is imported; the package's own option for local files asks the Hub all the same
+        os.environ["HF_HUB_OFFLINE"] = "1"
     datasets = _import("datasets", config)
+    if not (config.download or config.root or datasets.config.HF_HUB_OFFLINE):
+        raise DataError(
+            f"{config.name} would be looked for on the network, because the package datasets was imported before. Give "
+            "--data.download, or set HF_HUB_OFFLINE=1 before the program starts."
+        )
     path = config.name.partition("/")[2]
     try:
-        if config.root is not None:
-            loaded = datasets.load_from_disk(str(config.root))
-        else:
-            only_local = datasets.DownloadConfig(local_files_only=not config.download)
-            loaded = datasets.load_dataset(path, download_config=only_local)
+        loaded = datasets.load_from_disk(str(config.root)) if config.root else datasets.load_dataset(path)
     except Exception as error:  # of many kinds: missing files, no network, damaged tables
         raise DataError(
             f"Hugging Face cannot open {config.root or path}: {error} Without --data.download only its cache is used."

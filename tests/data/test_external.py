@@ -1,5 +1,6 @@
 """torchvision and Hugging Face, through stand-ins of the interfaces that are used of them."""
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -100,21 +101,28 @@ def datasets(monkeypatch):
         for name, count in (("train", 6), ("validation", 4))
     }
     module.calls = []
-    module.DownloadConfig = SimpleNamespace
-    module.load_dataset = lambda path, download_config: module.calls.append((path, download_config)) or parts
+    module.config = SimpleNamespace(HF_HUB_OFFLINE=True)
+    module.load_dataset = lambda path: module.calls.append((path, os.environ.get("HF_HUB_OFFLINE"))) or parts
     module.load_from_disk = lambda path: parts["train"]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     return module
 
 
 @pytest.mark.parametrize("download", [True, False])
 def test_reads_hugging_face(datasets, download):
     dataset = open_dataset(DataConfig(name="huggingface/someone/pictures", download=download))
-    ((path, download_config),) = datasets.calls
-    assert path == "someone/pictures"
-    assert download_config.local_files_only == (not download)
+    assert datasets.calls == [("someone/pictures", None if download else "1")]
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (6, 4, ("even", "odd"))
     assert dataset.train.images[3].unique().tolist() == [30]
+
+
+def test_nothing_is_fetched_where_hugging_face_is_online_already(datasets):
+    datasets.config.HF_HUB_OFFLINE = False
+    with pytest.raises(DataError, match="would be looked for on the network"):
+        open_dataset(DataConfig(name="huggingface/someone/pictures"))
+    assert not datasets.calls
 
 
 @pytest.mark.usefixtures("datasets")

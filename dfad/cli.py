@@ -124,9 +124,6 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit; an error meant for people is shown as its paragraph alone."""
-    # as `python -m` does, so that an installed script finds a factory in the current folder too
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
     try:
         command()
     except DfadError as error:

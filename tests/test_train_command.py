@@ -1,0 +1,438 @@
+"""``python -m dfad.train`` as a user meets it: what it prints, leaves behind, refuses and survives."""
+
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dfad import checkpoint, cli, train
+from dfad.errors import DfadError
+from tests.test_loading import Exploit
+
+SMALL = [
+    "--method.rounds=4",
+    "--method.student_steps=1",
+    "--method.batch_size=8",
+    "--generator.noise_dim=4",
+    "--generator.width=4",
+    "--selection.bank_size=16",
+    "--selection.every=2",
+    "--recording.log_every=1",
+    "--recording.checkpoint_every=1",
+]
+"""The default command with little to do."""
+
+RUN_FILES = {
+    "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint.pt", "checkpoint-previous.pt", "result.json",
+    "student.safetensors", "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png",
+}  # fmt: skip
+
+NETWORKS = ("student", "student_best", "generator")
+
+
+def arguments(*given: object) -> list[str]:
+    return [sys.executable, "-m", "dfad.train", *map(str, given)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
+    return plain | {"OMP_NUM_THREADS": "1"} | changes
+
+
+def run(*given: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments(*given), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=120
+    )
+
+
+def start(*given: object, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments(*given), cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def lines_of(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_until(condition, process: subprocess.Popen[str]) -> None:
+    """Until a condition holds or the process has ended."""
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the process neither went on nor ended"
+        time.sleep(0.0005)
+
+
+def recorded_rounds(folder: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_networks(folder: Path, expected: Path) -> None:
+    for name in NETWORKS:
+        found, wanted = load_file(folder / f"{name}.safetensors"), load_file(expected / f"{name}.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+
+
+def test_the_default_command(tmp_path):
+    done = run("--fused", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in ("teacher", "student", "accuracy", "agreement", "parameters", "images generated", "rounds per second"):
+        assert row in done.stdout
+    assert re.search(r"parameters\W+94,186\W+24,058", done.stdout)
+    assert re.search(rf"images generated\W+{4 * 2 * 8}\b", done.stdout)
+    assert re.search(r"│ seconds\W+\d+\.\d", done.stdout)
+    assert "INFO" not in done.stdout
+    assert len(re.findall(r"Loss kernels: .*cpp.*, on cpu\.", done.stderr)) == 1
+    assert re.search(r"Round 4/4 .*rounds/s .*student .*generator .*agreement .*accuracy", done.stderr)
+    assert "\x1b" not in done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits-")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    assert recorded_rounds(folder) == [1, 2, 3, 4]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["rounds"] == 4
+    assert 0 <= result["accuracy"] <= 1
+
+
+def test_without_fused_kernels_the_log_says_so(tmp_path, command):
+    assert "Loss kernels: PyTorch reference, on cpu." in command("--no_fused", *SMALL, "--method.rounds=1").stderr
+
+
+class Outcome:
+    """What a command that ran in this process ended with."""
+
+    def __init__(self, exit_code: int, stdout: str, stderr: str) -> None:
+        self.exit_code, self.stdout, self.stderr = exit_code, stdout, stderr
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the command in this process, from an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*given: object) -> Outcome:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(lambda: train.main([str(argument) for argument in given]))
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+ROUNDS = 20
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(*SMALL, f"--method.rounds={ROUNDS}", "--run_dir=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+class TestInterrupted:
+    @pytest.mark.slow
+    def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(self, whole, tmp_path):
+        random_ = random.Random(2102_11638)
+        folder = tmp_path / "run"
+        temporary = folder / (checkpoint.NAME + ".tmp")
+        moments = {
+            "set-up": folder.exists,
+            "a round": lambda: lines_of(folder / "metrics.jsonl") >= random_.randint(1, 6),
+            "writing a checkpoint": lambda: lines_of(folder / "metrics.jsonl") >= 8 and temporary.exists(),
+            "the last things": lambda: (folder / "generator.safetensors").exists(),
+        }
+        for name, reached in moments.items():
+            started = (folder / cli.SETTINGS_FILE).exists()
+            given = ["--resume=run"] if started else [*SMALL, f"--method.rounds={ROUNDS}", "--run_dir=run"]
+            process = start(*given, cwd=tmp_path)
+            wait_until(reached, process)
+            time.sleep(random_.uniform(0, 0.02))
+            process.kill()
+            _, errors = process.communicate()
+            assert process.returncode in (-signal.SIGKILL, 0), f"{name}: {errors}"
+        done = run("--resume=run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_same_networks(folder, whole)
+        assert recorded_rounds(folder) == list(range(1, ROUNDS + 1))
+
+    @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM], ids=lambda signal_: signal_.name)
+    def test_asked_to_stop_it_writes_a_checkpoint_and_can_be_resumed(self, signal_, whole, tmp_path):
+        folder = tmp_path / "run"
+        process = start(*SMALL, f"--method.rounds={ROUNDS}", "--run_dir=run", cwd=tmp_path)
+        wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 2, process)
+        process.send_signal(signal_)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal_
+        stopped = re.search(rf"Stopped after round (\d+) of {ROUNDS}\. Continue with --resume run\.", errors)
+        assert stopped, errors
+        assert "Traceback" not in errors
+        assert checkpoint.load(folder)["round"] == int(stopped[1])
+        done = run("--resume=run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_same_networks(folder, whole)
+        assert recorded_rounds(folder) == list(range(1, ROUNDS + 1))
+
+    def test_the_saved_settings_are_the_resolved_ones_and_reproduce_the_run(self, whole, command):
+        saved = yaml.safe_load((whole / "config.yaml").read_text())
+        assert saved["method"]["rounds"] == ROUNDS
+        assert saved["method"]["interpolation"] == cli.to_tree(train.PRESETS["digits"])["method"]["interpolation"]
+        printed = command("--config", whole / "config.yaml", "--print_config")
+        assert (printed.exit_code, printed.stdout) == (0, (whole / "config.yaml").read_text())
+        again = run("--config", whole / "config.yaml", "--run_dir=again", cwd=Path.cwd())
+        assert again.returncode == 0, again.stderr
+        assert_same_networks(Path("again"), whole)
+
+
+class TestBadInput:
+    """One paragraph on standard error, the documented exit code, and nothing left behind."""
+
+    @pytest.mark.parametrize(
+        ("given", "exit_code", "words"),
+        [
+            (["--preset=digit"], 2, ["no preset 'digit'", "Did you mean 'digits'?"]),
+            (["--metod.rounds=3"], 2, ["--metod.rounds", "--method.rounds"]),
+            (["--method.batch_size=0"], 2, ["batch_size is 0", "2 or more"]),
+            (["--method.activation.weight=-1"], 2, ["weight is -1", "not negative"]),
+            (["--method.interpolation.weight=nan"], 2, ["weight is nan", "finite"]),
+            (["--method.regularizers.diversity=inf"], 2, ["diversity is inf", "finite"]),
+            (["--method.activation.margin=-0.5"], 2, ["margin is -0.5", "positive"]),
+            (["--method.temperature=0"], 2, ["temperature is 0", "positive"]),
+            (["--method.rounds=many"], 2, ["--method.rounds", "many"]),
+            (["--device=cuda:99"], 2, ["'cuda:99' is not to be had", "--device auto"]),
+            (["--device=abacus"], 2, ["no device 'abacus'", "cpu"]),
+            (["--config=nowhere.yaml"], 2, ["nowhere.yaml cannot be read"]),
+            (["--resume=nowhere"], 2, ["nowhere cannot be resumed", "config.yaml"]),
+            (["--teacher.recipe=digit"], 2, ["no teacher recipe 'digit'", "Did you mean 'digits'?"]),
+            (["--teacher.factory=no.where:net", "--teacher.checkpoint=w.pt"], 3, ["no.where:net", "PYTHONPATH"]),
+            (["--teacher.factory=builtins:dict", "--teacher.checkpoint=w.pt"], 3, ["returned a dict", "nn.Module"]),
+            (["--teacher.checkpoint=nowhere.safetensors"], 3, ["nowhere.safetensors does not exist"]),
+            (["--student.factory=convnt"], 3, ["no network 'convnt'", "Did you mean 'convnet'?"]),
+            (["--student.kwargs={\"num_classes\": 9, \"in_channels\": 1}"], 3, ["9 classes", "teacher 10"]),
+            (["--student.kwargs={\"in_channels\": 3}"], 3, ["does not take the teacher's images (1, 8, 8)"]),
+            (["--student.checkpoint=nowhere.pt"], 3, ["nowhere.pt does not exist", "safetensors"]),
+            (["--run_dir=file/run"], 4, ["file is a file", "--run_dir"]),
+            (["--run_dir=/proc/run"], 4, ["/proc/run cannot be made", "--run_dir"]),
+            (["--run_dir=thesis"], 4, ["other files than a run's", "--run_dir"]),
+            (["--data.name=mnist", "--data.root=nowhere"], 6, ["nowhere", "--data.root"]),
+            (["--data.name=mnst"], 6, ["no data set 'mnst'", "Did you mean 'mnist'?"]),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else None,
+    )  # fmt: skip
+    def test_is_refused(self, given, exit_code, words, command):
+        Path("file").write_text("a file")
+        Path("thesis").mkdir()
+        Path("thesis/thesis.tex").write_text("years of work")
+        torch.save({"weight": torch.zeros(1)}, "w.pt")
+        self.assert_refused(command, given, exit_code, words)
+
+    def assert_refused(self, command, given, exit_code, words):
+        before = sorted(Path.cwd().rglob("*"))
+        refused = command(*SMALL, *given)
+        message = " ".join(refused.stderr.replace("│", " ").split())
+        assert refused.exit_code == exit_code, message
+        for word in words:
+            assert word in message
+        assert not refused.stdout
+        assert "Traceback" not in message
+        assert sorted(Path.cwd().rglob("*")) == before
+
+    def test_checkpoints_that_cannot_be_loaded_are_refused(self, command):
+        kwargs = '--teacher.kwargs={"channels": [4, 8], "in_channels": 1}'
+        network = train.build("convnet", {"channels": [4, 8, 16], "in_channels": 1})
+        torch.save(network.state_dict(), "other.pt")
+        Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:-200])
+        torch.save(Exploit(), "evil.pt")
+        for name, words in {
+            "other.pt": ["another architecture", "unexpected, first stages.2", "mis-shaped, first linear.weight"],
+            "cut.pt": ["truncated"],
+            "evil.pt": ["would not be safe", "state dict alone"],
+        }.items():
+            given = ["--teacher.factory=convnet", kwargs, f"--teacher.checkpoint={name}"]
+            self.assert_refused(command, given, 3, words)
+        given = ["--student.checkpoint=other.pt"]
+        self.assert_refused(command, given, 3, ["other.pt is of another architecture", "stages.0.0.weight (("])
+
+    def test_teachers_that_the_method_cannot_use_are_refused(self, command):
+        Path("mine.py").write_text(
+            "from torch import nn\n"
+            "def net():\n"
+            "    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+            "nn.Linear(4, 10))\n"
+        )
+        torch.save(dict(train.build("mine:net").state_dict()) if sys.path.insert(0, ".") is None else {}, "w.pt")
+        own = ["--teacher.factory=mine:net", "--teacher.checkpoint=w.pt", "--method.activation.weight=0"]
+        self.assert_refused(
+            command, [*own, "--teacher.image_size=8"], 3, ["has no BatchNorm", "--method.regularizers.batchnorm 0"]
+        )
+        without = [*own, "--method.regularizers.batchnorm=0"]
+        self.assert_refused(command, [*without, "--teacher.image_size=10"], 3, ["10×10", "--teacher.image_size 12"])
+
+    def test_a_folder_that_holds_a_run_is_refused_and_its_run_kept(self, command):
+        assert command(*SMALL, "--run_dir=run").exit_code == 0
+        before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+        self.assert_refused(command, ["--run_dir=run"], 4, ["already holds a run", "--resume run", "--overwrite"])
+        for given, words in (
+            (["--resume=run", "--seed=4"], ["other settings", "seed 0 → 4", "--run_dir"]),
+            (["--resume=run", "--overwrite"], ["--resume run continues a run", "--overwrite"]),
+        ):
+            refused = command(*given)
+            assert refused.exit_code == 2
+            assert all(word in refused.stderr for word in words), refused.stderr
+        assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+        assert command(*SMALL, "--seed=4", "--run_dir=run", "--overwrite").exit_code == 0
+        assert Path("run/student.safetensors").read_bytes() != before[Path("run/student.safetensors")]
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(command):
+    diverging = ["--optimizer.student.lr=1e6", "--optimizer.student.schedule=constant", "--method.rounds=500"]
+    refused = command(*SMALL, *diverging, "--run_dir=run")
+    assert refused.exit_code == 5
+    rounds = int(re.search(r"became NaN or infinite by round (\d+)\. The last good checkpoint is kept in run\.",
+                           refused.stderr)[1])  # fmt: skip
+    state = checkpoint.load(Path("run"))
+    assert 0 < state["round"] < rounds
+    assert all(value.isfinite().all() for value in state["student"].values())
+    assert not Path("run/student.safetensors").exists()
+    again = command("--resume=run")
+    assert again.exit_code == 5, "what diverged once does so again"
+    assert checkpoint.load(Path("run"))["round"] == state["round"]
+
+
+def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 // 0)
+
+
+def test_a_factory_is_found_in_the_current_folder(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dfad.models import convnet\n"
+        "def net(width=8):\n"
+        "    return convnet(channels=(width, width), num_classes=4, in_channels=1)\n"
+    )
+    (tmp_path / "save.py").write_text(
+        "import torch, mine\ntorch.manual_seed(0)\ntorch.save({'state_dict': mine.net(6).state_dict()}, 'w.pt')\n"
+    )
+    subprocess.run([sys.executable, "save.py"], cwd=tmp_path, check=True)
+    given = [
+        *SMALL, "--method.rounds=1", "--no_evaluate", "--run_dir=run",
+        "--teacher.factory=mine:net", "--teacher.kwargs={\"width\": 6}", "--teacher.checkpoint=w.pt",
+        "--teacher.image_size=12", "--student.factory=mine:net", "--student.kwargs={}",
+    ]  # fmt: skip
+    done = run(*given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def on_terminal(*given: object, cwd: Path, **changes: str) -> str:
+    """What the command shows on a pseudo-terminal."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        arguments(*given),
+        cwd=cwd,
+        env=environment(TERM="xterm-256color", COLUMNS="120", **changes),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = bytearray()
+    while True:
+        try:
+            shown += os.read(controller, 65536)
+        except OSError:  # how Linux tells that the other end is closed
+            break
+    os.close(controller)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+COLOUR = re.compile(r"\x1b\[(?:[0-9]*;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
+
+
+def test_a_terminal_shows_progress_in_colour_unless_told_otherwise(tmp_path):
+    colourful = on_terminal(*SMALL, cwd=tmp_path)
+    plain = on_terminal(*SMALL, cwd=tmp_path, NO_COLOR="1")
+    for shown in (colourful, plain):
+        assert re.search(r"Distilling .*4/4.*rounds/s .*student .*generator ", shown)
+        assert "Round 4/4" not in shown
+    assert COLOUR.search(colourful)
+    assert not COLOUR.search(plain)
+
+
+BUNDLES = {
+    "loss": """--fused --seed 3 --device cpu --method.discrepancy kl --method.temperature 2 --method.adversarial 0.5
+        --method.student_batchnorm eval --method.activation.weight 0.2 --method.activation.margin 0.5
+        --method.activation.scaling batchmean --method.activation.stage_weights halving
+        --method.activation.generator_weight 0.1 --method.interpolation.weight 0.3
+        --method.interpolation.concentration 0.4 --method.interpolation.coefficient batch
+        --method.interpolation.labels teacher --method.interpolation.temperature 2
+        --method.interpolation.batchnorm keep --method.regularizers.batchnorm 0.2 --method.regularizers.one_hot 0.2
+        --method.regularizers.diversity 1""",
+    "optimizers": """--optimizer.backend torch
+        --optimizer.student.name adamw --optimizer.student.lr 1e-3 --optimizer.student.betas 0.8 0.9
+        --optimizer.student.weight_decay 0.01 --optimizer.student.schedule step
+        --optimizer.student.milestones 0.5 --optimizer.student.decay 0.5 --optimizer.student.momentum 0.5
+        --optimizer.generator.name sgd --optimizer.generator.lr 1e-2 --optimizer.generator.momentum 0.5
+        --optimizer.generator.weight_decay 1e-4 --optimizer.generator.schedule constant
+        --optimizer.generator.milestones 0.1 0.9 --optimizer.generator.decay 0.3
+        --optimizer.generator.betas 0.5 0.999""",
+    "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
+        --engine.fold_batchnorm on --engine.cuda_graph off --engine.compile off""",
+    "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
+        --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
+        --method.activation.weight 0""",
+    "files": """--config settings.yaml --teacher.factory tests.test_loading:Plain --teacher.kwargs {"channels":1}
+        --teacher.checkpoint teacher.pt --teacher.taps conv --student.factory tests.test_loading:Plain
+        --student.kwargs {"channels":1} --student.checkpoint teacher.pt --student.taps norm
+        --method.regularizers.batchnorm 0 --no_evaluate""",
+    "data": """--evaluate --data.name digits --data.root . --data.download --data.backend native --data.image_size 8
+        --data.channels 1 --data.test_fraction 0.3 --data.skip_corrupt""",
+}
+"""Every flag with a value that is not its default, where more than one is to be had on a CPU."""
+
+ALSO_RUN = {*(flag.partition("=")[0] for flag in SMALL), "--print_config", "--resume", "--overwrite", "--run_dir"}
+"""By every bundle, and by the tests above."""
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_every_flag_is_run(bundle, command):
+    Path("settings.yaml").write_text("recording: {log_every: 2}\n")
+    torch.save(train.build("tests.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
+    done = command(*SMALL, "--method.rounds=2", *BUNDLES[bundle].split(), "--run_dir=run")
+    assert done.exit_code == 0, done.stderr
+    assert (Path("run") / "curves.png").exists()
+
+
+def test_no_flag_is_left_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    help_lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\W+--", line)]
+    offered = {flag for line in help_lines for flag in re.findall(r"--[a-z][a-z0-9_.]*", line)} - {"--help"}
+    run_ = ALSO_RUN | {word for bundle in BUNDLES.values() for word in bundle.split() if word.startswith("--")}
+    negations = {flag for flag in offered if flag.rpartition(".")[2].lstrip("-").startswith("no_")}
+    assert len(offered) > 50
+    assert offered - run_ <= negations
+    assert run_ <= offered
+
+
+def test_the_documented_exit_codes_are_those_of_the_errors():
+    documented = {int(code) for code in re.findall(r"(?<=[ ;])(\d+) ", train.Train.__doc__.partition("Exit codes:")[2])}
+    raised = {kind.exit_code for kind in DfadError.__subclasses__() if "exit_code" in vars(kind)}
+    assert documented == {0, 130, 143} | raised

@@ -12,252 +12,337 @@
 
 namespace dfad::DFAD_ISA {
 
-// Softmax of logits that were loaded into `exponent`, one vector a step.
-template <class V> struct Softmax {
-    V *exponent, *exponential;
-    V log_sum, inverse_sum;
-
-    V probability(int64_t step) const { return exponential[step] * inverse_sum; }
-    V log_probability(int64_t step) const { return exponent[step] - log_sum; }
-};
-
-// A row's soft label and how far the student is from it. The logarithm of the ratio is 0 where the label is, and
-// exactly 0 where label and student agree.
-template <class V> struct Mixture {
-    Softmax<V>* student;
-    Softmax<V>* own;
-    Softmax<V>* partner;
-    V coefficient;
-
-    V label(int64_t step) const {
-        return coefficient * own->probability(step) + (1 - coefficient) * partner->probability(step);
-    }
-    V log_ratio(V label, int64_t step) const {
-        const V ratio = log(label) - student->log_probability(step);
-        return (label == 0) | (label == student->probability(step)) ? V{} : ratio;
-    }
-};
-
-// How logits in memory become vectors. Vectors run over the dimension that is contiguous: over the classes of one
-// site, or over neighbouring sites of one class. A unit is what a vector's lanes and all steps cover together.
+// How logits in memory become vectors. They run over the dimension that is contiguous: over the classes of one site, or
+// over neighbouring sites of one class. A unit is what the kernels hold at once: all classes of one site, or of as many
+// sites as a cache line has. It is `size` vectors, `width` of them side by side.
 template <class T, bool over_classes> struct Layout {
     using V = vector_t<T>;
-    int64_t rows, classes, sites, steps, units;
+    static constexpr int line = 64 / (lanes<V> * sizeof(T));
+    static constexpr int width = over_classes || line < 1 ? 1 : line;
+    static constexpr int64_t unit_sites = over_classes ? 1 : width * lanes<V>;
+
+    // A value for each site of a unit; one for all lanes where they are classes.
+    struct PerSite {
+        V values[width] = {};
+        V& operator[](int k) { return values[k]; }
+        const V& operator[](int k) const { return values[k]; }
+    };
+
+    int64_t rows, classes, sites, size, units;
 
     explicit Layout(const Array& logits)
         : rows(logits.shape[0]), classes(logits.shape[1]), sites(logits.shape[2]),
-          steps(over_classes ? (classes + lanes<V> - 1) / lanes<V> : classes),
-          units(over_classes ? sites : (sites + lanes<V> - 1) / lanes<V>) {}
+          size(over_classes ? (classes + lanes<V> - 1) / lanes<V> : classes * width),
+          units((sites + unit_sites - 1) / unit_sites) {}
 
-    int64_t offset(const Array& a, int64_t row, int64_t unit, int64_t step) const {
-        return row * a.stride[0] + (over_classes ? unit * a.stride[2] + step * lanes<V>
-                                                 : unit * lanes<V> + step * a.stride[1]);
+    // Calls f(vector, its place among the sites) for every vector of a unit.
+    template <class F> void each(F&& f) const {
+        for (int64_t i = 0; i < size; i += width)
+            for (int k = 0; k < width; ++k) f(i + k, k);
     }
-    int64_t count(int64_t unit, int64_t step) const {
-        return over_classes ? classes - step * lanes<V> : sites - unit * lanes<V>;
-    }
-    template <class S> V read(const Array& a, int64_t row, int64_t unit, int64_t step) const {
+
+    template <class S> void read(const Array& a, int64_t row, int64_t unit, V* to) const {
         const auto fill = over_classes ? -std::numeric_limits<scalar_t<T>>::infinity() : 0;
-        return load(static_cast<const S*>(a.data) + offset(a, row, unit, step), count(unit, step), fill);
-    }
-    template <class S> void write(const Array& a, int64_t row, int64_t unit, int64_t step, V value) const {
-        store(static_cast<S*>(a.data) + offset(a, row, unit, step), value, count(unit, step));
-    }
-    V total(V sums) const { return over_classes ? broadcast<V>(sum_of_lanes(sums)) : sums; }
-    V largest(V v) const { return over_classes ? broadcast<V>(max_of_lanes(v)) : v; }
-
-    // Sums over steps in runs, so that rounding grows with the run's length and the number of runs alone.
-    template <class F> V sum(F&& term) const {
-        constexpr int64_t run = 64;
-        V sums{};
-        for (int64_t begin = 0; begin < steps; begin += run) {
-            const int64_t end = begin + run < steps ? begin + run : steps;
-            V part{};
-            for (int64_t step = begin; step < end; ++step) part += term(step);
-            sums += part;
-        }
-        return total(sums);
-    }
-
-    Softmax<V> softmax(const Array& a, int64_t row, int64_t unit, V* exponent, V* exponential, V inverse_temperature) const {
-        V top = broadcast<V>(-std::numeric_limits<scalar_t<T>>::infinity());
-        for (int64_t step = 0; step < steps; ++step) {
-            exponent[step] = read<T>(a, row, unit, step);
-            top = max(top, exponent[step]);
-        }
-        top = largest(top);
-        const V sums = sum([=](int64_t step) {
-            exponent[step] = (exponent[step] - top) * inverse_temperature;
-            return exponential[step] = exp(exponent[step]);
+        const S* from = static_cast<const S*>(a.data) + row * a.stride[0] + unit * unit_sites * a.stride[2];
+        const int64_t whole = whole_vectors(unit);
+        each([=](int64_t i, int k) {
+            const S* p = from + offset(a, i, k);
+            if (!over_classes && k == 0) __builtin_prefetch(p + unit_sites);  // classes are too far apart for hardware
+            to[i] = is_whole(i, k, whole) ? load(p) : load(p, left(unit, i, k), fill);
         });
-        return {exponent, exponential, log(sums), 1 / sums};
+    }
+    template <class S> void write(const Array& a, int64_t row, int64_t unit, const V* values) const {
+        S* to = static_cast<S*>(a.data) + row * a.stride[0] + unit * unit_sites * a.stride[2];
+        const int64_t whole = whole_vectors(unit);
+        each([=](int64_t i, int k) {
+            if (is_whole(i, k, whole)) store(to + offset(a, i, k), values[i]);
+            else store(to + offset(a, i, k), values[i], left(unit, i, k));
+        });
+    }
+
+    // Sums in runs, so that rounding grows with the length of a run and with their number, not with their product.
+    template <class F> PerSite sum(F&& term) const {
+        constexpr int64_t run = 64 * width;
+        PerSite total;
+        for (int64_t begin = 0; begin < size; begin += run) {
+            const int64_t end = begin + run < size ? begin + run : size;
+            PerSite part;
+            for (int64_t i = begin; i < end; i += width)
+                for (int k = 0; k < width; ++k) part[k] += term(i + k, k);
+            for (int k = 0; k < width; ++k) total[k] += part[k];
+        }
+        if (over_classes) total[0] = broadcast<V>(sum_of_lanes(total[0]));
+        return total;
+    }
+
+    PerSite largest(const V* x) const {
+        PerSite top;
+        for (int k = 0; k < width; ++k) top[k] = broadcast<V>(-std::numeric_limits<scalar_t<T>>::infinity());
+        each([&](int64_t i, int k) { top[k] = max(top[k], x[i]); });
+        if (over_classes) top[0] = broadcast<V>(max_of_lanes(top[0]));
+        return top;
+    }
+
+    // The sum over a unit's sites of a value of each.
+    double over_sites(const PerSite& value, int64_t unit) const {
+        if (over_classes) return value[0][0];
+        double total = 0;
+        for (int k = 0; k < width; ++k)
+            for (int lane = 0; lane < lanes<V> && lane < left(unit, k, k); ++lane) total += value[k][lane];
+        return total;
+    }
+
+private:
+    static int64_t offset(const Array& a, int64_t i, int k) {
+        return over_classes ? i * lanes<V> : i / width * a.stride[1] + k * lanes<V>;
+    }
+    // elements from a vector's first lane to the end of the dimension that it runs over
+    int64_t left(int64_t unit, int64_t i, int k) const {
+        const int64_t count = over_classes ? classes - i * lanes<V> : sites - unit * unit_sites - k * lanes<V>;
+        return count > 0 ? count : 0;
+    }
+    int64_t whole_vectors(int64_t unit) const {
+        return over_classes ? classes / lanes<V> : (sites - unit * unit_sites) / lanes<V>;
+    }
+    static bool is_whole(int64_t i, int k, int64_t whole) { return (over_classes ? i : k) < whole; }
+};
+
+// One unit of one row: its softmax, from logits that were read into `exponent`.
+template <class L> struct Softmax {
+    using V = typename L::V;
+    using PerSite = typename L::PerSite;
+
+    V *exponent, *exponential;
+    PerSite log_sum, inverse_sum;
+
+    Softmax(const L& layout, V* exponent, V* exponential, V inverse_temperature) : exponent(exponent), exponential(exponential) {
+        const PerSite top = layout.largest(exponent);
+        const PerSite sum = layout.sum([=](int64_t i, int k) {
+            exponent[i] = (exponent[i] - top[k]) * inverse_temperature;
+            return exponential[i] = exp(exponent[i]);
+        });
+        for (int k = 0; k < L::width; ++k) {
+            log_sum[k] = log(sum[k]);
+            inverse_sum[k] = 1 / sum[k];
+        }
+    }
+    V probability(int64_t i, int k) const { return exponential[i] * inverse_sum[k]; }
+    V log_probability(int64_t i, int k) const { return exponent[i] - log_sum[k]; }
+};
+
+// A row's soft label, and how far the student is from it.
+template <class L> struct Mixture {
+    using V = typename L::V;
+    using PerSite = typename L::PerSite;
+
+    const Softmax<L>*student, *own, *partner;
+    PerSite own_factor, partner_factor;
+
+    Mixture(const Softmax<L>& student, const Softmax<L>& own, const Softmax<L>& partner, V coefficient)
+        : student(&student), own(&own), partner(&partner) {
+        for (int k = 0; k < L::width; ++k) {
+            own_factor[k] = coefficient * own.inverse_sum[k];
+            partner_factor[k] = (1 - coefficient) * partner.inverse_sum[k];
+        }
+    }
+    V label(int64_t i, int k) const {
+        return own_factor[k] * own->exponential[i] + partner_factor[k] * partner->exponential[i];
+    }
+    // log(ỹ / p): 0 where the label is 0, and exactly 0 where student and label agree
+    V log_ratio(V label, int64_t i, int k) const {
+        const V ratio = log(label) - student->log_probability(i, k);
+        return (label == 0) | (label == student->probability(i, k)) ? V{} : ratio;
     }
 };
 
-// Calls work(task's own state, pair, unit) for every unit of every pair; a task is a run of units with one state.
-template <class MakeState, class Work>
-void for_each_unit(int64_t pairs, int64_t units, int64_t unit_elements, int threads, MakeState&& make_state, Work&& work) {
-    constexpr int64_t task_elements = 1 << 13;
-    const int64_t total = pairs * units;
-    if (total * unit_elements == 0) return;
-    const int64_t task_units = unit_elements < task_elements ? task_elements / unit_elements : 1;
-    const int64_t tasks = (total + task_units - 1) / task_units;
-    parallel_for(tasks, total * unit_elements, threads, [&](int64_t task) {
-        auto state = make_state(task);
-        const int64_t end = (task + 1) * task_units < total ? (task + 1) * task_units : total;
-        for (int64_t i = task * task_units; i < end; ++i) work(state, i / units, i % units);
-    });
-}
+// The operator's arguments for one layout.
+template <class L, class T> struct InterpolatedKlDiv {
+    using V = typename L::V;
+    using PerSite = typename L::PerSite;
+    using Storage = T;
+    using S = scalar_t<T>;
 
-template <class F> void with_layout(const Array& logits, F&& f) {
-    with_storage(logits.dtype, [&](auto* type) {
+    L layout;
+    Array student, teacher, mixing_coefficient;
+    V inverse_temperature;
+    int64_t memory_slots;
+
+    // A unit of a tensor, read into two slots of the memory.
+    Softmax<L> softmax(const Array& a, int64_t row, int64_t unit, V* memory) const {
+        layout.template read<T>(a, row, unit, memory);
+        return {layout, memory, memory + layout.size, inverse_temperature};
+    }
+    V coefficient(int64_t row) const {
+        return broadcast<V>(static_cast<const S*>(mixing_coefficient.data)[row * mixing_coefficient.stride[0]]);
+    }
+
+    // Calls work(pair, unit, its task's memory, task) for every unit of every pair. A task is a run of units.
+    template <class Work> void for_each_unit(int64_t pairs, int threads, Work&& work) const {
+        const int64_t total = pairs * layout.units;
+        parallel_for(tasks(pairs), total * layout.size * lanes<V>, threads, [&](int64_t task) {
+            Buffer<V> memory(memory_slots * layout.size);
+            const int64_t end = (task + 1) * task_units() < total ? (task + 1) * task_units() : total;
+            for (int64_t i = task * task_units(); i < end; ++i) work(i / layout.units, i % layout.units, memory.data(), task);
+        });
+    }
+    int64_t tasks(int64_t pairs) const {
+        return layout.size ? (pairs * layout.units + task_units() - 1) / task_units() : 0;
+    }
+
+private:
+    int64_t task_units() const {
+        constexpr int64_t task_elements = 1 << 14;
+        const int64_t units = task_elements / (layout.size * lanes<V>);
+        return units > 1 ? units : 1;
+    }
+};
+
+// Calls f(problem) for the logits' dtype and layout.
+template <class F>
+void with_problem(const Array& student, const Array& teacher, const Array& mixing_coefficient, double temperature,
+                  int64_t memory_slots, F&& f) {
+    with_storage(student.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (logits.stride[1] == 1) f(Layout<T, true>(logits), type);
-        else f(Layout<T, false>(logits), type);
+        const auto call = [&](auto layout) {
+            const auto inverse_temperature = broadcast<vector_t<T>>(1 / temperature);
+            f(InterpolatedKlDiv<decltype(layout), T>{layout, student, teacher, mixing_coefficient, inverse_temperature, memory_slots});
+        };
+        if (student.stride[1] == 1) call(Layout<T, true>(student));
+        else call(Layout<T, false>(student));
     });
 }
 
-template <class V> V coefficient_of(const Array& mixing_coefficient, int64_t row) {
-    using S = decltype(V{}[0] + 0);
-    return broadcast<V>(static_cast<const S*>(mixing_coefficient.data)[row * mixing_coefficient.stride[0]]);
-}
-
-// loss = scale · Σ, or the scaled terms ỹ log(ỹ / p) themselves where loss is not a scalar.
+// loss = scale · T² Σ ỹ log(ỹ / p), or the scaled terms themselves where loss is not a scalar.
 void interpolated_kl_div_forward(Array loss, Array student, Array teacher, Array mixing_coefficient, Indices partner,
                                  double temperature, double scale, int threads) {
-    const std::vector<Pair> pair_list = pair_rows(partner, student.shape[0]);
-    const Pair* pairs = pair_list.data();
-    const int64_t pair_count = static_cast<int64_t>(pair_list.size());
-    with_layout(student, [&](auto layout, auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using V = vector_t<T>;
+    const std::vector<Pair> pairs = pair_rows(partner, student.shape[0]);
+    const auto pair_count = static_cast<int64_t>(pairs.size());
+    with_problem(student, teacher, mixing_coefficient, temperature, 6, [&, pairs = pairs.data()](auto problem) {
+        using Problem = decltype(problem);
+        using V = typename Problem::V;
+        using L = decltype(problem.layout);
+        const L layout = problem.layout;
         const bool elementwise = loss.dimensions > 0;
-        const V inverse_temperature = broadcast<V>(1 / temperature);
         const V factor = broadcast<V>(scale * temperature * temperature);
-        const int64_t steps = layout.steps;
-        struct State {
-            Buffer<V> memory;
-            double* loss;
-        };
-        const int64_t capacity = pair_count * layout.units + 1;  // at least one unit a task
-        Buffer<double> partial(capacity);
-        for (int64_t i = 0; i < capacity; ++i) partial[i] = 0;
-        const auto make_state = [&](int64_t task) { return State{Buffer<V>(7 * steps), &partial[task]}; };
-        for_each_unit(pair_count, layout.units, steps * lanes<V>, threads, make_state, [&](State& state, int64_t i, int64_t unit) {
+        const int64_t tasks = problem.tasks(pair_count);
+        Buffer<double> partial(tasks);
+        for (int64_t task = 0; task < tasks; ++task) partial[task] = 0;
+        problem.for_each_unit(pair_count, threads, [&](int64_t i, int64_t unit, V* memory, int64_t task) {
             const Pair pair = pairs[i];
-            V* memory = state.memory.data();
-            const auto slot = [=](int64_t k) { return memory + k * steps; };
-            auto own = layout.softmax(teacher, pair.row, unit, slot(0), slot(1), inverse_temperature);
-            auto other = pair.partner == pair.row
-                ? own : layout.softmax(teacher, pair.partner, unit, slot(2), slot(3), inverse_temperature);
-            const auto add = [&](int64_t row, Softmax<V>* first, Softmax<V>* second) {
-                auto s = layout.softmax(student, row, unit, slot(4), slot(5), inverse_temperature);
-                const Mixture<V> mixture{&s, first, second, coefficient_of<V>(mixing_coefficient, row)};
-                V sums{};
-                for (int64_t step = 0; step < steps; ++step) {
-                    const V label = mixture.label(step);
-                    V term = label * mixture.log_ratio(label, step);
-                    if (elementwise) layout.template write<scalar_t<T>>(loss, row, unit, step, factor * term);
-                    else sums += lane_numbers<V>() < static_cast<scalar_t<T>>(layout.count(unit, step)) ? term : V{};
+            const bool alone = pair.partner == pair.row;
+            const auto own = problem.softmax(teacher, pair.row, unit, memory);
+            const auto other = alone ? own : problem.softmax(teacher, pair.partner, unit, memory + 2 * layout.size);
+            const auto add = [&](int64_t row, const auto& first, const auto& second) {
+                V* scratch = memory + 4 * layout.size;
+                const auto s = problem.softmax(student, row, unit, scratch);
+                const Mixture<L> mixture(s, first, second, problem.coefficient(row));
+                const auto term = [=](int64_t step, int k) {
+                    const V label = mixture.label(step, k);
+                    return label * mixture.log_ratio(label, step, k);
+                };
+                if (elementwise) {
+                    layout.each([=](int64_t step, int k) { scratch[step] = factor * term(step, k); });
+                    layout.template write<typename Problem::S>(loss, row, unit, scratch);
+                } else {
+                    partial[task] += layout.over_sites(layout.sum(term), unit);
                 }
-                *state.loss += sum_of_lanes(sums);
             };
-            add(pair.row, &own, &other);
-            if (pair.closed && pair.partner != pair.row) add(pair.partner, &other, &own);
+            add(pair.row, own, other);
+            if (pair.closed && !alone) add(pair.partner, other, own);
         });
         if (elementwise) return;
         double total = 0;
-        for (int64_t i = 0; i < capacity; ++i) total += partial[i];
+        for (int64_t task = 0; task < tasks; ++task) total += partial[task];
         write_scalar(loss, scale * temperature * temperature * total);
     });
 }
 
-// The gradients that exist, for loss_gradient (g), a scalar or of the logits' shape:
+// The gradients that exist, for loss_gradient g, a scalar or of the logits' shape:
 //   student: T (p Σ g ỹ − g ỹ)
 //   teacher: T Σ w q (h − Σ q h), h = g (log(ỹ / p) + 1), over the two labels that a teacher's row is mixed into, with
 //            its weight w = λ in its own, 1 − λ in the other.
 void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient, Array loss_gradient, Array student,
                                   Array teacher, Array mixing_coefficient, Indices partner, double temperature,
                                   double scale, int threads) {
-    const std::vector<Pair> pair_list = pair_rows(partner, student.shape[0]);
-    const Pair* pairs = pair_list.data();
-    const int64_t pair_count = static_cast<int64_t>(pair_list.size());
-    with_layout(student, [&](auto layout, auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using V = vector_t<T>;
+    const std::vector<Pair> pairs = pair_rows(partner, student.shape[0]);
+    const auto pair_count = static_cast<int64_t>(pairs.size());
+    with_problem(student, teacher, mixing_coefficient, temperature, 11, [&, pairs = pairs.data()](auto problem) {
+        using Problem = decltype(problem);
+        using T = typename Problem::Storage;
+        using V = typename Problem::V;
+        using L = decltype(problem.layout);
+        const L layout = problem.layout;
         const bool elementwise = loss_gradient.dimensions > 0;
-        const V inverse_temperature = broadcast<V>(1 / temperature);
         const V factor = broadcast<V>(scale * temperature * (elementwise ? 1 : read_scalar(loss_gradient)));
-        const V constant = broadcast<V>(elementwise ? 1 : 0);  // Σ g ỹ cancels it where g is constant
-        const int64_t steps = layout.steps;
-        const auto make_state = [&](int64_t) { return Buffer<V>(12 * steps); };
-        for_each_unit(pair_count, layout.units, steps * lanes<V>, threads, make_state, [&](Buffer<V>& state, int64_t i, int64_t unit) {
+        problem.for_each_unit(pair_count, threads, [&](int64_t i, int64_t unit, V* memory, int64_t) {
             const Pair pair = pairs[i];
-            V* memory = state.data();
-            const auto slot = [=](int64_t k) { return memory + k * steps; };
-            const auto softmax = [&](const Array& a, int64_t row, int64_t k) {
-                return layout.softmax(a, row, unit, slot(k), slot(k + 1), inverse_temperature);
-            };
-            const auto upstream = [&](int64_t row, int64_t step) {
-                return elementwise ? layout.template read<scalar_t<T>>(loss_gradient, row, unit, step) : broadcast<V>(1);
-            };
-            // what one label's row gives to its student; leaves h in slot k
-            const auto differentiate = [&](int64_t row, bool write_student, Softmax<V>* s, Softmax<V>* first, Softmax<V>* second, int64_t k) {
-                const Mixture<V> mixture{s, first, second, coefficient_of<V>(mixing_coefficient, row)};
-                if (write_student && student_gradient.exists()) {
-                    const V total = elementwise
-                        ? layout.sum([&](int64_t step) { return select(mixture.label(step) == 0, V{}, upstream(row, step) * mixture.label(step)); })
-                        : broadcast<V>(1);
-                    for (int64_t step = 0; step < steps; ++step) {
-                        const V gradient = s->probability(step) * total - select(mixture.label(step) == 0, V{}, upstream(row, step) * mixture.label(step));
-                        layout.template write<T>(student_gradient, row, unit, step, factor * gradient);
-                    }
-                }
-                if (teacher_gradient.exists())
-                    for (int64_t step = 0; step < steps; ++step)
-                        slot(k)[step] = upstream(row, step) * (mixture.log_ratio(mixture.label(step), step) + constant);
-            };
-            // through one label to the teacher's row with probabilities q
-            const auto pull = [&](const Softmax<V>& q, V weight, int64_t k) {
-                const V* h = slot(k);
-// the second sum takes back what Σ q ≠ 1 in the last place has done to the first
-                const auto weigh = [&](V shift) {
-                    return layout.sum([&](int64_t step) {
-                        const V p = q.probability(step);
-                        return select(p == 0, V{}, p * (h[step] - shift));
-                    });
-                };
-                const V first = weigh(V{});
-                const V mean = first + weigh(first);
-                return [=, &q](int64_t step) { const V p = q.probability(step); return select(p == 0, V{}, weight * p * (h[step] - mean)); };
-            };
-            const auto write_teacher = [&](int64_t row, auto first, auto second) {
-                for (int64_t step = 0; step < steps; ++step)
-                    layout.template write<T>(teacher_gradient, row, unit, step, factor * (first(step) + second(step)));
-            };
-            const auto coefficient = [&](int64_t row) { return coefficient_of<V>(mixing_coefficient, row); };
+            const bool alone = pair.partner == pair.row;
+            const auto slot = [=](int64_t number) { return memory + number * layout.size; };
 
-            auto own = softmax(teacher, pair.row, 0);
-            auto other = pair.partner == pair.row ? own : softmax(teacher, pair.partner, 2);
-            {
-                auto s = softmax(student, pair.row, 4);
-                differentiate(pair.row, true, &s, &own, &other, 6);
-            }
-            if (pair.partner == pair.row) {
-                if (teacher_gradient.exists())
-                    write_teacher(pair.row, pull(own, coefficient(pair.row), 6), pull(own, 1 - coefficient(pair.row), 6));
-            } else if (pair.closed) {
-                auto s = softmax(student, pair.partner, 4);
-                differentiate(pair.partner, true, &s, &other, &own, 7);
+            // writes the gradient of a label's student, and leaves h in `label_gradient`
+            const auto differentiate = [&](int64_t row, const auto& s, const auto& first, const auto& second, V* label_gradient, bool write) {
+                const Mixture<L> mixture(s, first, second, problem.coefficient(row));
+                V* upstream = slot(10);
+                if (elementwise) layout.template read<typename Problem::S>(loss_gradient, row, unit, upstream);
                 if (teacher_gradient.exists()) {
-                    write_teacher(pair.row, pull(own, coefficient(pair.row), 6), pull(own, 1 - coefficient(pair.partner), 7));
-                    write_teacher(pair.partner, pull(other, coefficient(pair.partner), 7), pull(other, 1 - coefficient(pair.row), 6));
+                    layout.each([=](int64_t step, int k) { label_gradient[step] = mixture.log_ratio(mixture.label(step, k), step, k); });
+                    if (elementwise) layout.each([=](int64_t step, int) { label_gradient[step] = upstream[step] * (label_gradient[step] + 1); });
                 }
+                if (!write || !student_gradient.exists()) return;
+                if (elementwise) {
+                    const auto weigh = [=](int64_t step, int k) {
+                        const V label = mixture.label(step, k);
+                        return label == 0 ? V{} : upstream[step] * label;
+                    };
+                    const auto total = layout.sum(weigh);
+                    layout.each([=](int64_t step, int k) {
+                        s.exponential[step] = factor * (s.probability(step, k) * total[k] - weigh(step, k));
+                    });
+                } else {
+                    layout.each([=](int64_t step, int k) {
+                        const V p = s.probability(step, k);
+                        const V label = mixture.label(step, k);
+                        // exactly 0 where both agree, which a contraction with the product in p would miss
+                        s.exponential[step] = p == label ? V{} : factor * (p - label);
+                    });
+                }
+                layout.template write<T>(student_gradient, row, unit, s.exponential);
+            };
+            // through a label to the teacher's row with probabilities q; replaces h by what it adds to the gradient
+            const auto pull = [&](const auto& q, V weight, const V* h, V* gradient, bool add) {
+                const auto weigh = [=, &q](int64_t step, int k, V value) {
+                    const V p = q.probability(step, k);
+                    return p == 0 ? V{} : p * value;
+                };
+                const auto mean = layout.sum([=](int64_t step, int k) { return weigh(step, k, h[step]); });
+                // takes back what Σ q ≠ 1 in the last place has done to the mean
+                const auto rest = layout.sum([=](int64_t step, int k) { return weigh(step, k, h[step] - mean[k]); });
+                layout.each([=](int64_t step, int k) {
+                    const V value = weight * factor * weigh(step, k, h[step] - mean[k] - rest[k]);
+                    gradient[step] = add ? gradient[step] + value : value;
+                });
+            };
+            const auto write_teacher = [&](int64_t row, const auto& q, const V* own_label, const V* other_label, int64_t other_row) {
+                V* gradient = slot(10);
+                pull(q, problem.coefficient(row), own_label, gradient, false);
+                pull(q, 1 - problem.coefficient(other_row), other_label, gradient, true);
+                layout.template write<T>(teacher_gradient, row, unit, gradient);
+            };
+
+            const auto own = problem.softmax(teacher, pair.row, unit, slot(0));
+            const auto other = alone ? own : problem.softmax(teacher, pair.partner, unit, slot(2));
+            differentiate(pair.row, problem.softmax(student, pair.row, unit, slot(4)), own, other, slot(6), true);
+            if (alone) {
+                if (teacher_gradient.exists()) write_teacher(pair.row, own, slot(6), slot(6), pair.row);
+            } else if (pair.closed) {
+                differentiate(pair.partner, problem.softmax(student, pair.partner, unit, slot(4)), other, own, slot(7), true);
+                if (!teacher_gradient.exists()) return;
+                write_teacher(pair.row, own, slot(6), slot(7), pair.partner);
+                write_teacher(pair.partner, other, slot(7), slot(6), pair.row);
             } else if (teacher_gradient.exists()) {
-                auto inverse = softmax(teacher, pair.inverse, 8);
-                auto s = softmax(student, pair.inverse, 10);
-                differentiate(pair.inverse, false, &s, &inverse, &own, 7);
-                write_teacher(pair.row, pull(own, coefficient(pair.row), 6), pull(own, 1 - coefficient(pair.inverse), 7));
+                const auto inverse = problem.softmax(teacher, pair.inverse, unit, slot(8));
+                differentiate(pair.inverse, problem.softmax(student, pair.inverse, unit, slot(4)), inverse, own, slot(7), false);
+                write_teacher(pair.row, own, slot(6), slot(7), pair.inverse);
             }
         });
     });

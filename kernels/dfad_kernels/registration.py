@@ -169,14 +169,16 @@ class FusedLoss(Generic[P]):
             if need
         ]
 
-    def _differentiate(self, ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved, *tensors = ctx.saved_tensors
-        tensors = iter(tensors)
+    def _differentiate(self, ctx: Any, loss_gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if loss_gradient is None:
+            return (None,) * len(ctx.arguments)
+        saved, *rest = ctx.saved_tensors
+        tensors = iter(rest)
         arguments = [next(tensors) if is_tensor else x for is_tensor, x in ctx.arguments]
         needed = list(ctx.needs_input_grad[: self._differentiable])
         gradients = iter(self._backward_operator(loss_gradient, saved, needed, *arguments))
-        rest = [None] * (len(arguments) - self._differentiable)
-        return (*(next(gradients) if need else None for need in needed), *rest)
+        without = [None] * (len(arguments) - self._differentiable)
+        return (*(next(gradients) if need else None for need in needed), *without)
 
     def _refuse_vmap(self, *_: Any) -> None:
         raise RuntimeError(

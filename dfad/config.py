@@ -10,6 +10,8 @@ from typing import Literal
 
 from dfad.cli import Keywords
 
+Precision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
+
 Switch = Literal["auto", "on", "off"]
 """``auto``: on where ``fused`` is and the machine can; ``on``: or an error that says why not; ``off``."""
 
@@ -265,7 +267,7 @@ class OptimizersConfig:
 class EngineConfig:
     """How a round runs; none of this changes what is computed beyond rounding."""
 
-    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    precision: Precision = "auto"
     """Of convolutions and matrix products; auto is bfloat16 where the hardware has it. Losses stay float32."""
 
     channels_last: Switch = "auto"

@@ -197,6 +197,27 @@ class TestTraining:
             resumed.train_epoch()
         assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
+    @pytest.mark.parametrize("switch", ["on", "off"])
+    def test_the_layout_is_chosen(self, digits, switch):
+        trainer = SupervisedTrainer(replace(QUICK, channels_last=switch), digits)
+        weight = trainer.network.stages[1][0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (switch == "on")
+        assert trainer.train_epoch() < 2.3
+
+    def test_the_precision_is_chosen(self, digits):
+        trainer = SupervisedTrainer(replace(QUICK, precision="bfloat16"), digits)
+        seen = []
+        trainer.network.linear.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+        trainer.images.zero_()
+        trainer.labels.zero_()
+        trainer.step()
+        assert seen == [torch.bfloat16]
+        assert trainer.network.linear.weight.dtype == torch.float32
+
+    def test_a_cuda_graph_without_a_gpu_is_refused(self, digits):
+        with pytest.raises(ConfigurationError, match="cuda_graph"):
+            SupervisedTrainer(replace(QUICK, cuda_graph="on"), digits)
+
     def test_divergence_stops(self, digits):
         trainer = SupervisedTrainer(replace(QUICK, lr=1e30), digits)
         with pytest.raises(DivergenceError, match="in epoch 1. Lower --lr, now 1e"):

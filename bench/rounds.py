@@ -1,0 +1,209 @@
+"""Contenders for whole rounds: the loop as published, the same repaired, and this project's, a part at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfad import models
+from dfad.config import (
+    ActivationConfig,
+    DistillConfig,
+    EngineConfig,
+    GeneratorConfig,
+    InterpolationConfig,
+    MethodConfig,
+    RegularizerConfig,
+)
+from dfad.engine import has_bfloat16
+from dfad.models.connectors import Connectors
+from dfad.models.generator import Generator
+from dfad.trainer import Distiller
+
+BOTH_REGULARIZERS = {
+    "activation": ActivationConfig(weight=1.0),
+    "interpolation": InterpolationConfig(weight=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair of networks and a batch."""
+
+    name: str
+    teacher: Callable[[], nn.Module]
+    student: Callable[[], nn.Module]
+    image_shape: tuple[int, int, int]
+    method: MethodConfig
+    generator: GeneratorConfig = GeneratorConfig()
+    gpu_only: bool = False
+
+    def config(self, device: torch.device, **changes: object) -> DistillConfig:
+        return replace(
+            DistillConfig(device=str(device), method=self.method, generator=self.generator),
+            **changes,  # type: ignore[arg-type]
+        )
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return self.teacher(), self.student()
+
+
+CASES = [
+    Case(
+        "digits",
+        lambda: models.convnet(channels=(32, 64, 128), in_channels=1),
+        lambda: models.convnet(channels=(16, 32, 64), in_channels=1),
+        (1, 8, 8),
+        MethodConfig(batch_size=128, regularizers=RegularizerConfig(0.1, 0.1, 5.0), **BOTH_REGULARIZERS),
+        GeneratorConfig(noise_dim=64, width=32),
+    ),
+    Case(
+        "mnist-lenet5",
+        models.lenet5,
+        models.lenet5_half,
+        (1, 28, 28),
+        MethodConfig(batch_size=64, **BOTH_REGULARIZERS),
+        GeneratorConfig(noise_dim=100, width=32),
+    ),
+    Case(
+        "cifar-resnet20",
+        models.resnet20,
+        models.resnet20,
+        (3, 32, 32),
+        MethodConfig(batch_size=64, **BOTH_REGULARIZERS),
+    ),
+    Case(
+        "cifar-resnet34-resnet18",
+        models.resnet34,
+        models.resnet18,
+        (3, 32, 32),
+        MethodConfig(batch_size=256, regularizers=RegularizerConfig(1.0, 1.0, 20.0), **BOTH_REGULARIZERS),
+        GeneratorConfig(width=128),
+        gpu_only=True,
+    ),
+]
+
+
+def repaired_engine(device: torch.device) -> EngineConfig:
+    """What a careful user switches on by hand: channels-last and autocast."""
+    precision = "bfloat16" if has_bfloat16(device) else "float32"
+    return EngineConfig(
+        precision=precision, channels_last="on", fused_optimizers="off", fold_batchnorm="off", cuda_graph="off"
+    )
+
+
+class PublishedRound:
+    """The loop as its sources publish it: float32, NCHW, a teacher whose parameters take gradients and whose forward
+    keeps a graph in every step, unfused optimizers and losses.
+
+    Args:
+        case: what to run.
+        device: where.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        self.device = device
+        self.teacher, self.student = (network.to(device) for network in case.networks())
+        self.teacher.eval()
+        self.generator = Generator(case.image_shape, case.generator.noise_dim, case.generator.width).to(device)
+        probe = torch.zeros(2, *case.image_shape, device=device)
+        self.connectors = Connectors(self.student(probe).taps, self.teacher(probe).taps).to(device)
+        parameters = [*self.student.parameters(), *self.connectors.parameters()]
+        self.student_optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=False)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3, foreach=False)
+        self.norm_inputs: list[Tensor] = []
+        self.norms = [m for m in self.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        if case.method.regularizers.batchnorm:
+            for norm in self.norms:
+                norm.register_forward_hook(lambda module, inputs, output: self.norm_inputs.append(inputs[0]))
+
+    def __call__(self) -> None:
+        for _ in range(self.case.method.student_steps):
+            self.student_step()
+        self.generator_step()
+
+    def student_step(self) -> None:
+        method = self.case.method
+        self.student.train()
+        images = self.generator(self.noise()).detach()
+        self.norm_inputs.clear()
+        teacher = self.teacher(images)
+        student = self.student(images)
+        loss = F.l1_loss(student.logits, teacher.logits.detach())
+        loss = loss + method.activation.weight * sum(
+            published_activation_boundary(s, t.detach(), method.activation.margin) / s.numel()
+            for s, t in zip(self.connectors(student.taps), teacher.taps, strict=True)
+        )
+        weight = torch.distributions.Beta(1.0, 1.0).sample((len(images),)).to(self.device)
+        partner = torch.randperm(len(images), device=self.device)
+        pixels = weight.view(-1, 1, 1, 1)
+        mixed = pixels * images + (1 - pixels) * images[partner]
+        soft = teacher.logits.detach().softmax(dim=1)
+        label = weight.view(-1, 1) * soft + (1 - weight.view(-1, 1)) * soft[partner]
+        divergence = F.kl_div(self.student(mixed).logits.log_softmax(dim=1), label, reduction="batchmean")
+        loss = loss + method.interpolation.weight * divergence
+        self.student_optimizer.zero_grad()
+        loss.backward()
+        self.student_optimizer.step()
+
+    def generator_step(self) -> None:
+        regularizers = self.case.method.regularizers
+        images = self.generator(self.noise())
+        self.norm_inputs.clear()
+        teacher, student = self.teacher(images), self.student(images)
+        loss = -F.l1_loss(student.logits, teacher.logits)
+        if regularizers.batchnorm:
+            for x, norm in zip(self.norm_inputs, self.norms, strict=True):
+                mean = x.mean([0, 2, 3])
+                variance = x.permute(1, 0, 2, 3).reshape(x.size(1), -1).var(1, unbiased=False)
+                distance = torch.norm(norm.running_var - variance, 2) + torch.norm(norm.running_mean - mean, 2)  # type: ignore[operator]
+                loss = loss + regularizers.batchnorm * distance
+            loss = loss + regularizers.one_hot * F.cross_entropy(teacher.logits, teacher.logits.argmax(1))
+            prediction = teacher.logits.softmax(1).mean(0)
+            loss = loss + regularizers.diversity * (prediction * prediction.log()).sum()
+        self.generator_optimizer.zero_grad()
+        loss.backward()
+        self.generator_optimizer.step()
+
+    def noise(self) -> Tensor:
+        return torch.randn(self.case.method.batch_size, self.case.generator.noise_dim, device=self.device)
+
+
+def published_activation_boundary(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
+    """Heo et al.'s expression, summed over all elements."""
+    inactive = (student + margin).square() * ((student > -margin) & (teacher <= 0)).float()
+    active = (student - margin).square() * ((student <= margin) & (teacher > 0)).float()
+    return (inactive + active).abs().sum()
+
+
+def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool) -> Callable[[], object]:
+    """This project's round with the given parts."""
+    teacher, student = case.networks()
+    config = case.config(device, engine=engine, fused=fused)
+    return Distiller(teacher, student, config, image_shape=case.image_shape).run_round
+
+
+def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Callable[[], object]]]]:
+    """Names and makers of rounds, from the slowest idea to the fastest."""
+    repaired = repaired_engine(device)
+    with_losses = repaired
+    with_folding = replace(with_losses, fold_batchnorm="on")
+    with_optimizers = replace(with_folding, fused_optimizers="on")
+    steps = [
+        ("ours: losses", with_losses),
+        ("ours: losses, folding", with_folding),
+        ("ours: losses, folding, optimizers", with_optimizers),
+    ]
+    if device.type == "cuda":
+        steps.append(("ours: losses, folding, optimizers, graph", replace(with_optimizers, cuda_graph="on")))
+        steps.append(("ours: all", replace(with_optimizers, cuda_graph="on", compile="on")))
+    return [
+        ("published", lambda case: PublishedRound(case, device)),
+        ("repaired", lambda case: ours(case, device, repaired, fused=False)),
+        ("repaired + torch.compile", lambda case: ours(case, device, replace(repaired, compile="on"), fused=False)),
+        *[(name, lambda case, e=engine: ours(case, device, e, fused=True)) for name, engine in steps],
+    ]

@@ -1,16 +1,15 @@
 """SVHN: cropped digits of 32×32 pixels in MATLAB files."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scipy.io
 import torch
 
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset
 from dfad.data.decoded import DecodedSplit
 from dfad.data.download import Remote, fetch, require_root
+from dfad.data.mat import read_mat
 from dfad.errors import DataError
 
 REMOTES = (
@@ -34,10 +33,7 @@ def read_svhn(config: DataConfig) -> Dataset:
 def _read(path: Path) -> DecodedSplit:
     if not path.is_file():
         raise DataError(f"There is no {path}. Point --data.root at its folder, or let --data.download fetch it there.")
-    try:
-        content: dict[str, Any] = scipy.io.loadmat(path)
-    except Exception as error:  # a damaged file can make the parser raise anything
-        raise DataError(f"{path} ({path.stat().st_size} bytes) is no readable MATLAB file: {error}.") from None
+    content = read_mat(path)
     images, labels = content.get("X"), content.get("y")
     if images is None or labels is None or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
         raise DataError(f"{path} holds no X of shape (32, 32, 3, images) with y; it is not the official file.")
@@ -45,4 +41,4 @@ def _read(path: Path) -> DecodedSplit:
         raise DataError(f"{path} holds X of {images.dtype} for {images.shape[3]} images and {labels.size} labels in y.")
     numbers = torch.from_numpy(labels.reshape(-1).astype(np.int64))
     numbers[numbers == 10] = 0  # MATLAB counts from 1: the digit 0 is class 10
-    return DecodedSplit(torch.from_numpy(images).permute(3, 2, 0, 1).contiguous(), numbers, source=str(path))
+    return DecodedSplit(torch.from_numpy(images.transpose(3, 2, 0, 1).copy()), numbers, source=str(path))

@@ -406,8 +406,22 @@ BUNDLES = {
 }
 """Every flag with a value that is not its default, where more than one is to be had on a CPU."""
 
-ALSO_RUN = {*(flag.partition("=")[0] for flag in SMALL), "--print_config", "--resume", "--overwrite", "--run_dir"}
+ALSO_RUN = {
+    *(flag.partition("=")[0] for flag in SMALL),
+    "--print_config",
+    "--resume",
+    "--overwrite",
+    "--run_dir",
+    "--dry_run",
+}
 """By every bundle, and by the tests above."""
+
+
+def test_a_dry_run_writes_nothing(command):
+    done = command(*SMALL, "--dry_run", "--run_dir=run")
+    assert done.exit_code == 0, done.stderr
+    assert "seconds per round" in done.stdout
+    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -420,7 +434,7 @@ def test_every_flag_is_run(bundle, command):
 
 
 def test_no_flag_is_left_out(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # tyro puts panels side by side where there is room
     with pytest.raises(SystemExit):
         train.main(["--help"])
     help_lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\W+--", line)]

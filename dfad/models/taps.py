@@ -66,9 +66,13 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
                 f"{type(network).__name__} has no module or graph node {name!r} to tap.{nearest(name, last_nodes)}"
             )
     output = next(node for node in graph.nodes if node.op == "output")
+    taps = []
+    for name in names:
+        # a copy, for what comes after pre-activations is often a ReLU in place
+        with graph.inserting_after(last_nodes[name]):
+            taps.append(graph.call_method("clone", (last_nodes[name],)))
     with graph.inserting_before(output):
-        taps = tuple(last_nodes[name] for name in names)
-        outputs = graph.call_function(Outputs, (output.args[0], taps))
+        outputs = graph.call_function(Outputs, (output.args[0], tuple(taps)))
     output.args = (outputs,)
     graph.lint()
     return fx.GraphModule(network, graph, type(network).__name__)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.floor import Floor
-from bench.rounds import CASES, Case, contenders, ours, repaired_engine
+from bench.rounds import CASES, Case, contenders, repaired_engine
 from dfad.estimate import TensorMemory
 from dfad.trainer import Distiller
 

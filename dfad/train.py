@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import dfad_kernels
 from dfad import cli
 from dfad.config import DistillConfig, TeacherConfig
 from dfad.engine import choose_device
@@ -56,9 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_dir = command.run_dir or Path("runs") / time.strftime(f"{command.preset}-%Y%m%d-%H%M%S")
         check_folder(run_dir, overwrite=command.overwrite)  # before a teacher is trained for nothing
     device = choose_device(config.device)
-    kernels = dfad_kernels.kernel_name(device) if config.fused else "PyTorch reference"
-    log.info("Loss kernels: %s, on %s.", kernels, device)
-
     teacher = load_teacher(config.teacher)
     student = build_student(config)
     evaluate = Evaluator(config.data, device) if config.evaluate else None

@@ -15,7 +15,7 @@ from dfad import checkpoint, functional, report
 from dfad.cli import require_unchanged, saved_settings, to_yaml
 from dfad.config import DistillConfig
 from dfad.engine import Engine, choose_device
-from dfad.errors import DivergenceError, Interrupted, ModelError, RunFolderError
+from dfad.errors import ConfigurationError, DivergenceError, Interrupted, ModelError, RunFolderError
 from dfad.frozen import FrozenTeacher
 from dfad.interruption import StopRequest, stop_requests
 from dfad.loading import as_outputs, dry_forward, image_shape_of
@@ -27,6 +27,7 @@ from dfad.modes import evaluating, frozen, statistics_kept
 from dfad.optimizers import load_optimizer_state, set_learning_rate
 from dfad.recorder import MetricBuffer, Recorder, create_folder
 from dfad.selection import AgreementBank
+from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Distiller:
         self.engine = Engine(
             config.engine, fused=config.fused, device=self.device, optimizer_backend=config.optimizer.backend
         )
+        log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
         teacher_outputs = dry_forward(teacher, self.image_shape)
         student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
@@ -438,6 +440,13 @@ def distill(
 ) -> Result:
     """Distil a student, trained in place, from a frozen teacher; see :class:`Distiller`."""
     return Distiller(teacher, student, config, evaluate=evaluate).fit(run_dir)
+
+
+def _loss_kernels(device: torch.device, *, fused: bool) -> str:
+    try:
+        return kernel_name(device) if fused else "PyTorch reference"
+    except RuntimeError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:

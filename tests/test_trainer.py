@@ -1,6 +1,7 @@
 """The round, its order and freezing; the run around it."""
 
 import logging
+import sys
 from dataclasses import replace
 
 import pytest
@@ -369,6 +370,16 @@ class TestResume:
         (tmp_path / "thesis.tex").write_text("years of work")
         with pytest.raises(RunFolderError, match="other files"):
             distiller.fit(tmp_path, overwrite=True)
+
+
+def test_missing_kernels_are_an_error_and_never_a_silent_fallback(teacher, student, config, monkeypatch):
+    from dfad_kernels import registration
+
+    monkeypatch.setitem(sys.modules, "dfad_kernels._cpu", None)
+    registration.load_kernels.cache_clear()
+    with pytest.raises(ConfigurationError, match=r"C\+\+ kernels cannot be loaded.*--no-fused"):
+        Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
+    Distiller(teacher, student, replace(config, fused=False), image_shape=IMAGE_SHAPE)
 
 
 class TestNetworksThatDoNotFit:

@@ -19,14 +19,6 @@ from dfad.errors import DataError
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
 
-ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-"""Everything that a CIFAR pickle may name; before NumPy 2 the module was called ``numpy.core``."""
-
 
 @dataclass(frozen=True)
 class _Version:
@@ -137,8 +129,9 @@ def _read_records(blob: Blob, family: _Family) -> DecodedSplit:
 
 def _read_pickle(blob: Blob, family: _Family) -> DecodedSplit:
     content = _unpickle(blob)
-    data, labels = content.get(b"data"), content.get(family.python_labels)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
+    array, labels = content.get(b"data"), content.get(family.python_labels)
+    data = array.values if isinstance(array, _Array) else None
+    if data is None or data.ndim != 2 or data.shape[1] != PIXELS:
         raise DataError(f"{blob} holds no array 'data' of unsigned bytes, {PIXELS} a row; it is not the official one.")
     if (
         not isinstance(labels, list)
@@ -157,8 +150,43 @@ def _joined(splits: list[DecodedSplit]) -> DecodedSplit:
     )
 
 
+class _Dtype:
+    """Stands for ``numpy.dtype`` in a pickle."""
+
+    def __init__(self, name: bytes | str, *_: object) -> None:
+        self.is_byte = name in (b"u1", "u1")
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and alignment mean nothing to bytes."""
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` in a pickle: NumPy itself would crash the process on a damaged state."""
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
+        _, shape, dtype, in_columns, content = state
+        if not dtype.is_byte or in_columns:
+            raise pickle.UnpicklingError("it holds an array of another kind than rows of unsigned bytes")
+        self.values = np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _new_array(*_: object) -> _Array:
+    return _Array()
+
+
+ADMITTED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _new_array,
+    ("numpy._core.multiarray", "_reconstruct"): _new_array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
+"""Everything that a CIFAR pickle may name, and what stands for it; before NumPy 2 the module was ``numpy.core``."""
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits only what the official files hold: numbers, bytes, lists, dictionaries and NumPy arrays."""
+    """Admits only what the official files hold: numbers, bytes, lists, dictionaries and arrays of bytes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:

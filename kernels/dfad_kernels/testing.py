@@ -127,7 +127,10 @@ CASES = (
         unit=lambda margin=1.0: margin,
         bad_calls=(
             *_BAD_PAIRS,
-            *(_bad(_x, _y, words=f"margin is {value}", margin=value) for value in (0.0, -1.0, float("nan"), float("inf"))),
+            *(
+                _bad(_x, _y, words=f"margin is {value}", margin=value)
+                for value in (0.0, -1.0, float("nan"), float("inf"))
+            ),
         ),
     ),
     OpCase(

@@ -72,7 +72,10 @@ def test_opcheck(case: OpCase, reduction: str) -> None:
 def test_gradcheck(case: OpCase, reduction: str) -> None:
     generator = Generator().manual_seed(3)
     for options in case.settings(4, generator):
-        pair = [x.requires_grad_(k < len(case.gradients)) for k, x in enumerate(case.pair((4, 3, 2), torch.float64, generator))]
+        pair = [
+            x.requires_grad_(k < len(case.gradients))
+            for k, x in enumerate(case.pair((4, 3, 2), torch.float64, generator))
+        ]
         assert torch.autograd.gradcheck(lambda *x, o=options: case.op(*x, **o, reduction=reduction), pair)
 
 

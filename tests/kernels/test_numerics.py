@@ -14,6 +14,7 @@ from dfad_kernels.registration import compute_dtype
 from dfad_kernels.testing import CASES, LOSS_TOLERANCE, TOLERANCE, OpCase, Settings, relative_error, upstream_like
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation
+from tests.kernels.tables import document
 
 DTYPES = list(TOLERANCE)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -95,7 +96,9 @@ def test_matches_the_equation(case: OpCase, dtype: torch.dtype, implementation: 
     reductions = ("none", "mean") if is_interpreted(implementation) else REDUCTIONS
     for shape, reduction in itertools.product(case.shapes, reductions):
         for options in case.settings(shape[0], generator):
-            check(implementation, case, case.pair(shape, dtype, generator), {**options, "reduction": reduction}, generator)
+            check(
+                implementation, case, case.pair(shape, dtype, generator), {**options, "reduction": reduction}, generator
+            )
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -135,7 +138,9 @@ LAYOUTS = {
 @each_implementation
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
 @each_case
-def test_any_layout(case: OpCase, layouts: tuple[str, str], implementation: Implementation, generator: Generator) -> None:
+def test_any_layout(
+    case: OpCase, layouts: tuple[str, str], implementation: Implementation, generator: Generator
+) -> None:
     for shape in ((3, 4, 5, 2), (2, 3, 2, 2, 3)):
         pair = [LAYOUTS[name](x) for name, x in zip(layouts, case.pair(shape, torch.float32, generator), strict=True)]
         for reduction in ("sum", "none"):
@@ -157,7 +162,9 @@ def test_a_gradient_has_its_inputs_memory_format(case: OpCase, layout: str, gene
 
 @each_implementation
 @each_case
-def test_an_incoming_gradient_may_be_expanded(case: OpCase, implementation: Implementation, generator: Generator) -> None:
+def test_an_incoming_gradient_may_be_expanded(
+    case: OpCase, implementation: Implementation, generator: Generator
+) -> None:
     pair = case.pair((4, 3, 5), torch.float32, generator)
     options = {**case.settings(4, generator)[-1], "reduction": "none"}
     kept = torch.randn(4, 1, 1, generator=generator)
@@ -215,3 +222,24 @@ def test_whatever_the_call_to_interpreted_kernels(case: OpCase) -> None:
         check(implementations.interpreted_triton, case, pair, options, generator)
 
     test()
+
+
+def test_the_documented_errors() -> None:
+    """What the C++ kernels and the interpreted Triton kernels reach on fixed samples, as the documentation tells it."""
+    rows = []
+    for case, dtype in itertools.product(CASES, DTYPES):
+        row = [case.name, str(dtype).removeprefix("torch."), f"{TOLERANCE[dtype]:.0e}"]
+        for implementation in (implementations.reference, implementations.operator):
+            generator = Generator().manual_seed(2)
+            errors = []
+            for shape in ((64, 10), (32, 100), (4, 21, 16, 16)):
+                for options in case.settings(shape[0], generator):
+                    pair = case.pair(shape, dtype, generator)
+                    errors.append(check(implementation, case, pair, {**options, "reduction": "sum"}, generator))
+            row += [f"{max(column):.1e}" for column in zip(*errors, strict=True)]
+        rows.append(row)
+    document(
+        "numerics",
+        ["operator", "dtype", "bound of the gradient", "reference: loss", "gradient", "C++ kernels: loss", "gradient"],
+        rows,
+    )

@@ -19,8 +19,8 @@ from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 FORWARD_TILE = 2048
 """Elements of one tensor that a program holds: three tensors in 128 threads take about 48 registers a thread."""
 
-BACKWARD_TILE = 1024
-"""As above, for up to five tensors."""
+BACKWARD_BYTES = 4096
+"""Bytes of one tensor that a program of the backward pass holds, of up to five: 128 bits for each of 256 threads."""
 
 CHUNK = 4096
 
@@ -252,7 +252,7 @@ def _backward_kernel(
         if ELEMENTWISE:
             ds = _student_gradient(p, label, g, tl.sum(_times(label, g), 1, keep_dims=True))
         else:
-            ds = p - label
+            ds = tl.where(p == label, 0.0, p - label)  # a multiply-add with the product in p would not be exactly 0
         _store(ds_ptr, ds * factor, sample, site, inside, c, classes, sites, CLASSES_LAST)
     if TEACHER:
         h = _log_ratio(label, p, log_p)
@@ -307,8 +307,9 @@ def _backward_chunked_kernel(
     log_total_u = _saved(saved_ptr, 3, row_other, rows, exists)
     top_s_source = _saved(saved_ptr, 0, row_source, rows, source_exists)
     log_total_s_source = _saved(saved_ptr, 1, row_source, rows, source_exists)
-    top_t_source = _saved(saved_ptr, 2, row_source, rows, source_exists)
-    log_total_t_source = _saved(saved_ptr, 3, row_source, rows, source_exists)
+    if not REVERSED:
+        top_t_source = _saved(saved_ptr, 2, row_source, rows, source_exists)
+        log_total_t_source = _saved(saved_ptr, 3, row_source, rows, source_exists)
     total = tl.full((ROWS, 1), 1, DTYPE)
     own_mean = _saved(saved_ptr, 4, row, rows, inside)
     partner_mean = _saved(saved_ptr, 5, row_source, rows, source_exists)
@@ -342,9 +343,10 @@ def _backward_chunked_kernel(
             if TEACHER:
                 h = _log_ratio(label, p, log_p)
                 s = _load(s_ptr, source, site, source_exists, c, classes, sites, CLASSES_LAST, DTYPE)
-                t_source = _load(t_ptr, source, site, source_exists, c, classes, sites, CLASSES_LAST, DTYPE)
                 p, log_p = _normalize(s, top_s_source, log_total_s_source, inverse_temperature)
-                u, _ = _normalize(t_source, top_t_source, log_total_t_source, inverse_temperature)
+                if not REVERSED:
+                    t_source = _load(t_ptr, source, site, source_exists, c, classes, sites, CLASSES_LAST, DTYPE)
+                    u, _ = _normalize(t_source, top_t_source, log_total_t_source, inverse_temperature)
                 label = w_source * u + (1 - w_source) * q
                 h_source = _log_ratio(label, p, log_p)
                 if ELEMENTWISE:
@@ -415,7 +417,7 @@ def backward(
     saved: Tensor,
 ) -> None:
     """Fills the gradients: see :class:`dfad_kernels.registration.Kernels`."""
-    programs, settings = _launch(student, mixing_coefficient, partner, BACKWARD_TILE)
+    programs, settings = _launch(student, mixing_coefficient, partner, BACKWARD_BYTES // min(4, student.itemsize))
     settings |= {
         "temperature": temperature,
         "scale": scale,

@@ -1,0 +1,40 @@
+"""The Triton kernels, compiled for GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.implementations import has_triton
+from tests.kernels.tables import document
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+pytestmark = pytest.mark.skipif(not has_triton, reason="needs triton")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_to_wide_accesses_without_spills(target: str) -> None:
+    program = Path(__file__).with_name("offline.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    result = subprocess.run(
+        [sys.executable, program, target], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    reports: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    assert len(reports) == 22
+    for report in reports:
+        assert report["spills"] == report["local_bytes"] == report["int32_offsets"] == 0, report
+        # permutations are read with wide loads as well where the layout happens to allow it
+        assert report["wide_loads"] >= report["expected_loads"] > 0, report
+        assert report["wide_stores"] >= report["expected_stores"], report
+    rows = [[r["kernel"], r["dtype"], r["registers"], r["wide_loads"], r["wide_stores"]] for r in reports]
+    document(
+        f"registers {target}",
+        ["kernel", "dtype", "registers a thread", "128-bit loads", "128-bit stores"],
+        rows,
+    )

@@ -37,11 +37,8 @@ def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]
         result: written as JSON.
     """
     config = distiller.config
-    description = {
-        "image_shape": list(distiller.image_shape),
-        "mean": config.teacher.mean,
-        "std": config.teacher.std,
-    }
+    mean, std = distiller.normalisation
+    description = {"image_shape": list(distiller.image_shape), "mean": list(mean), "std": list(std)}
     architecture = {
         "factory": config.student.factory,
         "kwargs": config.student.kwargs,

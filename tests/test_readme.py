@@ -1,0 +1,118 @@
+"""The README says only what is so: its commands run, its links and pictures exist, its tables are the program's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfad import train
+from dfad.errors import DfadError
+from tests.test_train_command import SMALL
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+NETWORKS = """
+import torch
+from torch import nn
+
+def student(width=16):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
+    )
+
+teacher = student
+
+if __name__ == "__main__":
+    torch.save(teacher().state_dict(), "weights.pt")
+"""
+
+SHORTENED = {"dfad.train": [flag for flag in SMALL if "noise" not in flag], "dfad.teacher": ["--epochs=1"]}
+"""What a command that starts a run is given besides."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def table(heading: str) -> list[list[str]]:
+    section = README.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+@pytest.fixture
+def users_folder(tmp_path):
+    """A folder with networks and weights of a user."""
+    (tmp_path / "mynets.py").write_text(NETWORKS)
+    execute(tmp_path, [sys.executable, "mynets.py"])
+    return tmp_path
+
+
+def execute(folder: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split("\n")[0][:40])
+def test_its_commands_run(block, users_folder):
+    for line in block.replace("\\\n", " ").splitlines():
+        python, dash_m, module, *flags = shlex.split(line)
+        assert (python, dash_m) == ("python", "-m")
+        more = [] if "--resume" in flags else SHORTENED.get(module, [])
+        execute(users_folder, [sys.executable, "-m", module, *flags, *more])
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[1])
+def test_its_python_runs(block, users_folder):
+    shortened = block.replace("rounds=300", "rounds=2, student_steps=1, batch_size=8")
+    assert (shortened != block) == ("Distiller" in block)
+    execute(users_folder, [sys.executable, "-c", shortened])
+
+
+def test_its_blocks_are_all_of_a_kind_that_is_tested():
+    assert re.findall(r"^```(\w+)", README, re.MULTILINE) == ["text", "bash", "python", "python", "bash"]
+    targets = re.findall(r"^make (\w+)", blocks("text")[0], re.MULTILINE)
+    assert targets
+    for target in targets:  # which run by themselves
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_its_links_and_pictures_exist():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
+    assert len(links) >= 2
+    for link in links:
+        assert (ROOT / link).stat().st_size < 300_000
+
+
+def test_its_exit_codes_are_those_of_the_errors():
+    documented = {int(code) for row in table("Exit codes") for code in row[0].split(",")}
+    assert documented == {0, 130, 143} | {kind.exit_code for kind in (DfadError, *DfadError.__subclasses__())
+                                          if "exit_code" in vars(kind)}  # fmt: skip
+
+
+def test_its_options_exist(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    offered = set(re.findall(r"--[a-z][a-z0-9_.]*", capsys.readouterr().out))
+    mentioned = {flag for row in table("Options that matter") for flag in re.findall(r"`(--[^`]+)`", row[0])}
+    assert len(mentioned) > 15
+    assert mentioned <= offered
+
+
+def test_the_losses_load_neither_triton_nor_what_draws_and_records():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'matplotlib', 'tensorboard', 'sklearn', 'tyro'): sys.modules[name] = None\n"
+        "import dfad.losses, dfad.functional\n"
+    )
+    execute(ROOT, [sys.executable, "-c", code])

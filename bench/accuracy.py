@@ -37,7 +37,8 @@ def main() -> None:
     command = tyro.cli(Accuracy, use_underscores=True)
     configure_logging()
     base = PRESETS[command.preset]
-    evaluate = Evaluator(base.data, choose_device(base.device))
+    device = choose_device(base.device)
+    evaluate = Evaluator(base.data, device)
     teacher = load_teacher(base.teacher)
     runs = []
     for seed in range(command.seeds):
@@ -56,7 +57,7 @@ def main() -> None:
         "settings": cli.to_tree(base),
         "machine": describe(),
         "test_images": len(evaluate.dataset.test),
-        "teacher_accuracy": evaluate(teacher.network),
+        "teacher_accuracy": evaluate(teacher.network.to(device)),
         **{name: summary([run[name] for run in runs]) for name in ("accuracy", "best_accuracy", "seconds")},
         "runs": runs,
     }

@@ -1,14 +1,22 @@
-"""Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor."""
+"""Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor.
+
+Below them, the two measurements that decided how a round is built: mixed images apart from the others, and BatchNorm
+statistics taken before the folding.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench.floor import Floor
 from bench.rounds import CASES, Case, contenders, repaired_engine
 from dfad.estimate import TensorMemory
+from dfad.folding import fold_batchnorm
+from dfad.losses import BatchNormStatisticsLoss
+from dfad.models.taps import BatchNormTaps, with_taps
 from dfad.trainer import Distiller
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,8 +31,7 @@ def measure(benchmark: Any, case: Case, round_: Callable[[], object]) -> None:
 
     def run() -> None:
         round_()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
 
     benchmark.group = f"round {case.name}"
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARM_UP)
@@ -37,6 +44,19 @@ def measure(benchmark: Any, case: Case, round_: Callable[[], object]) -> None:
         "device": str(DEVICE),
         "threads": torch.get_num_threads(),
     }
+
+
+def make_distiller(case: Case) -> Distiller:
+    """The case's, with neither graph nor compilation in the way of looking inside."""
+    teacher, student = case.networks()
+    config = case.config(DEVICE, engine=repaired_engine(DEVICE))
+    return Distiller(teacher, student, config, image_shape=case.image_shape)
+
+
+def wait() -> None:
+    """For the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_memory(round_: Callable[[], object]) -> int:
@@ -58,6 +78,58 @@ def test_round(case: Case, name: str, make: Callable[[Case], Callable[[], object
 
 @pytest.mark.parametrize("case", RUNNABLE)
 def test_floor(case: Case, benchmark: Any) -> None:
-    teacher, student = case.networks()
-    config = case.config(DEVICE, engine=repaired_engine(DEVICE))
-    measure(benchmark, case, Floor(Distiller(teacher, student, config, image_shape=case.image_shape)))
+    measure(benchmark, case, Floor(make_distiller(case)))
+
+
+@pytest.mark.parametrize("case", RUNNABLE)
+@pytest.mark.parametrize("batches", ["two", "one"])
+def test_mixed_images_in_two_batches_or_one(case: Case, batches: str, benchmark: Any) -> None:
+    """The student forward and backward on images and mixed images; one batch would share BatchNorm statistics."""
+    distiller = make_distiller(case)
+    images = distiller.generator(distiller.sample_noise(case.method.batch_size)).detach()
+    distiller.student.train()
+
+    def run() -> None:
+        with distiller.engine.autocast():
+            if batches == "two":
+                loss = sum(distiller.student(x).logits.float().square().mean() for x in (images, images.flip(0)))
+            else:
+                loss = 2 * distiller.student(torch.cat([images, images.flip(0)])).logits.float().square().mean()
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        wait()
+
+    benchmark.group = f"mixed images {case.name}"
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("case", [c for c in RUNNABLE if c.id != "mnist-lenet5"])
+@pytest.mark.parametrize("network", ["as it is", "folded"])
+def test_batchnorm_statistics(case: Case, network: str, benchmark: Any) -> None:
+    """The teacher forward and backward to the images, with the statistics of what reaches each BatchNorm.
+
+    Of the folded network they are taken of what its convolutions return; a loss would still have to divide them by the
+    BatchNorms' scales.
+    """
+    distiller = make_distiller(case)
+    images = distiller.generator(distiller.sample_noise(case.method.batch_size)).detach().requires_grad_()
+    teacher = case.networks()[0].eval().requires_grad_(False)
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    if network == "folded":
+        folded = fold_batchnorm(teacher)
+        names = [name for name, module in folded.named_modules() if isinstance(module, nn.Conv2d)]
+        measured = distiller.engine.place(with_taps(folded, names))
+        features_of = lambda x: measured(x).taps  # noqa: E731
+    else:
+        taps = distiller.engine.place(BatchNormTaps(teacher))
+        features_of = lambda x: taps(x)[1]  # noqa: E731
+    loss_of = BatchNormStatisticsLoss(norms)
+
+    def run() -> None:
+        with distiller.engine.autocast():
+            loss = loss_of(features_of(images))
+        loss.backward()
+        wait()
+
+    benchmark.group = f"BatchNorm statistics {case.name}"
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)

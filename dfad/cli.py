@@ -53,7 +53,7 @@ class Command:
     """
 
     preset: str = ""
-    """Settings to start from."""
+    """Settings to start from, by name."""
 
     config: Path | None = None
     """YAML file of settings; they override the preset's and are overridden by flags."""

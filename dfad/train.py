@@ -40,13 +40,17 @@ class Train(cli.Command):
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
 
+    preset: str = "digits"
+    """Settings to start from: digits; mnist, cifar10, cifar100, which need --teacher.checkpoint; or own, for networks
+    of yours."""
+
     dry_run: cli.Action = False
     """Print parameters, FLOPs per round, peak memory and seconds, measured on a few rounds, and stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    command = cli.parse(Train(preset="digits"), PRESETS, arguments)
+    command = cli.parse(Train(), PRESETS, arguments)
     configure_logging()
     config = command.settings
     if command.resume:

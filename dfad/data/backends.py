@@ -12,6 +12,7 @@ from dfad.data.config import Backend
 from dfad.data.dali import DaliBackend, dali_installed
 from dfad.data.dataset import Dataset, Split
 from dfad.data.decoded import DecodedSplit
+from dfad.data.encoded import EncodedSplit
 from dfad.data.native import NativeBackend
 from dfad.data.plan import Plan
 from dfad.errors import DataError
@@ -19,7 +20,7 @@ from dfad.errors import DataError
 log = logging.getLogger(__name__)
 
 RESIDENT_FRACTION = 0.25
-"""Of the free memory where the network is, that ``auto`` lets the images of a split take."""
+"""Of the memory where the network is, that ``auto`` lets the images of a split take."""
 
 
 class BatchSource(Protocol):
@@ -44,29 +45,32 @@ def batch_source(dataset: Dataset, split: Split, backend: Backend, device: torch
     Raises:
         DataError: if DALI is asked for and cannot be used.
     """
-    if isinstance(split, DecodedSplit):
-        if backend == "dali":
-            raise DataError(
-                f"DALI decodes image files, and {dataset.name} comes as pixels. Use --data.backend native or auto."
-            )
-        return NativeBackend(split, dataset.mean, dataset.std, device)
-    resident = split.decoded_bytes <= RESIDENT_FRACTION * free_memory(device)
-    if backend == "auto":
-        backend = "native" if resident or not dali_installed() else "dali"
-        log.info(
-            "Data backend: %s, for %d images that take %.2g GB decoded, on %s%s.",
-            backend,
-            len(split),
-            split.decoded_bytes / 1e9,
-            device,
-            "" if resident or backend == "dali" else "; the extra dali would save that memory",
+    if isinstance(split, DecodedSplit) and backend == "dali":
+        raise DataError(
+            f"DALI decodes image files, and {dataset.name} comes as pixels. Use --data.backend native or auto."
         )
-    kind = DaliBackend if backend == "dali" else NativeBackend
-    return kind(split, dataset.mean, dataset.std, device)
+    if backend == "auto":
+        backend, reason = _choose(split, device)
+        log.info("Data backend: %s, for %d images of %s: %s.", backend, len(split), dataset.name, reason)
+    if backend == "dali":
+        assert isinstance(split, EncodedSplit)
+        return DaliBackend(split, dataset.mean, dataset.std, device)
+    return NativeBackend(split, dataset.mean, dataset.std, device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free for a device."""
+def _choose(split: Split, device: torch.device) -> tuple[Backend, str]:
+    if isinstance(split, DecodedSplit):
+        return "native", "they come as pixels"
+    size = f"decoded they take {split.decoded_bytes / 1e9:.2g} GB"
+    if split.decoded_bytes <= RESIDENT_FRACTION * usable_memory(device):
+        return "native", f"{size}, which {device} holds"
+    if dali_installed():
+        return "dali", f"{size}, too much to be kept on {device}"
+    return "native", f"{size}; the extra dali would save them"
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; those of the machine for a CPU, where what is free is mostly taken by file caches."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -42,16 +42,16 @@ class NativeBackend:
 
 
 def _moved(images: Tensor, part: Plan) -> Tensor:
+    """Each image moved and mirrored: one gather over its pixels, black where it has none."""
     height, width = images.shape[2:]
     rows = part.shifts[:, :1] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(len(part), -1)
     columns = torch.where(part.flips[:, None], width - 1 - columns, columns) + part.shifts[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    batch = torch.arange(len(part), device=images.device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[
-        batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    ]
-    return (moved * inside[..., None]).permute(0, 3, 1, 2)
+    places = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    pixels = images.flatten(2)
+    moved = pixels.gather(2, places.flatten(1)[:, None].expand_as(pixels)).view_as(images)
+    return moved * inside[:, None]
 
 
 def _holes(part: Plan, height: int, width: int) -> Tensor:

@@ -157,19 +157,26 @@ def test_auto_keeps_small_data_resident_and_says_so(dataset, caplog):
     caplog.set_level("INFO")
     source = batch_source(dataset, dataset.train, "auto", CPU)
     assert source.name == "native"
-    assert "Data backend: native, for 24 images" in caplog.text
+    assert "Data backend: native, for 24 images of folder: decoded they take" in caplog.text
 
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_auto_leaves_large_data_to_dali_where_it_is_installed(dataset, monkeypatch, caplog, installed):
     caplog.set_level("INFO")
-    monkeypatch.setattr(backends, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(backends, "usable_memory", lambda device: 1000)
     monkeypatch.setattr(backends, "dali_installed", lambda: installed)
     monkeypatch.setattr("dfad.data.dali.dali_installed", lambda: installed)
     source = batch_source(dataset, dataset.train, "auto", CPU)
     assert source.name == ("dali" if installed else "native")
     assert f"Data backend: {source.name}" in caplog.text
-    assert ("the extra dali would save that memory" in caplog.text) == (not installed)
+    assert ("the extra dali would save them" in caplog.text) == (not installed)
+
+
+def test_auto_keeps_pixels_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    dataset = open_dataset(DataConfig(name="mnist", root=write(tmp_path, mnist_files())))
+    assert batch_source(dataset, dataset.test, "auto", CPU).name == "native"
+    assert "Data backend: native, for 10 images of mnist: they come as pixels" in caplog.text
 
 
 def test_dali_missing_is_an_error_where_it_is_asked_for(dataset, monkeypatch):

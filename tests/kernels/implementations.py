@@ -17,7 +17,9 @@ Implementation = Callable[..., Result]
 
 def differentiate(op: Callable[..., Tensor], case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
     """By autograd; ``upstream`` makes the incoming gradient from the loss."""
-    inputs = [x.detach().requires_grad_(name in case.gradients) for name, x in zip(("student", "teacher"), pair)]
+    inputs = [
+        x.detach().requires_grad_(name in case.gradients) for name, x in zip(("student", "teacher"), pair, strict=True)
+    ]
     loss = op(*inputs, **settings)
     wanted = [x for x in inputs if x.requires_grad]
     return loss.detach(), list(torch.autograd.grad(loss, wanted, upstream(loss)))
@@ -32,7 +34,7 @@ def operator(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
 
 
 def kernels(name: str) -> Implementation:
-    """The kernels of that name without the dispatcher: interpreted ones run on CPU tensors, which it would send to C++."""
+    """The kernels of that name without the dispatcher, which would send an interpreted kernel's CPU tensors to C++."""
 
     def run(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
         op = case.op

@@ -1,0 +1,236 @@
+"""The fused losses against the formulas as published, their reference, and what ``torch.compile`` makes of it.
+
+A red check of a contender's loss or gradient stops its benchmark.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfad_kernels import activation_boundary_loss, interpolated_kl_div
+from dfad_kernels.testing import CASES, OpCase, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECONDS = 1.5
+"""That a contender is measured for, in 5 to 50 rounds."""
+MIXING_COEFFICIENT = 0.3
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss between tensors of one size, with the ways to compute it."""
+
+    case: OpCase
+    name: str
+    shape: tuple[int, ...]
+    contenders: dict[str, Loss]
+
+    @property
+    def id(self) -> str:
+        """The name without what a shell minds."""
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+def published_activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
+    """Heo et al.'s expression, averaged over elements: all terms computed everywhere, and masked."""
+    too_high = ((student > -margin) & (teacher <= 0)).float()
+    too_low = ((student <= margin) & (teacher > 0)).float()
+    return ((student + margin) ** 2 * too_high + (student - margin) ** 2 * too_low).abs().mean()
+
+
+def published_interpolated_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    """Softmax, mix, and PyTorch's divergence."""
+    soft = teacher.softmax(dim=1)
+    label = MIXING_COEFFICIENT * soft + (1 - MIXING_COEFFICIENT) * soft.flip(0)
+    return F.kl_div(student.log_softmax(dim=1), label, reduction="batchmean")
+
+
+def plain_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    """The case that other libraries have: no mixing."""
+    return F.kl_div(student.log_softmax(dim=1), teacher.softmax(dim=1), reduction="batchmean")
+
+
+def _activation_boundary(shape: tuple[int, ...], name: str) -> Task:
+    return Task(
+        CASES[0],
+        name,
+        shape,
+        {
+            "published": published_activation_boundary,
+            "reference": activation_boundary_loss.reference,
+            "torch.compile": torch.compile(activation_boundary_loss.reference),
+            "ours": activation_boundary_loss,
+        },
+    )
+
+
+def _interpolated_kl_div(shape: tuple[int, ...], name: str) -> Task:
+    reference: Loss = lambda s, t: interpolated_kl_div.reference(s, t, MIXING_COEFFICIENT)  # noqa: E731
+    return Task(
+        CASES[1],
+        name,
+        shape,
+        {
+            "published": published_interpolated_kl_div,
+            "reference": reference,
+            "torch.compile": torch.compile(reference),
+            "ours": lambda s, t: interpolated_kl_div(s, t, MIXING_COEFFICIENT),
+        },
+    )
+
+
+def _plain(shape: tuple[int, ...], name: str) -> Task:
+    contenders: dict[str, Loss] = {
+        "published": plain_kl_div,
+        "torch.compile": torch.compile(plain_kl_div),
+        "ours": lambda s, t: interpolated_kl_div(s, t, 1.0),
+    }
+    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        liger = LigerKLDIVLoss(reduction="batchmean")
+        contenders["liger-kernel"] = lambda s, t: liger(s.log_softmax(dim=1), t.softmax(dim=1))
+    return Task(CASES[1], name, shape, contenders)
+
+
+def tasks() -> list[Task]:
+    """Taps of ResNet-18, logits of small to very many classes, dense logits; larger ones where a GPU is."""
+    gpu = DEVICE == "cuda"
+    batch = 256 if gpu else 64
+    taps = [(batch, 64, 32, 32), (batch, 128, 16, 16), (batch, 256, 8, 8), (batch, 512, 4, 4)]
+    logits = [(256, 10), (256, 100), (256, 1000), (256 if gpu else 64, 32000)]
+    dense = (16, 21, 256, 256) if gpu else (16, 21, 128, 128)
+    return [
+        *(_activation_boundary(shape, f"activation boundary, taps {_size(shape)}") for shape in taps),
+        *(_interpolated_kl_div(shape, f"interpolated KL, logits {_size(shape)}") for shape in logits),
+        _interpolated_kl_div(dense, f"interpolated KL, dense {_size(dense)}"),
+        _plain((256, 1000), "plain KL, logits 256x1000"),
+    ]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+TASKS = tasks()
+
+
+def inputs(task: Task, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = task.case.pair(task.shape, dtype, torch.Generator().manual_seed(0))
+    return student.to(DEVICE).requires_grad_(), teacher.to(DEVICE)
+
+
+def check(task: Task, loss: Loss, dtype: torch.dtype) -> None:
+    """Against the first contender in float64; dtypes that torch rounds at every step get more room."""
+    student, teacher = (x[:8] for x in inputs(task, dtype))
+    exact = task.contenders["published"]
+    wide = [x.detach().double().requires_grad_() for x in (student, teacher)]
+    expected, value = exact(*wide), loss(student, teacher)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    assert relative_error(value.detach(), expected.detach()) <= tolerance
+    (gradient,) = torch.autograd.grad(value, student)
+    (wanted,) = torch.autograd.grad(expected, wide[0])
+    assert relative_error(gradient, wanted) <= tolerance
+
+
+def synchronized() -> float:
+    """Seconds, when the device has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.fixture(scope="module")
+def cold() -> Callable[[], None]:
+    """Empties the GPU's cache, so that a run finds its tensors in memory."""
+    if DEVICE == "cpu":
+        return lambda: None
+    junk = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+    return lambda: junk.zero_() and None
+
+
+def captured(function: Callable[[], object]) -> Callable[[], object]:
+    """The function as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def measure(benchmark: Any, group: str, contender: str, bytes_moved: int, run: Any, cold: Callable[[], None]) -> None:
+    benchmark.group = group
+    benchmark.extra_info |= {"contender": contender, "bytes": bytes_moved}
+    run()
+    start = synchronized()
+    run()
+    rounds = int(SECONDS / max(synchronized() - start, 1e-9))
+    benchmark.pedantic(run, setup=cold, rounds=max(5, min(rounds, 50)), warmup_rounds=2)
+
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+each_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
+launched = pytest.mark.parametrize("launch", ["eager", "graph"] if DEVICE == "cuda" else ["eager"])
+
+
+@pytest.mark.benchmark(timer=synchronized)
+@pytest.mark.parametrize(
+    ("task", "contender"),
+    [
+        pytest.param(task, name, id=f"{task.name}-{name}".replace(" ", "-"))
+        for task in TASKS
+        for name in task.contenders
+    ],
+)
+@each_dtype
+@launched
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_loss(
+    task: Task, contender: str, dtype: torch.dtype, launch: str, direction: str, benchmark: Any, cold: Any
+) -> None:
+    loss = task.contenders[contender]
+    check(task, loss, dtype)
+    student, teacher = inputs(task, dtype)
+    forward, backward = task.case.bytes_moved(student, gradients=1)
+
+    def run() -> object:
+        if direction == "forward":
+            with torch.no_grad():
+                return loss(student, teacher)
+        return torch.autograd.grad(loss(student, teacher), student)
+
+    bytes_moved = forward if direction == "forward" else forward + backward
+    group = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}, {launch}"
+    measure(benchmark, group, contender, bytes_moved, captured(run) if launch == "graph" else run, cold)
+
+
+@pytest.mark.benchmark(timer=synchronized)
+@each_task
+@each_dtype
+@launched
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_copy(task: Task, dtype: torch.dtype, launch: str, direction: str, benchmark: Any, cold: Any) -> None:
+    """What it takes to move as many bytes: half of them read, half written."""
+    student, _ = inputs(task, dtype)
+    forward, backward = task.case.bytes_moved(student, gradients=1)
+    bytes_moved = forward if direction == "forward" else forward + backward
+    source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    group = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}, {launch}"
+
+    def run() -> object:
+        return target.copy_(source)
+
+    measure(benchmark, group, "copy", bytes_moved, captured(run) if launch == "graph" else run, cold)

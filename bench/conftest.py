@@ -1,0 +1,107 @@
+"""What all benchmarks share: the machine they ran on, the table of ratios, the record in ``bench/results``.
+
+A group holds contenders for one task. Ratios are between the fastest rounds of a run, those that nothing disturbed.
+"""
+
+import json
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "ours"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write what was measured to bench/results/<machine>.json")
+
+
+def machine() -> dict[str, str]:
+    """The processor and the versions; never the host's name."""
+    packages = ("torch", "triton", "dfad", "liger-kernel", "nvidia-dali-cuda130")
+    return {
+        "device": _device(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(machine())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One table of ratios, and the record."""
+    session = getattr(config, "_benchmarksession", None)
+    measured = [entry(benchmark) for benchmark in session.benchmarks if benchmark] if session else []
+    if not measured:
+        return
+    terminalreporter.section(f"ratios on {_device()}")
+    for line in table(measured):
+        terminalreporter.write_line(line)
+    if config.getoption("--record"):
+        terminalreporter.write_line(f"written to {record(measured).relative_to(RESULTS.parent.parent)}")
+
+
+def entry(benchmark: Any) -> dict[str, Any]:
+    """A benchmark as it is recorded; times in seconds."""
+    stats = benchmark.stats
+    return {
+        "group": benchmark.group,
+        "contender": benchmark.extra_info.get("contender", benchmark.name),
+        "seconds": stats.min,
+        "median": stats.median,
+        "rounds": stats.rounds,
+        **{key: value for key, value in benchmark.extra_info.items() if key != "contender"},
+    }
+
+
+def table(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """For each group its contenders: time, time over ours, bandwidth and its share of a copy's."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in measured:
+        groups[row["group"]].append(row)
+    for group, rows in groups.items():
+        ours = next((row["seconds"] for row in rows if row["contender"] == OURS), None)
+        copy = next((row["seconds"] for row in rows if row["contender"] == "copy"), None)
+        yield f"{group}"
+        for row in sorted(rows, key=lambda row: -row["seconds"]):
+            ratio = f"{row['seconds'] / ours:8.2f} ×" if ours else " " * 10
+            width = f"{row['bytes'] / row['seconds'] / 1e9:8.1f} GB/s" if "bytes" in row else ""
+            share = f"{copy / row['seconds']:6.0%} of a copy" if copy else ""
+            yield f"  {row['contender']:<22}{row['seconds'] * 1e3:11.3f} ms {ratio} {width} {share}"
+
+
+def record(measured: list[dict[str, Any]]) -> Path:
+    """Adds to the machine's file; groups that were measured again are replaced."""
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', _device().lower()).strip('-')}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else []
+    again = {row["group"] for row in measured}
+    rows = [row for row in kept if row["group"] not in again] + [{**row, "machine": machine()} for row in measured]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"device": _device(), "benchmarks": rows}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

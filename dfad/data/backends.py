@@ -70,7 +70,7 @@ def _choose(split: Split, device: torch.device) -> tuple[Backend, str]:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU; those of the machine for a CPU, where what is free is mostly taken by file caches."""
+    """Bytes that are free on a GPU; all of the machine for a CPU, whose free memory is mostly lent to file caches."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from bench.floor import Floor
-from bench.rounds import CASES, Case, contenders, repaired_engine
+from bench.rounds import CASES, Case, contenders
+from dfad.config import EngineConfig
 from dfad.estimate import TensorMemory
 from dfad.folding import fold_batchnorm
 from dfad.losses import BatchNormStatisticsLoss
@@ -49,7 +50,7 @@ def measure(benchmark: Any, case: Case, round_: Callable[[], object]) -> None:
 def make_distiller(case: Case) -> Distiller:
     """The case's, with neither graph nor compilation in the way of looking inside."""
     teacher, student = case.networks()
-    config = case.config(DEVICE, engine=repaired_engine(DEVICE))
+    config = case.config(DEVICE, engine=EngineConfig(cuda_graph="off"))
     return Distiller(teacher, student, config, image_shape=case.image_shape)
 
 

@@ -91,7 +91,12 @@ def repaired_engine(device: torch.device) -> EngineConfig:
     """What a careful user switches on by hand: channels-last and autocast."""
     precision = "bfloat16" if has_bfloat16(device) else "float32"
     return EngineConfig(
-        precision=precision, channels_last="on", fused_optimizers="off", fold_batchnorm="off", cuda_graph="off"
+        precision=precision,
+        channels_last="on",
+        fused_optimizers="off",
+        fold_batchnorm="off",
+        merge_upsampling="off",
+        cuda_graph="off",
     )
 
 
@@ -192,15 +197,19 @@ def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Cal
     repaired = repaired_engine(device)
     with_losses = repaired
     with_folding = replace(with_losses, fold_batchnorm="on")
-    with_optimizers = replace(with_folding, fused_optimizers="on")
+    with_merging = replace(with_folding, merge_upsampling="on")
+    with_optimizers = replace(with_merging, fused_optimizers="on")
     steps = [
         ("ours: losses", with_losses),
-        ("ours: losses, folding", with_folding),
-        ("ours: losses, folding, optimizers", with_optimizers),
+        ("ours: + folding", with_folding),
+        ("ours: + merging", with_merging),
+        ("ours: + optimizers", with_optimizers),
     ]
+    best = with_optimizers
     if device.type == "cuda":
-        steps.append(("ours: losses, folding, optimizers, graph", replace(with_optimizers, cuda_graph="on")))
-        steps.append(("ours: all", replace(with_optimizers, cuda_graph="on", compile="on")))
+        best = replace(best, cuda_graph="on")
+        steps.append(("ours: + graph", best))
+    steps.append(("ours: + torch.compile", replace(best, compile="on")))
     return [
         ("published", lambda case: PublishedRound(case, device)),
         ("repaired", lambda case: ours(case, device, repaired, fused=False)),

@@ -279,6 +279,9 @@ class EngineConfig:
     fold_batchnorm: Switch = "auto"
     """The teacher's BatchNorms folded into its convolutions."""
 
+    merge_upsampling: Switch = "auto"
+    """Each upsampling of the generator and the convolution behind it computed at once."""
+
     cuda_graph: Switch = "auto"
     """The whole round captured as one CUDA graph."""
 

@@ -48,6 +48,7 @@ class Engine:
         self.channels_last = self._admit("channels_last", config.channels_last)
         self.fused_optimizers = self._admit("fused_optimizers", config.fused_optimizers)
         self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
+        self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
         self.compile = self._admit("compile", config.compile)
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other

@@ -107,7 +107,12 @@ class Distiller:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            generator = Generator(self.image_shape, config.generator.noise_dim, config.generator.width)
+            generator = Generator(
+                self.image_shape,
+                config.generator.noise_dim,
+                config.generator.width,
+                merge_upsampling=self.engine.merge_upsampling,
+            )
             uses_taps = method.activation.weight or method.activation.generator_weight
             connectors: nn.Module = (
                 Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()

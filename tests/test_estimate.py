@@ -54,6 +54,7 @@ def test_flops_are_those_of_the_round(config):
     )  # fmt: skip
     counts = [estimate(Distiller(Linear(), Linear(), with_method(plain, student_steps=k), image_shape=IMAGE_SHAPE))
               for k in (1, 2)]  # fmt: skip
-    batch, product, generator = 16, 2 * 64 * 4, 2 * (8 * 32 + (8 * 8 * 9) * 16 + (8 * 4 * 9 + 4 * 9) * 64)
+    # noise to 2×2×8; twice a 4×4 kernel scattered from each pixel; 3×3 at 8×8 pixels
+    batch, product, generator = 16, 2 * 64 * 4, 2 * (8 * 32 + (8 * 8 * 16) * 4 + (8 * 4 * 16) * 16 + (4 * 9) * 64)
     # a student step: generator, teacher and student forward, and the student's weight gradient
     assert counts[1].flops_per_round - counts[0].flops_per_round == batch * (generator + 3 * product)

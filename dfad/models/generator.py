@@ -7,6 +7,33 @@ from torch import Tensor, nn
 from dfad.errors import ModelError
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """A 3×3 convolution of nearest-neighbour upsampled features: twice the height and width.
+
+    Each output pixel sees only 2×2 distinct inputs, so that convolution and upsampling are one transposed convolution
+    whose 4×4 kernel sums the weights that meet at an input: 16 products per input pixel and pair of channels instead
+    of 36, and no upsampled copy.
+
+    Args:
+        in_channels: of the features.
+        out_channels: of what is made of them.
+        merged: compute it so; else as it is written.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, merged: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.merged = merged
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, in_channels, height, width)`` to ``(B, out_channels, 2 height, 2 width)``."""
+        if not self.merged:
+            return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
+        kernel = self.weight.transpose(0, 1).flip(2, 3)  # as a transposed convolution scatters it
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))  # an input pixel is two columns of the upsampled
+        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # and two rows
+        return F.conv_transpose2d(features, kernel, stride=2, padding=1)
+
+
 class Generator(nn.Module):
     """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
 
@@ -18,12 +45,20 @@ class Generator(nn.Module):
         image_shape: ``(channels, height, width)`` of the images; height and width divisible by 4.
         noise_dim: length of a noise vector.
         width: channels before the last convolution; the stages before have twice as many.
+        merge_upsampling: compute each upsampling and the convolution behind it at once.
 
     Raises:
         ModelError: if height or width is not divisible by 4.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], noise_dim: int = 256, width: int = 64) -> None:
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        noise_dim: int = 256,
+        width: int = 64,
+        *,
+        merge_upsampling: bool = False,
+    ) -> None:
         super().__init__()
         channels, height, image_width = image_shape
         if height % 4 or image_width % 4 or min(image_shape) < 1:
@@ -38,9 +73,9 @@ class Generator(nn.Module):
         self.projected_shape = (height // 4, image_width // 4, 2 * width)
         self.projection = nn.Linear(noise_dim, height // 4 * (image_width // 4) * 2 * width)
         self.bn0 = nn.BatchNorm2d(2 * width)
-        self.conv1 = nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1, bias=False)
+        self.conv1 = UpsampledConv2d(2 * width, 2 * width, merged=merge_upsampling)
         self.bn1 = nn.BatchNorm2d(2 * width)
-        self.conv2 = nn.Conv2d(2 * width, width, kernel_size=3, padding=1, bias=False)
+        self.conv2 = UpsampledConv2d(2 * width, width, merged=merge_upsampling)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, channels, kernel_size=3, padding=1)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
@@ -51,8 +86,6 @@ class Generator(nn.Module):
         features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
         if not self.conv1.weight.is_contiguous(memory_format=torch.channels_last):
             features = features.contiguous()
-        features = F.interpolate(self.bn0(features), scale_factor=2, mode="nearest")
-        features = F.leaky_relu(self.bn1(self.conv1(features)), 0.2)
-        features = F.interpolate(features, scale_factor=2, mode="nearest")
+        features = F.leaky_relu(self.bn1(self.conv1(self.bn0(features))), 0.2)
         features = F.leaky_relu(self.bn2(self.conv2(features)), 0.2)
         return self.bn3(torch.tanh(self.conv3(features)))

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from dfad.errors import ModelError
-from dfad.models.generator import Generator
+from dfad.models.generator import Generator, UpsampledConv2d
 
 
 @pytest.mark.parametrize("image_shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (5, 4, 12)], ids=str)
@@ -53,3 +53,18 @@ def test_compiles_as_one_graph():
 def test_refuses_sizes_not_divisible_by_four(size):
     with pytest.raises(ModelError, match=f"{size[0]}×{size[1]} pixels.*multiples of 4.*--teacher.image_size"):
         Generator((3, *size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_merged_upsampling_is_the_same_convolution(size):
+    torch.manual_seed(0)
+    written, merged = (UpsampledConv2d(3, 4, merged=merged).double() for merged in (False, True))
+    merged.load_state_dict(written.state_dict())
+    features = torch.randn(2, 3, size, size + 1, dtype=torch.float64, requires_grad=True)
+    results = []
+    for convolution in (written, merged):
+        made = convolution(features)
+        gradients = torch.autograd.grad(made.sin().sum(), [features, convolution.weight])
+        results.append([made, *gradients])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)

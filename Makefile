@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m dfad.train --fused
@@ -18,7 +18,16 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/pytest bench
+	$(BIN)/pytest bench --record
+
+# The base interpreter does not run the editable install's import hook, which would hide the sanitized extension.
+sanitize: $(VENV)/.dev
+	$(BIN)/pip install -c constraints.txt --no-deps --upgrade --target build/sanitized \
+	  --config-settings=cmake.define.DFAD_SANITIZE=ON --config-settings=build-dir=build/sanitize .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH="build/sanitized:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels -k "not triton and not offline"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,7 +5,8 @@
 namespace dfad::DFAD_ISA {
 
 // v² with the violation v = max(0, m − sgn(t) s), sgn(0) = −1. NaN in either tensor gives NaN.
-template <class V> struct ActivationBoundary {
+template <class V>
+struct ActivationBoundary {
     V margin;
 
     explicit ActivationBoundary(double m) : margin(broadcast<V>(m)) {}

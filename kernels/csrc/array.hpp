@@ -1,4 +1,5 @@
-// What crosses the border between Python and the kernels: a tensor without its type, and the choice of its type.
+// What crosses the border between Python and the kernels: a tensor without its type, and the choice of its
+// type.
 #pragma once
 
 #include <cstdint>

@@ -26,11 +26,14 @@ using dfad::Indices;
 namespace nanobind::detail {
 
 // both accept None: what a caller does not need, or leaves to the default
-template <> struct has_arg_defaults<Array> : std::true_type {};
-template <> struct has_arg_defaults<Indices> : std::true_type {};
+template <>
+struct has_arg_defaults<Array> : std::true_type {};
+template <>
+struct has_arg_defaults<Indices> : std::true_type {};
 
 // Tensors are taken as they are, never converted: a gradient written into a converted copy would be lost.
-template <> struct type_caster<Array> {
+template <>
+struct type_caster<Array> {
     NB_TYPE_CASTER(Array, const_name("torch.Tensor"))
 
     bool from_python(handle source, uint8_t, cleanup_list* cleanup) noexcept {
@@ -40,8 +43,12 @@ template <> struct type_caster<Array> {
         if (t.ndim() > 3) return false;
         if (t.dtype() == nb::dtype<float>()) value.dtype = dfad::Dtype::float32;
         else if (t.dtype() == nb::dtype<double>()) value.dtype = dfad::Dtype::float64;
-        else if (t.dtype().bits == 16 && t.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) value.dtype = dfad::Dtype::bfloat16;
-        else if (t.dtype().bits == 16 && t.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) value.dtype = dfad::Dtype::float16;
+        else if (t.dtype().bits == 16 &&
+                 t.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat))
+            value.dtype = dfad::Dtype::bfloat16;
+        else if (t.dtype().bits == 16 &&
+                 t.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float))
+            value.dtype = dfad::Dtype::float16;
         else return false;
         value.data = t.data();
         value.dimensions = static_cast<int>(t.ndim());
@@ -56,7 +63,8 @@ private:
     make_caster<nb::ndarray<nb::device::cpu>> tensor_;
 };
 
-template <> struct type_caster<Indices> {
+template <>
+struct type_caster<Indices> {
     NB_TYPE_CASTER(Indices, const_name("torch.Tensor"))
 
     bool from_python(handle source, uint8_t, cleanup_list* cleanup) noexcept {
@@ -74,20 +82,23 @@ private:
 
 namespace {
 
-template <class Function> void bind(nb::module_& module, const char* name, Function function) {
+template <class Function>
+void bind(nb::module_& module, const char* name, Function function) {
     module.def(name, function, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace
 
-#define BIND_OPERATORS(module, isa)                                                                            \
-    bind(module, "activation_boundary_loss_forward", dfad::isa::activation_boundary_loss_forward);             \
-    bind(module, "activation_boundary_loss_backward", dfad::isa::activation_boundary_loss_backward);           \
-    bind(module, "interpolated_kl_div_forward", dfad::isa::interpolated_kl_div_forward);                       \
+#define BIND_OPERATORS(module, isa)                                                                  \
+    bind(module, "activation_boundary_loss_forward", dfad::isa::activation_boundary_loss_forward);   \
+    bind(module, "activation_boundary_loss_backward", dfad::isa::activation_boundary_loss_backward); \
+    bind(module, "interpolated_kl_div_forward", dfad::isa::interpolated_kl_div_forward);             \
     bind(module, "interpolated_kl_div_backward", dfad::isa::interpolated_kl_div_backward);
 
 NB_MODULE(_cpu, module) {
-    module.doc() = "The C++ kernels: a submodule for each instruction set that this processor runs; `isa` lists them, best last.";
+    module.doc() =
+        "The C++ kernels: a submodule for each instruction set that this processor runs; `isa` lists them, "
+        "best last.";
     std::vector<std::string> isa{"baseline"};
     auto baseline = module.def_submodule("baseline");
     BIND_OPERATORS(baseline, baseline)

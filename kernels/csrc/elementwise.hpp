@@ -13,7 +13,8 @@ constexpr int64_t block_elements = 1 << 14;
 
 // loss = scale · Σ op.value(student, teacher), or the scaled values themselves where loss is not a scalar.
 template <template <class> class Op, class... Parameters>
-void elementwise_forward(Array loss, Array student, Array teacher, double scale, int threads, Parameters... parameters) {
+void elementwise_forward(Array loss, Array student, Array teacher, double scale, int threads,
+                         Parameters... parameters) {
     with_storage(student.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using V = vector_t<T>;
@@ -37,7 +38,8 @@ void elementwise_forward(Array loss, Array student, Array teacher, double scale,
             }
             for (; i < end; i += lanes<V>) {
                 const V value = op.value(load(s + i, end - i, 0), load(t + i, end - i, 0));
-                if (out == nullptr) sums[0] += lane_numbers<V>() < static_cast<scalar_t<T>>(end - i) ? value : V{};
+                if (out == nullptr)
+                    sums[0] += lane_numbers<V>() < static_cast<scalar_t<T>>(end - i) ? value : V{};
                 else store(out + i, factor * value, end - i);
             }
             partial[block] = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -51,8 +53,8 @@ void elementwise_forward(Array loss, Array student, Array teacher, double scale,
 
 // student_gradient = scale · loss_gradient · op.gradient(student, teacher).
 template <template <class> class Op, class... Parameters>
-void elementwise_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher, double scale,
-                          int threads, Parameters... parameters) {
+void elementwise_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher,
+                          double scale, int threads, Parameters... parameters) {
     with_storage(student.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using V = vector_t<T>;
@@ -60,7 +62,8 @@ void elementwise_backward(Array student_gradient, Array loss_gradient, Array stu
         auto* out = static_cast<T*>(student_gradient.data);
         const auto* s = static_cast<const T*>(student.data);
         const auto* t = static_cast<const T*>(teacher.data);
-        const auto* g = static_cast<const scalar_t<T>*>(loss_gradient.dimensions ? loss_gradient.data : nullptr);
+        const auto* g =
+            static_cast<const scalar_t<T>*>(loss_gradient.dimensions ? loss_gradient.data : nullptr);
         const V factor = broadcast<V>(g == nullptr ? scale * read_scalar(loss_gradient) : scale);
         const int64_t size = student.size();
         const int64_t blocks = (size + block_elements - 1) / block_elements;

@@ -7,13 +7,15 @@
 
 namespace dfad::DFAD_ISA {
 
-void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale, int threads) {
+void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale,
+                                      int threads) {
     elementwise_forward<ActivationBoundary>(loss, student, teacher, scale, threads, margin);
 }
 
-void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher,
-                                       double margin, double scale, int threads) {
-    elementwise_backward<ActivationBoundary>(student_gradient, loss_gradient, student, teacher, scale, threads, margin);
+void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student,
+                                       Array teacher, double margin, double scale, int threads) {
+    elementwise_backward<ActivationBoundary>(student_gradient, loss_gradient, student, teacher, scale,
+                                             threads, margin);
 }
 
 }  // namespace dfad::DFAD_ISA

@@ -12,8 +12,9 @@ std::vector<Pair> pair_rows(Indices partner, int64_t rows) {
         const int64_t other = partner_of(row);
         const std::string given = "partner[" + std::to_string(row) + "] is " + std::to_string(other);
         if (other < 0 || other >= rows)
-            throw std::invalid_argument(given + "; it must be the index of one of the " + std::to_string(rows) +
-                                        " samples, 0 to " + std::to_string(rows - 1) + ".");
+            throw std::invalid_argument(given + "; it must be the index of one of the " +
+                                        std::to_string(rows) + " samples, 0 to " + std::to_string(rows - 1) +
+                                        ".");
         if (inverse[other] >= 0)
             throw std::invalid_argument(given + ", and so is partner[" + std::to_string(inverse[other]) +
                                         "]; partner must be a permutation, such as torch.randperm gives.");

@@ -7,8 +7,9 @@
 
 namespace dfad {
 
-// A row and those it shares work with: the partner whose soft label it is mixed with, and the row that has it as
-// partner. Where the two are the same row, the pair is closed: both rows are done at once, so each is read once.
+// A row and those it shares work with: the partner whose soft label it is mixed with, and the row that has it
+// as partner. Where the two are the same row, the pair is closed: both rows are done at once, so each is read
+// once.
 struct Pair {
     int64_t row, partner, inverse;
     bool closed;

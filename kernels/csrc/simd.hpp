@@ -1,5 +1,6 @@
-// Vectors of one register of the instruction set that the including file is compiled for, and what is computed with
-// them. Wider ones would be lowered to several registers, but GCC 12 takes their comparisons apart into scalars.
+// Vectors of one register of the instruction set that the including file is compiled for, and what is
+// computed with them. Wider ones would be lowered to several registers, but GCC 12 takes their comparisons
+// apart into scalars.
 #pragma once
 
 #include <cmath>
@@ -10,8 +11,12 @@
 
 namespace dfad::DFAD_ISA {
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
 
 #if defined(__AVX512F__)
 constexpr int register_bytes = 64;
@@ -21,7 +26,10 @@ constexpr int register_bytes = 32;
 constexpr int register_bytes = 16;
 #endif
 
-template <class T, int bytes = register_bytes> struct vector_of { typedef T type __attribute__((vector_size(bytes))); };
+template <class T, int bytes = register_bytes>
+struct vector_of {
+    typedef T type __attribute__((vector_size(bytes)));
+};
 
 using floats = vector_of<float>::type;
 using doubles = vector_of<double>::type;
@@ -31,26 +39,49 @@ using words = vector_of<uint32_t>::type;
 using halfwords = vector_of<uint16_t, register_bytes / 2>::type;
 
 // What a storage type is computed in.
-template <class Storage> struct compute { using scalar = float; using vector = floats; using mask = ints; };
-template <> struct compute<double> { using scalar = double; using vector = doubles; using mask = longs; };
+template <class Storage>
+struct compute {
+    using scalar = float;
+    using vector = floats;
+    using mask = ints;
+};
+template <>
+struct compute<double> {
+    using scalar = double;
+    using vector = doubles;
+    using mask = longs;
+};
 
-template <class Storage> using scalar_t = typename compute<Storage>::scalar;
-template <class Storage> using vector_t = typename compute<Storage>::vector;
-template <class V> constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+template <class Storage>
+using scalar_t = typename compute<Storage>::scalar;
+template <class Storage>
+using vector_t = typename compute<Storage>::vector;
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
 
-template <class To, class From> inline To bit_cast(From from) {
+template <class To, class From>
+inline To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
     std::memcpy(&to, &from, sizeof to);
     return to;
 }
 
-template <class V> inline V broadcast(double value) {
+template <class V>
+inline V broadcast(double value) {
     return V{} + static_cast<decltype(V{}[0] + 0)>(value);
 }
 
-inline floats load(const float* p) { floats v; std::memcpy(&v, p, sizeof v); return v; }
-inline doubles load(const double* p) { doubles v; std::memcpy(&v, p, sizeof v); return v; }
+inline floats load(const float* p) {
+    floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline doubles load(const double* p) {
+    doubles v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 
 inline words load_halfwords(const void* p) {
     halfwords h;
@@ -97,7 +128,8 @@ inline void store(float16* p, floats v) {
     store_halfwords(p, h | (bits >> 16 & 0x8000));
 }
 
-template <class V> inline V lane_numbers() {
+template <class V>
+inline V lane_numbers() {
     V v;
     for (int i = 0; i < lanes<V>; ++i) v[i] = i;
     return v;
@@ -122,25 +154,33 @@ inline void store(Storage* p, vector_t<Storage> v, int64_t count) {
     std::memcpy(p, buffer, count * sizeof(Storage));
 }
 
-template <class V> inline V select(decltype(V{} == V{}) condition, V yes, V no) { return condition ? yes : no; }
+template <class V>
+inline V select(decltype(V{} == V{}) condition, V yes, V no) {
+    return condition ? yes : no;
+}
 
 // A NaN in `b` is dropped.
-template <class V> inline V max(V a, V b) { return b > a ? b : a; }
+template <class V>
+inline V max(V a, V b) {
+    return b > a ? b : a;
+}
 
-template <class V> inline auto sum_of_lanes(V v) {
+template <class V>
+inline auto sum_of_lanes(V v) {
     double total = 0;
     for (int i = 0; i < lanes<V>; ++i) total += v[i];
     return total;
 }
 
-template <class V> inline auto max_of_lanes(V v) {
+template <class V>
+inline auto max_of_lanes(V v) {
     auto largest = v[0];
     for (int i = 1; i < lanes<V>; ++i) largest = v[i] > largest ? v[i] : largest;
     return largest;
 }
 
-// e^x for x ≤ 88. x = n ln 2 + r, |r| ≤ ln 2 / 2; e^r by a minimax polynomial of relative error 3e-9. What underflows
-// float32's normal numbers is 0; NaN stays NaN.
+// e^x for x ≤ 88. x = n ln 2 + r, |r| ≤ ln 2 / 2; e^r by a minimax polynomial of relative error 3e-9. What
+// underflows float32's normal numbers is 0; NaN stays NaN.
 inline floats exp(floats x) {
     const floats shifted = x * 1.44269504f + 0x1.8p23f;  // rounds to an integer, left in the low bits
     const floats n = shifted - 0x1.8p23f;
@@ -154,8 +194,8 @@ inline floats exp(floats x) {
     return x < -87.3365448f ? floats{} : p * bit_cast<floats>(scale);
 }
 
-// ln x for normal x > 0. x = 2^n (1 + f), √½ ≤ 1 + f < √2; ln(1 + f) by a minimax polynomial of relative error 6e-9.
-// NaN stays NaN; zero and subnormal numbers give a finite number below -87.
+// ln x for normal x > 0. x = 2^n (1 + f), √½ ≤ 1 + f < √2; ln(1 + f) by a minimax polynomial of relative
+// error 6e-9. NaN stays NaN; zero and subnormal numbers give a finite number below -87.
 inline floats log(floats x) {
     const words bits = bit_cast<words>(x) - bit_cast<uint32_t>(0.707106781f);
     const floats n = __builtin_convertvector(bit_cast<ints>(bits) >> 23, floats);
@@ -183,12 +223,17 @@ inline doubles log(doubles x) {
 }
 
 // Calls f with a null pointer to the storage type.
-template <class F> inline void with_storage(Dtype dtype, F&& f) {
+template <class F>
+inline void with_storage(Dtype dtype, F&& f) {
     switch (dtype) {
-        case Dtype::float32: return f(static_cast<float*>(nullptr));
-        case Dtype::float64: return f(static_cast<double*>(nullptr));
-        case Dtype::bfloat16: return f(static_cast<bfloat16*>(nullptr));
-        case Dtype::float16: return f(static_cast<float16*>(nullptr));
+        case Dtype::float32:
+            return f(static_cast<float*>(nullptr));
+        case Dtype::float64:
+            return f(static_cast<double*>(nullptr));
+        case Dtype::bfloat16:
+            return f(static_cast<bfloat16*>(nullptr));
+        case Dtype::float16:
+            return f(static_cast<float16*>(nullptr));
     }
 }
 

@@ -1,0 +1,80 @@
+"""The losses as modules."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from dfad import functional
+from dfad.losses import ActivationBoundaryLoss, InterpolatedKLDivLoss
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return Generator().manual_seed(0)
+
+
+def taps(generator: Generator, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+SHAPES = ((4, 3, 8, 8), (4, 5, 4, 4), (4, 7, 2, 2))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["operator", "reference"])
+def test_the_activation_regularizer_as_published(fused: bool, generator: Generator) -> None:
+    """Heo et al.'s expression, with its sum over the batch, halved for each stage towards the input."""
+    student, teacher = taps(generator, *SHAPES), taps(generator, *SHAPES)
+    margin = 0.7
+    expected = torch.zeros(())
+    for weight, s, t in zip((0.25, 0.5, 1.0), student, teacher, strict=True):
+        wrong_above = (s + margin) ** 2 * ((s > -margin) & (t <= 0))
+        wrong_below = (s - margin) ** 2 * ((s <= margin) & (t > 0))
+        expected = expected + weight * (wrong_above + wrong_below).sum() / s.shape[0]
+    loss = ActivationBoundaryLoss(margin, weights="halving", reduction="batchmean", fused=fused)
+    torch.testing.assert_close(loss(student, teacher), expected)
+
+
+def test_weights_of_taps(generator: Generator) -> None:
+    student, teacher = taps(generator, *SHAPES), taps(generator, *SHAPES)
+    each = [functional.activation_boundary_loss(s, t) for s, t in zip(student, teacher, strict=True)]
+    torch.testing.assert_close(ActivationBoundaryLoss()(student, teacher), sum(each))
+    torch.testing.assert_close(ActivationBoundaryLoss(weights="uniform")(student, teacher), sum(each))
+    torch.testing.assert_close(ActivationBoundaryLoss(weights=[1, 0, 2])(student, teacher), each[0] + 2 * each[2])
+    torch.testing.assert_close(ActivationBoundaryLoss()(student[0], teacher[0]), each[0])
+
+
+def test_taps_that_do_not_fit_are_refused(generator: Generator) -> None:
+    student = taps(generator, *SHAPES)
+    with pytest.raises(ValueError, match="2 taps, the teacher 3"):
+        ActivationBoundaryLoss()(student[:2], student)
+    with pytest.raises(ValueError, match="2 weights for 3 taps"):
+        ActivationBoundaryLoss(weights=[1, 2])(student, student)
+    with pytest.raises(ValueError, match="'thirds'.*'halving'"):
+        ActivationBoundaryLoss(weights="thirds")
+    with pytest.raises(ValueError, match="no taps"):
+        ActivationBoundaryLoss()([], [])
+    with pytest.raises(ValueError, match="'none' for 3 taps"):
+        ActivationBoundaryLoss(reduction="none")(student, student)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean"])
+@pytest.mark.parametrize("fused", [True, False], ids=["operator", "reference"])
+def test_the_divergence_replaces_the_usual_one(fused: bool, reduction: str, generator: Generator) -> None:
+    student, teacher = taps(generator, (6, 5, 3), (6, 5, 3))
+    usual = nn.KLDivLoss(reduction=reduction)
+    expected = 4.0**2 * usual((student / 4).log_softmax(dim=1), (teacher / 4).softmax(dim=1))
+    torch.testing.assert_close(InterpolatedKLDivLoss(4.0, reduction, fused)(student, teacher, 1.0), expected)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["operator", "reference"])
+def test_soft_labels_are_mixed_with_a_partners(fused: bool, generator: Generator) -> None:
+    student, teacher = taps(generator, (6, 5), (6, 5))
+    coefficient = torch.rand(6, generator=generator)
+    soft = teacher.softmax(dim=1)
+    loss = InterpolatedKLDivLoss(fused=fused)
+    for partner in (None, torch.randperm(6, generator=generator)):
+        other = soft.flip(0) if partner is None else soft[partner]
+        label = coefficient[:, None] * soft + (1 - coefficient[:, None]) * other
+        expected = F.kl_div(student.log_softmax(dim=1), label, reduction="batchmean")
+        torch.testing.assert_close(loss(student, teacher, coefficient, partner), expected)

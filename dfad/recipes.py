@@ -117,7 +117,7 @@ def _cifar(name: str) -> Recipe:
 
 
 RECIPES = {
-    # 99.2 % of the 360 held-out images
+    # 99.2 to 99.4 % of the 360 held-out images, over five seeds
     "digits": Recipe(
         data=DataConfig(name="digits"),
         network=NetworkConfig("convnet", {"channels": [32, 64, 128]}),
@@ -125,12 +125,12 @@ RECIPES = {
         epochs=30,
         batch_size=64,
     ),
-    # 99.4 % of the 10,000 test images, in 92 s on two CPU cores
+    # 99.4 % of the 10,000 test images, in two minutes of processor time
     "mnist": Recipe(
         data=DataConfig(name="mnist"),
         network=NetworkConfig("lenet5"),
         augment=AugmentConfig(translate=2),
-        epochs=12,
+        epochs=8,
         lr=0.05,
         schedule="onecycle",
     ),

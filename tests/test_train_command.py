@@ -393,7 +393,7 @@ BUNDLES = {
         --optimizer.generator.milestones 0.1 0.9 --optimizer.generator.decay 0.3
         --optimizer.generator.betas 0.5 0.999""",
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
-        --engine.fold_batchnorm on --engine.cuda_graph off --engine.compile off""",
+        --engine.fold_batchnorm on --engine.merge_upsampling on --engine.cuda_graph off --engine.compile off""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
         --method.activation.weight 0""",

@@ -1,6 +1,6 @@
 """Settings of ``python -m dfad.train`` by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dfad.config import (
     ActivationConfig,
@@ -62,6 +62,12 @@ MNIST = TrainConfig(
 )
 
 
+OWN = TrainConfig(
+    method=replace(DIGITS.method, rounds=2000, activation=ActivationConfig()),  # taps differ from network to network
+    optimizer=DIGITS.optimizer,
+)
+
+
 def _cifar(name: str, classes: int) -> TrainConfig:
     """DFQ's recipe (10 student steps a round, 80,000 in all at 256 images), and both regularizers; about 140 PFLOP with
     ResNet-34 and ResNet-18. The learning rates are DFAD's."""
@@ -88,6 +94,6 @@ PRESETS = {
     "mnist": MNIST,
     "cifar10": _cifar("cifar10", 10),
     "cifar100": _cifar("cifar100", 100),
-    "own": TrainConfig(),
+    "own": OWN,
 }
 """What ``--preset`` names. All but digits need ``--teacher.checkpoint``; own needs ``--student.factory`` as well."""

@@ -192,21 +192,22 @@ class Distiller:
         method = self.config.method
         regularizers = method.regularizers
         self.student.train(method.student_batchnorm == "train")
-        with frozen(self.student, self.connectors), self.engine.autocast():
-            images = self.generator(self.sample_noise(method.batch_size))
-            teacher, features = (
-                self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
-            )
-            student = as_outputs(self.student(images))
-            terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
-            if method.activation.generator_weight:
-                terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
-            if regularizers.batchnorm:
-                terms["batchnorm"] = self.batchnorm_statistics(features)
-            if regularizers.one_hot:
-                terms["one_hot"] = functional.one_hot_loss(teacher.logits)
-            if regularizers.diversity:
-                terms["diversity"] = functional.diversity_loss(teacher.logits)
+        with frozen(self.student, self.connectors):
+            with self.engine.autocast():
+                images = self.generator(self.sample_noise(method.batch_size))
+                teacher, features = (
+                    self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
+                )
+                student = as_outputs(self.student(images))
+                terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
+                if method.activation.generator_weight:
+                    terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
+                if regularizers.batchnorm:
+                    terms["batchnorm"] = self.batchnorm_statistics(features)
+                if regularizers.one_hot:
+                    terms["one_hot"] = functional.one_hot_loss(teacher.logits)
+                if regularizers.diversity:
+                    terms["diversity"] = functional.diversity_loss(teacher.logits)
             weights = {
                 "adversarial": method.adversarial,
                 "activation": method.activation.generator_weight,
@@ -297,7 +298,10 @@ class Distiller:
             buffer.add(self.run_round())
             if self.bank.is_due(self.round_index):
                 self._extend_bank()
-            saving = folder is not None and (due(config.recording.checkpoint_every) or stop.requested)
+            stopping = (
+                stop.requested
+            )  # read once: a signal may come at any moment, and must find its checkpoint written
+            saving = folder is not None and (due(config.recording.checkpoint_every) or stopping)
             if saving or due(config.recording.log_every) or due(config.selection.every):
                 metrics = self._read(buffer, folder)
                 if due(config.selection.every):
@@ -306,7 +310,7 @@ class Distiller:
             if saving:
                 assert folder is not None
                 checkpoint.save(folder, self.state_dict())
-            if stop.requested:
+            if stopping:
                 where = (
                     f" Continue with --resume {folder}." if folder else " Nothing was written: no run_dir was given."
                 )

@@ -115,7 +115,7 @@ def cached_teacher(name: str) -> Path:
         name: of a recipe whose data set needs no files, such as ``digits``.
 
     Raises:
-        ConfigurationError: if there is no such recipe.
+        ConfigurationError: if there is no such recipe, or the cache folder cannot be written.
         DataError: if its data set needs files.
     """
     if name not in RECIPES:
@@ -125,8 +125,15 @@ def cached_teacher(name: str) -> Path:
     recipe = RECIPES[name]
     settings = json.dumps(to_tree(recipe), sort_keys=True)
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise ConfigurationError(
+            f"The cache folder {path.parent} cannot be written: {error.strerror}. Name another with the environment "
+            "variable DFAD_CACHE."
+        ) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that need it at once, one trains and the others wait
         if not path.exists():
             log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)

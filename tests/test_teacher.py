@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,23 @@ class TestRecipes:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert teacher.cache_folder() == Path(folder)
+
+    def test_a_cache_folder_that_cannot_be_written_is_named(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("DFAD_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(ConfigurationError, match=r"file/cache cannot be written: Not a directory.*DFAD_CACHE"):
+            teacher.cached_teacher("digits")
+
+    def test_of_two_processes_one_trains_and_the_other_waits(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DFAD_CACHE", str(tmp_path))
+        monkeypatch.setitem(RECIPES, "digits", QUICK)
+        trained = []
+        train = teacher.train
+        monkeypatch.setattr(teacher, "train", lambda *args, **kwargs: trained.append(args) or train(*args, **kwargs))
+        with ThreadPoolExecutor() as pool:  # flock tells open files apart, not processes
+            first, second = pool.map(teacher.cached_teacher, ["digits", "digits"])
+        assert first == second
+        assert len(trained) == 1
 
     def test_an_unknown_recipe_is_an_error_with_the_nearest(self):
         with pytest.raises(ConfigurationError, match="no teacher recipe 'digit'. Did you mean 'digits'?"):

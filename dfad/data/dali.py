@@ -59,17 +59,17 @@ class DaliBackend:
                 yield self._inputs(part)
 
         pipeline = self._pipeline(feed, batch_size, plan.hole_size)
+        # without a stream of ours, a GPU's memory could be written again before it is read
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         while True:
             try:
-                (images,) = pipeline.run()
+                (images,) = pipeline.run(stream)
             except StopIteration:
                 return
             except RuntimeError as error:
                 raise self._explain(error, fed) from None
             part = fed.pop(0)
-            # a copy: DALI writes its next batch into the same memory
-            normalized = torch.from_dlpack(images.as_tensor()).clone()
-            yield normalized.to(self.device), self.split.labels[part.indices].to(self.device)
+            yield torch.from_dlpack(images.as_tensor()), self.split.labels[part.indices].to(self.device)
 
     def _inputs(self, part: Plan) -> tuple[list[np.ndarray], ...]:
         files = [np.frombuffer(self._read(index), dtype=np.uint8) for index in part.indices.tolist()]
@@ -96,6 +96,7 @@ class DaliBackend:
             num_threads=THREADS,
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=2,
+            exec_dynamic=True,  # leaves a batch its memory for as long as somebody holds it
         )
         def carry_out() -> Any:
             files, shifts, flips, *holes = fn.external_source(

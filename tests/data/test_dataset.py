@@ -1,5 +1,7 @@
 """What all data sets have in common: the catalog, digits, fingerprints, configuration."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -27,6 +29,11 @@ def small(**changes):
             **changes,
         }
     )
+
+
+def test_the_trainer_has_no_way_to_data():
+    program = "import sys, dfad.trainer; print([name for name in sys.modules if name.startswith('dfad.data')])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
 def test_digits_are_divided_once_and_for_all():

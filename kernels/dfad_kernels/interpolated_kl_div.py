@@ -9,8 +9,8 @@ from torch import Tensor
 from dfad_kernels.checks import check_pair, check_positive, check_reduction
 from dfad_kernels.registration import compute_dtype, fused_loss, reduce, rows_classes_sites
 
-RESIDENT_CLASSES = 8192
-"""So many classes of a row a GPU program holds at once; rows of more are walked in chunks."""
+RESIDENT_CLASSES = 4096
+"""So many classes of a row a GPU program holds at once without spilling; rows of more are walked in chunks."""
 
 
 def _prepare(

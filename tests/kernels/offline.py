@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.gpu import activation_boundary_loss as activation_boundary_module
 from dfad_kernels.gpu import interpolated_kl_div as interpolated_kl_div_module
+from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -114,7 +115,7 @@ def all_launches(dtype: torch.dtype) -> list[Launch]:
     """Every kernel on the aligned path, where sizes are divisible by 16."""
     taps = torch.empty(256, 64, 32, 32, dtype=dtype, device="meta")
     launches = launches_of(activation_boundary_loss, activation_boundary_module, (taps, taps), [True])
-    for shape in ((256, 1024), (16, 21, 256, 256), (64, 32000)):
+    for shape in ((256, RESIDENT_CLASSES), (16, 21, 256, 256), (64, 32000)):
         logits = torch.empty(shape, dtype=dtype, device="meta")
         weights = torch.empty(shape[0], device="meta")
         partner = torch.empty(shape[0], dtype=torch.int64, device="meta")
@@ -237,6 +238,7 @@ def _amd_widths(assembly: str, kind: str) -> list[int]:
 
 def main(target: str) -> None:
     """Prints every kernel's report."""
+    torch.version.hip = "offline" if target.startswith("gfx") else None  # launchers ask it for the warp size
     dtypes = (torch.bfloat16, torch.float32)
     print(
         json.dumps([asdict(compile_for(target, launch, dtype)) for dtype in dtypes for launch in all_launches(dtype)])

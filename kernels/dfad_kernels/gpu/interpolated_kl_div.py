@@ -8,21 +8,34 @@ In the equations s and t are the logits of student and teacher, p and q their pr
 teacher's partner row, w the mixing coefficient, g the gradient that comes in, h that of the label.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfad_kernels.gpu.common import compute_type
+from dfad_kernels.gpu.common import compute_type, warp_size
 from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 
-FORWARD_TILE = 2048
-"""Elements of one tensor that a program holds: three tensors in 128 threads take about 48 registers a thread."""
-
-BACKWARD_BYTES = 4096
-"""Bytes of one tensor that a program of the backward pass holds, of up to five: 128 bits for each of 256 threads."""
-
 CHUNK = 4096
+
+
+class Shares(NamedTuple):
+    """How much of one tensor a program takes at least, and a thread at most."""
+
+    program: int
+    thread: int
+
+
+FORWARD = Shares(program=2048, thread=16)
+"""Three tensors are held at once."""
+
+BACKWARD = Shares(program=1024, thread=8)
+"""Up to five are."""
+
+BACKWARD_NARROW = Shares(program=2048, thread=8)
+"""For dtypes of 16 bits: eight elements are one access of 128 bits."""
 
 
 @triton.jit
@@ -361,12 +374,14 @@ def _backward_chunked_kernel(
                     partner_mean += tl.sum(_times(q, h_source), 1, keep_dims=True)
 
 
-def _launch(student: Tensor, coefficient: Tensor, partner: Tensor | None, tile: int) -> tuple[int, dict[str, object]]:
+def _launch(
+    student: Tensor, coefficient: Tensor, partner: Tensor | None, shares: Shares
+) -> tuple[int, dict[str, object]]:
     """Number of programs, and what forward and backward kernels are told alike."""
     samples, classes, sites = student.shape
     resident = classes <= RESIDENT_CLASSES
     columns = max(16, triton.next_power_of_2(classes)) if resident else CHUNK
-    rows = max(1, tile // columns)
+    rows = max(1, shares.program // columns)
     settings = {
         "samples": samples,
         "classes": classes,
@@ -377,7 +392,7 @@ def _launch(student: Tensor, coefficient: Tensor, partner: Tensor | None, tile: 
         "DTYPE": compute_type(student),
         "ROWS": rows,
         "CLASSES": columns,
-        "num_warps": max(4, min(16, rows * columns // 512)),
+        "num_warps": max(1, rows * columns // (shares.thread * warp_size())),
     }
     return triton.cdiv(samples * sites, rows), settings
 
@@ -393,7 +408,7 @@ def forward(
     saved: Tensor,
 ) -> None:
     """Fills the loss: see :class:`dfad_kernels.registration.Kernels`."""
-    programs, settings = _launch(student, mixing_coefficient, partner, FORWARD_TILE)
+    programs, settings = _launch(student, mixing_coefficient, partner, FORWARD)
     settings |= {"temperature": temperature, "scale": scale, "ELEMENTWISE": loss.ndim > 0}
     out = loss if loss.ndim else loss.new_empty(programs)
     if saved.numel():
@@ -417,7 +432,8 @@ def backward(
     saved: Tensor,
 ) -> None:
     """Fills the gradients: see :class:`dfad_kernels.registration.Kernels`."""
-    programs, settings = _launch(student, mixing_coefficient, partner, BACKWARD_BYTES // min(4, student.itemsize))
+    shares = BACKWARD_NARROW if student.itemsize == 2 else BACKWARD
+    programs, settings = _launch(student, mixing_coefficient, partner, shares)
     settings |= {
         "temperature": temperature,
         "scale": scale,

@@ -35,7 +35,11 @@ class Evaluator:
 
     def __call__(self, network: nn.Module) -> float:
         """Fraction of the test images that a network classifies right."""
-        return top_k_accuracy(*predict(network, self.source, len(self.dataset.test)))
+        return top_k_accuracy(*self.predict(network))
+
+    def predict(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits of the test images and their labels."""
+        return predict(network, self.source, len(self.dataset.test))
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:

@@ -70,11 +70,6 @@ def pairwise_diversity(images: Tensor) -> Tensor:
     return (images - images.flip(0)).abs().mean() / images.std(correction=0).clamp_min(1e-12)
 
 
-def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Fraction of samples of which both networks predict the same class."""
-    return (student_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
-
-
 def mix(images: Tensor, mixing_coefficient: Tensor) -> Tensor:
     """Images interpolated with those of the reversed batch.
 

@@ -1,11 +1,12 @@
 """``python -m dfad.train``: distil a student from a frozen teacher without any data."""
 
+import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -18,7 +19,7 @@ from dfad.config import DistillConfig, TeacherConfig
 from dfad.engine import choose_device
 from dfad.errors import ModelError
 from dfad.estimate import Estimate, estimate
-from dfad.evaluation import Evaluator
+from dfad.evaluation import Evaluator, agreement, top_k_accuracy
 from dfad.export import load_model
 from dfad.loading import build, load_weights
 from dfad.presets import PRESETS, TrainConfig
@@ -62,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = load_teacher(config.teacher)
     student = build_student(config)
     evaluate = Evaluator(config.data, device) if config.evaluate else None
-    teacher_accuracy = evaluate(teacher.network.to(device)) if evaluate else None
     distiller = Distiller(
         teacher.network,
         student,
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console().print(estimate_table(estimate(distiller)))
         return
     result = distiller.fit(run_dir, resume=command.resume is not None, overwrite=command.overwrite)
-    Console().print(result_table(result, teacher.network, student, teacher_accuracy))
+    measured = measure(evaluate, teacher.network.to(device), student, distiller.best) if evaluate else {}
+    Console().print(result_table(result, teacher.network, student, measured))
     log.info("Everything is in %s.", run_dir)
 
 
@@ -142,19 +143,38 @@ def estimate_table(cost: Estimate) -> Table:
     return table
 
 
-def result_table(result: Result, teacher: nn.Module, student: nn.Module, teacher_accuracy: float | None) -> Table:
+def measure(
+    evaluate: Evaluator, teacher: nn.Module, student: nn.Module, best: Mapping[str, Any]
+) -> dict[str, Sequence[float | None]]:
+    """Accuracy and agreement with the teacher on the test images: of the teacher, the last and the best student."""
+    networks = [teacher, student]
+    if best:
+        networks.append(copy.deepcopy(student))
+        networks[-1].load_state_dict(best["state"])
+    (teacher_logits, labels), *others = [evaluate.predict(network) for network in networks]
+    students = [logits for logits, _ in others]
+    return {
+        "accuracy": [top_k_accuracy(logits, labels) for logits in (teacher_logits, *students)],
+        "agreement on test images": [None, *(agreement(logits, teacher_logits) for logits in students)],
+    }
+
+
+def result_table(
+    result: Result, teacher: nn.Module, student: nn.Module, measured: Mapping[str, Sequence[float | None]]
+) -> Table:
     """What a run came to, for people."""
 
     def parameters(network: nn.Module) -> str:
         return f"{sum(parameter.numel() for parameter in network.parameters()):,}"
 
     def percent(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2%}"
+        return "" if value is None else f"{value:.2%}"
 
     table = Table("", "teacher", "student: last", "best", title="Distilled without data")
-    table.add_row("accuracy", *map(percent, (teacher_accuracy, result.accuracy, result.best_accuracy)))
-    table.add_row("agreement", "", percent(result.agreement), percent(result.best_agreement))
-    table.add_row("after round", "", str(result.rounds), str(result.best_round or "–"))
+    for name, values in measured.items():
+        table.add_row(name, *map(percent, values))
+    table.add_row("agreement on generated images", "", percent(result.agreement), percent(result.best_agreement))
+    table.add_row("after round", "", str(result.rounds), str(result.best_round or ""))
     table.add_row("parameters", parameters(teacher), parameters(student), parameters(student))
     table.add_row("images generated", "", f"{result.images:,}")
     table.add_row("rounds per second", "", f"{result.rounds_per_second:.2f}")

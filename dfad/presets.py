@@ -36,7 +36,7 @@ DIGITS = TrainConfig(
     student=StudentConfig(factory="convnet", kwargs={"channels": [16, 32, 64], "in_channels": 1}),
     generator=GeneratorConfig(noise_dim=64, width=32),
     method=MethodConfig(
-        rounds=300,
+        rounds=200,
         student_steps=5,
         batch_size=128,
         activation=ActivationConfig(weight=0.1),

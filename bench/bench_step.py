@@ -27,7 +27,7 @@ WARM_UP = 6 if DEVICE.type == "cuda" else 1
 """More than a CUDA graph waits for before it is captured."""
 
 
-def measure(benchmark: Any, case: Case, round_: Callable[[], object]) -> None:
+def measure(benchmark: Any, case: Case, name: str, round_: Callable[[], object]) -> None:
     """Time a round; its rates and peak memory go to the record."""
 
     def run() -> None:
@@ -39,11 +39,10 @@ def measure(benchmark: Any, case: Case, round_: Callable[[], object]) -> None:
     seconds = benchmark.stats.stats.median
     images = (case.method.student_steps + 1) * case.method.batch_size
     benchmark.extra_info |= {
+        "contender": name,
         "rounds_per_second": 1 / seconds,
         "images_per_second": images / seconds,
         "peak_memory_bytes": peak_memory(round_),
-        "device": str(DEVICE),
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -74,12 +73,12 @@ def peak_memory(round_: Callable[[], object]) -> int:
 @pytest.mark.parametrize("case", RUNNABLE)
 @pytest.mark.parametrize(("name", "make"), contenders(DEVICE), ids=[name for name, _ in contenders(DEVICE)])
 def test_round(case: Case, name: str, make: Callable[[Case], Callable[[], object]], benchmark: Any) -> None:
-    measure(benchmark, case, make(case))
+    measure(benchmark, case, name, make(case))
 
 
 @pytest.mark.parametrize("case", RUNNABLE)
 def test_floor(case: Case, benchmark: Any) -> None:
-    measure(benchmark, case, Floor(make_distiller(case)))
+    measure(benchmark, case, "floor", Floor(make_distiller(case)))
 
 
 @pytest.mark.parametrize("case", RUNNABLE)
@@ -101,6 +100,7 @@ def test_mixed_images_in_two_batches_or_one(case: Case, batches: str, benchmark:
         wait()
 
     benchmark.group = f"mixed images {case.name}"
+    benchmark.extra_info["contender"] = "two batches" if batches == "two" else "one batch"
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)
 
 
@@ -133,4 +133,5 @@ def test_batchnorm_statistics(case: Case, network: str, benchmark: Any) -> None:
         wait()
 
     benchmark.group = f"BatchNorm statistics {case.name}"
+    benchmark.extra_info["contender"] = network
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)

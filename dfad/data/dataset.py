@@ -15,16 +15,15 @@ from dfad.data.decoded import DecodedSplit
 from dfad.data.encoded import EncodedSplit
 from dfad.errors import DataError
 
+log = logging.getLogger(__name__)
+
 STATISTICS_SAMPLE = 10_000
 """Images, evenly spaced, that mean and standard deviation are taken over where nobody has published them."""
-
-
-log = logging.getLogger(__name__)
 
 SplitT = TypeVar("SplitT", DecodedSplit, EncodedSplit)
 
 Split = DecodedSplit | EncodedSplit
-"""Half a data set: what is trained on, or what is measured on."""
+"""What is trained on, or what is measured on."""
 
 
 @dataclass(frozen=True)

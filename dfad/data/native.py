@@ -35,7 +35,7 @@ class NativeBackend:
             images = self.images[part.indices]
             if changes:
                 images = _moved(images, part)
-            normalized = (images - self.mean) * self.scale
+            normalized = (images - self.mean).mul_(self.scale)
             if part.hole_size:
                 normalized.masked_fill_(_holes(part, *images.shape[2:])[:, None], 0)
             yield normalized, self.labels[part.indices]

@@ -7,6 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +19,6 @@ from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.testing import CASES, OpCase, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = 1.5
-"""That a contender is measured for, in 5 to 50 rounds."""
 MIXING_COEFFICIENT = 0.3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -170,14 +169,22 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def measure(benchmark: Any, group: str, contender: str, bytes_moved: int, run: Any, cold: Callable[[], None]) -> None:
+@pytest.fixture
+def measure(benchmark: Any, cold: Callable[[], None], request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Runs a contender for ``--seconds``, in 5 to 500 rounds."""
+    return partial(_measure, benchmark, cold, request.config.getoption("--seconds"))
+
+
+def _measure(
+    benchmark: Any, cold: Callable[[], None], seconds: float, group: str, contender: str, bytes_moved: int, run: Any
+) -> None:
     benchmark.group = group
     benchmark.extra_info |= {"contender": contender, "bytes": bytes_moved}
     run()
     start = synchronized()
     run()
-    rounds = int(SECONDS / max(synchronized() - start, 1e-9))
-    benchmark.pedantic(run, setup=cold, rounds=max(5, min(rounds, 50)), warmup_rounds=2)
+    rounds = int(seconds / max(synchronized() - start, 1e-9))
+    benchmark.pedantic(run, setup=cold, rounds=max(5, min(rounds, 500)), warmup_rounds=2)
 
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -197,9 +204,7 @@ launched = pytest.mark.parametrize("launch", ["eager", "graph"] if DEVICE == "cu
 @each_dtype
 @launched
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_loss(
-    task: Task, contender: str, dtype: torch.dtype, launch: str, direction: str, benchmark: Any, cold: Any
-) -> None:
+def test_loss(task: Task, contender: str, dtype: torch.dtype, launch: str, direction: str, measure: Any) -> None:
     loss = task.contenders[contender]
     check(task, loss, dtype)
     student, teacher = inputs(task, dtype)
@@ -213,7 +218,7 @@ def test_loss(
 
     bytes_moved = forward if direction == "forward" else forward + backward
     group = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}, {launch}"
-    measure(benchmark, group, contender, bytes_moved, captured(run) if launch == "graph" else run, cold)
+    measure(group, contender, bytes_moved, captured(run) if launch == "graph" else run)
 
 
 @pytest.mark.benchmark(timer=synchronized)
@@ -221,7 +226,7 @@ def test_loss(
 @each_dtype
 @launched
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_copy(task: Task, dtype: torch.dtype, launch: str, direction: str, benchmark: Any, cold: Any) -> None:
+def test_copy(task: Task, dtype: torch.dtype, launch: str, direction: str, measure: Any) -> None:
     """What it takes to move as many bytes: half of them read, half written."""
     student, _ = inputs(task, dtype)
     forward, backward = task.case.bytes_moved(student, gradients=1)
@@ -233,4 +238,4 @@ def test_copy(task: Task, dtype: torch.dtype, launch: str, direction: str, bench
     def run() -> object:
         return target.copy_(source)
 
-    measure(benchmark, group, "copy", bytes_moved, captured(run) if launch == "graph" else run, cold)
+    measure(group, "copy", bytes_moved, captured(run) if launch == "graph" else run)

@@ -20,6 +20,7 @@ OURS = "ours"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=1.5, help="how long each operator is measured")
     parser.addoption("--record", action="store_true", help="write what was measured to bench/results/<machine>.json")
 
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "array.hpp"
 
 namespace dfad::DFAD_ISA {
@@ -153,6 +157,23 @@ inline void store(Storage* p, vector_t<Storage> v, int64_t count) {
     store(buffer, v);
     std::memcpy(p, buffer, count * sizeof(Storage));
 }
+
+#if defined(__AVX__) && !defined(__AVX512F__)
+// Of float32 without a detour through memory: rows of few classes consist of little else.
+inline __m256i first_lanes(int64_t count) {
+    return bit_cast<__m256i>(lane_numbers<ints>() < static_cast<int32_t>(count < 8 ? count : 8));
+}
+
+inline floats load(const float* p, int64_t count, float fill) {
+    const __m256i mask = first_lanes(count);
+    const floats v = bit_cast<floats>(_mm256_maskload_ps(p, mask));
+    return bit_cast<ints>(mask) ? v : broadcast<floats>(fill);
+}
+
+inline void store(float* p, floats v, int64_t count) {
+    _mm256_maskstore_ps(p, first_lanes(count), bit_cast<__m256>(v));
+}
+#endif
 
 template <class V>
 inline V select(decltype(V{} == V{}) condition, V yes, V no) {

@@ -14,6 +14,7 @@ from torch import Tensor
 from dfad.checkpoint import write_atomically
 from dfad.export import save_model
 from dfad.modes import statistics_kept
+from dfad.seeds import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def _save(figure: Figure, path: Path) -> None:
 def samples_figure(distiller: Distiller) -> Figure:
     """Generated images, each titled with the teacher's label and its confidence."""
     with torch.no_grad(), distiller.engine.autocast(), statistics_kept(distiller.generator):
-        noise_stream = torch.Generator(distiller.device).manual_seed(distiller.config.seed)
+        noise_stream = torch.Generator(distiller.device).manual_seed(stream_seed(distiller.config.seed, "samples"))
         noise = torch.randn(
             SAMPLES, distiller.config.generator.noise_dim, generator=noise_stream, device=distiller.device
         )

@@ -24,6 +24,7 @@ from dfad.export import load_model
 from dfad.loading import build, load_weights
 from dfad.presets import PRESETS, TrainConfig
 from dfad.recorder import check_folder
+from dfad.seeds import stream_seed
 from dfad.teacher import cached_teacher
 from dfad.terminal import configure_logging
 from dfad.trainer import Distiller, Result
@@ -123,7 +124,7 @@ def build_student(config: DistillConfig) -> nn.Module:
             "There is no student. Give --student.factory package.module:callable or a name of dfad.models."
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(stream_seed(config.seed, "student"))
         student = build(config.student.factory, config.student.kwargs, config.student.taps)
     if config.student.checkpoint:
         load_weights(student, config.student.checkpoint)

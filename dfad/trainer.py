@@ -26,6 +26,7 @@ from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import evaluating, frozen, statistics_kept
 from dfad.optimizers import load_optimizer_state, set_learning_rate
 from dfad.recorder import MetricBuffer, Recorder, create_folder
+from dfad.seeds import stream_seed
 from dfad.selection import AgreementBank
 from dfad_kernels import kernel_name
 
@@ -106,7 +107,7 @@ class Distiller:
             )
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(stream_seed(config.seed, "generator"))
             generator = Generator(
                 self.image_shape,
                 config.generator.noise_dim,
@@ -137,8 +138,8 @@ class Distiller:
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
 
         self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank")}
-        for offset, generator_ in enumerate(self.rng.values()):
-            generator_.manual_seed(config.seed + offset * 2**32)
+        for name, stream in self.rng.items():
+            stream.manual_seed(stream_seed(config.seed, name))
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = 0
         self.best: dict[str, Any] = {}
@@ -417,7 +418,7 @@ class Distiller:
     def _restore_global_rng(self) -> None:
         # a student's own dropout draws from PyTorch's global streams
         if not self._global_rng:
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(stream_seed(self.config.seed, "networks"))
             return
         torch.set_rng_state(self._global_rng["cpu"])
         if self.device.type == "cuda":

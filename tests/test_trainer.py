@@ -241,6 +241,15 @@ class TestLosses:
             torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_streams_of_a_run_are_independent(teacher, student, config):
+    drawn = []
+    for seed in (0, 1):
+        distiller = Distiller(teacher, student, replace(config, seed=seed), image_shape=IMAGE_SHAPE)
+        drawn += [distiller.sample_noise(1000, stream).flatten() for stream in distiller.rng]
+    correlations = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlations.abs().max() < 0.06  # 8,000 numbers each: five standard errors
+
+
 def test_mixing_coefficients_follow_the_beta_distribution(teacher, student, config):
     interpolation = replace(config.method.interpolation, concentration=0.3)
     settings = with_method(config, interpolation=interpolation, batch_size=20000)

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from dfad.seeds import stream_seed
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def in_order(count: int) -> Plan:
 def shuffled(count: int, image_shape: tuple[int, int, int], augment: AugmentConfig, *, seed: int, epoch: int) -> Plan:
     """Every image once, in random order, changed at random; the same for the same seed and epoch."""
     # a hash of both: the generator of the CPU looks at 32 bits of its seed alone
-    stream = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    stream = torch.Generator().manual_seed(stream_seed(seed, epoch))
     _, height, width = image_shape
     indices = torch.randperm(count, generator=stream)
     shifts = torch.randint(-augment.translate, augment.translate + 1, (count, 2), generator=stream)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from bench.machine import describe
+from bench.machine import machine
 from dfad import cli
 from dfad.engine import choose_device
 from dfad.evaluation import Evaluator
@@ -55,7 +55,7 @@ def main() -> None:
     record = {
         "preset": command.preset,
         "settings": cli.to_tree(base),
-        "machine": describe(),
+        "machine": machine(),
         "test_images": len(evaluate.dataset.test),
         "teacher_accuracy": evaluate(teacher.network.to(device)),
         **{name: summary([run[name] for run in runs]) for name in ("accuracy", "best_accuracy", "seconds")},

@@ -4,16 +4,15 @@ A group holds contenders for one task. Ratios are between the fastest rounds of 
 """
 
 import json
-import platform
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from bench.machine import device_name, machine
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ours"
@@ -22,17 +21,6 @@ OURS = "ours"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=1.5, help="how long each operator is measured")
     parser.addoption("--record", action="store_true", help="write what was measured to bench/results/<machine>.json")
-
-
-def machine() -> dict[str, str]:
-    """The processor and the versions; never the host's name."""
-    packages = ("torch", "triton", "dfad", "liger-kernel", "nvidia-dali-cuda130")
-    return {
-        "device": _device(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-    }
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -46,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     measured = [entry(benchmark) for benchmark in session.benchmarks if benchmark] if session else []
     if not measured:
         return
-    terminalreporter.section(f"ratios on {_device()}")
+    terminalreporter.section(f"ratios on {device_name()}")
     for line in table(measured):
         terminalreporter.write_line(line)
     if config.getoption("--record"):
@@ -84,25 +72,10 @@ def table(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 def record(measured: list[dict[str, Any]]) -> Path:
     """Adds to the machine's file; groups that were measured again are replaced."""
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', _device().lower()).strip('-')}.json"
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device_name().lower()).strip('-')}.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else []
     again = {row["group"] for row in measured}
     rows = [row for row in kept if row["group"] not in again] + [{**row, "machine": machine()} for row in measured]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"device": _device(), "benchmarks": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"device": device_name(), "benchmarks": rows}, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

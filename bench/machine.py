@@ -1,38 +1,36 @@
-"""What a figure was measured on."""
+"""What a figure was measured on; never the name of a host."""
 
 import platform
-import subprocess
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from dfad.export import versions
+PACKAGES = ("torch", "triton", "dfad", "liger-kernel", "nvidia-dali-cuda130")
 
 
-def describe() -> dict[str, object]:
-    """Processor, GPU, threads, versions and the commit; no name of a host."""
+def machine() -> dict[str, str]:
+    """The device, the threads and the versions."""
     return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
-        "commit": commit(),
+        "device": device_name(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
     }
 
 
-def processor() -> str:
-    """The model's name, where the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def device_name() -> str:
+    """The GPU; without one, the processor and how many threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def commit() -> str | None:
-    """The checkout's, with ``+`` where it has changes."""
+def _version(package: str) -> str:
     try:
-        output = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):  # not a checkout
-        return None
-    return output.stdout.strip()
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# Idle threads of PyTorch's CPU kernels spin by default. On cores that anyone else uses too, a round was seen to take
-# twenty times as long so; a thread that sleeps costs microseconds. Has no effect where torch was imported before.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle threads of PyTorch's CPU kernels spin for milliseconds by default, which halts a round where anyone else uses
+# the cores. Ten microseconds of it bridge the gap between two kernels. Has no effect where torch was imported before.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from dfad.config import DistillConfig

@@ -33,11 +33,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.core $@
 
 clean:

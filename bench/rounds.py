@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.bench_ops import published_activation_boundary
 from dfad import models
 from dfad.config import (
     ActivationConfig,
@@ -141,7 +142,7 @@ class PublishedRound:
         student = self.student(images)
         loss = F.l1_loss(student.logits, teacher.logits.detach())
         loss = loss + method.activation.weight * sum(
-            published_activation_boundary(s, t.detach(), method.activation.margin) / s.numel()
+            published_activation_boundary(s, t.detach(), method.activation.margin)
             for s, t in zip(self.connectors(student.taps), teacher.taps, strict=True)
         )
         weight = torch.distributions.Beta(1.0, 1.0).sample((len(images),)).to(self.device)
@@ -177,13 +178,6 @@ class PublishedRound:
 
     def noise(self) -> Tensor:
         return torch.randn(self.case.method.batch_size, self.case.generator.noise_dim, device=self.device)
-
-
-def published_activation_boundary(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Heo et al.'s expression, summed over all elements."""
-    inactive = (student + margin).square() * ((student > -margin) & (teacher <= 0)).float()
-    active = (student - margin).square() * ((student <= margin) & (teacher > 0)).float()
-    return (inactive + active).abs().sum()
 
 
 def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool) -> Callable[[], object]:

@@ -1,7 +1,7 @@
 """Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor.
 
-Below them, the two measurements that decided how a round is built: mixed images apart from the others, and BatchNorm
-statistics taken before the folding.
+Below them, two choices of how a round is built against their alternatives: mixed images apart from the others, and
+BatchNorm statistics taken before the folding.
 """
 
 from collections.abc import Callable

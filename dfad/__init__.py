@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# Idle threads of PyTorch's CPU kernels spin for milliseconds by default, which halts a round where anyone else uses
-# the cores. Ten microseconds of it bridge the gap between two kernels. Has no effect where torch was imported before.
+# How long idle threads of PyTorch's CPU kernels spin before they sleep; docs/engine.md has the measurements. Has no
+# effect where torch was imported before.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.machine import device_name, machine
+from dfad.machine import device_name, machine
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ours"

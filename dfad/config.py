@@ -57,7 +57,7 @@ class TeacherConfig:
     """Height and width of its images in pixels; found by a dry forward where not given."""
 
     mean: tuple[float, ...] = ()
-    """Mean per channel that its training images were normalised with (pixels in 0–1); for samples.png alone."""
+    """Mean per channel that its training images were normalised with (pixels in 0–1); for pictures and evaluation."""
 
     std: tuple[float, ...] = ()
     """Standard deviation likewise."""
@@ -203,6 +203,17 @@ class MethodConfig:
         # BatchNorm in training mode has no variance to take of a single value per channel
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         _not_negative(adversarial=self.adversarial)
+
+    @property
+    def images_per_round(self) -> int:
+        """Images that are generated."""
+        return (self.student_steps + 1) * self.batch_size
+
+    @property
+    def queries_per_round(self) -> int:
+        """Images that the teacher is asked about."""
+        mixed = self.interpolation.weight > 0 and self.interpolation.labels == "teacher"
+        return self.images_per_round + mixed * self.student_steps * self.batch_size
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """How good a classifier is on a data set."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,10 +30,20 @@ class Evaluator:
     Args:
         config: the data set, opened at once.
         device: where the networks to be measured are.
+        normalisation: mean and standard deviation per channel that their images are normalised with, of pixels in
+            0–1; the data set's own where not given.
     """
 
-    def __init__(self, config: DataConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        device: torch.device,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         self.dataset = open_dataset(config)
+        if normalisation and normalisation[0]:
+            mean, std = map(tuple, normalisation)
+            self.dataset = replace(self.dataset, mean=mean, std=std)
         self.source = batch_source(self.dataset, self.dataset.test, config.backend, device)
 
     def __call__(self, network: nn.Module) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,8 @@ def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]
     save_model(folder / "generator.safetensors", distiller.generator.state_dict(), {"architecture": generator})
     text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
     write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
-    _save(samples_figure(distiller), folder / "samples.png")
-    _save(curves_figure(history), folder / "curves.png")
+    save(samples_figure(distiller), folder / "samples.png")
+    save(curves_figure(history), folder / "curves.png")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -68,7 +68,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
 
 
@@ -131,4 +132,29 @@ def curves_figure(history: Sequence[dict[str, float]]) -> Figure:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()
+    return figure
+
+
+def comparison_figure(record: Mapping[str, Any]) -> Figure:
+    """Accuracy over generated images for every arm of a comparison: the mean over the seeds, and a standard deviation
+    to either side.
+
+    Args:
+        record: what :mod:`dfad.reproduce` writes.
+    """
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for number, (name, arm) in enumerate(record["arms"].items()):
+        colour = f"C{number % 10}"
+        if "curve" not in arm:
+            axes.axhline(arm["accuracy"]["mean"], color=colour, linestyle=":", label=name)
+            continue
+        images, mean, std = (arm["curve"][key] for key in ("images", "mean", "std"))
+        axes.plot(images, mean, color=colour, label=name)
+        low, high = ([m + sign * d for m, d in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(record["teacher_accuracy"], color="black", linestyle="--", linewidth=1, label="teacher")
+    axes.set(title=record["comparison"], xlabel="generated images", ylabel="accuracy on real images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
     return figure

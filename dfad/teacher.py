@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,16 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         run_dir = command.run_dir or Path("runs") / time.strftime(f"teacher-{command.preset}-%Y%m%d-%H%M%S")
         check_folder(run_dir, overwrite=command.overwrite)  # before data are read for nothing
-    trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
-    if command.resume:
-        state = checkpoint.load(run_dir)
-        if state is not None:
-            trainer.load_state_dict(state)
-    else:
-        create_folder(run_dir, to_yaml(recipe), overwrite=command.overwrite)
     started = time.perf_counter()
-    accuracy = train(trainer, run_dir)
-    save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
+    trainer, accuracy = teach(recipe, run_dir, resume=command.resume is not None, overwrite=command.overwrite)
 
     table = Table("data", "network", "parameters", "accuracy", "seconds")
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
@@ -69,6 +61,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table.add_row(trainer.dataset.name, recipe.network.factory, f"{parameters:,}", f"{accuracy:.4f}", f"{seconds:.1f}")
     Console().print(table)
     log.info("The teacher is in %s.", run_dir / MODEL_FILE)
+
+
+def teach(
+    recipe: Recipe, run_dir: Path, *, resume: bool = False, overwrite: bool = False
+) -> tuple[SupervisedTrainer, float]:
+    """Train by a recipe, in a folder of its own, and write the model file; returns its accuracy on the test split.
+
+    Args:
+        recipe: how, and on which data.
+        run_dir: folder for metrics, checkpoints and the model.
+        resume: continue the run in that folder from its last checkpoint.
+        overwrite: replace the run in that folder.
+
+    Raises:
+        RunFolderError: if the folder does not admit this run.
+        Interrupted: as :func:`train`, and whatever else that raises.
+    """
+    trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
+    if not resume:
+        create_folder(run_dir, to_yaml(recipe), overwrite=overwrite)
+    elif (state := checkpoint.load(run_dir)) is not None:
+        trainer.load_state_dict(state)
+    accuracy = train(trainer, run_dir)
+    save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
+    return trainer, accuracy
 
 
 def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
@@ -108,22 +125,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfad"
 
 
-def cached_teacher(name: str) -> Path:
+def cached_teacher(name: str, root: Path | None = None) -> Path:
     """The model file of a recipe's teacher; trained on the first call, kept in the cache folder afterwards.
 
     Args:
-        name: of a recipe whose data set needs no files, such as ``digits``.
+        name: of a recipe.
+        root: where its data are; a data set such as ``digits`` needs none.
 
     Raises:
         ConfigurationError: if there is no such recipe, or the cache folder cannot be written.
-        DataError: if its data set needs files.
+        DataError: if its data are not there.
     """
     if name not in RECIPES:
         raise ConfigurationError(
             f"There is no teacher recipe {name!r}.{nearest(name, RECIPES)} Choose one of: {', '.join(RECIPES)}."
         )
     recipe = RECIPES[name]
-    settings = json.dumps(to_tree(recipe), sort_keys=True)
+    settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +155,7 @@ def cached_teacher(name: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that need it at once, one trains and the others wait
         if not path.exists():
             log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)
-            trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
+            trainer = SupervisedTrainer(recipe, open_dataset(replace(recipe.data, root=root)))
             accuracy = train(trainer, folder=None)
             save_model(path, trainer.result.state_dict(), trainer.manifest(accuracy))
     return path

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(config.device)
     teacher = load_teacher(config.teacher)
     student = build_student(config)
-    evaluate = Evaluator(config.data, device) if config.evaluate else None
+    evaluate = Evaluator(config.data, device, teacher.normalisation) if config.evaluate else None
     distiller = Distiller(
         teacher.network,
         student,
@@ -107,7 +107,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     if config.factory:
         network = build(config.factory, config.kwargs, config.taps)
         load_weights(network, checkpoint)
-        return Teacher(network)
+        return Teacher(network, normalisation=(config.mean, config.std))
     network, manifest = load_model(checkpoint)
     normalisation = (manifest.get("mean", ()), manifest.get("std", ()))
     return Teacher(network, tuple(manifest["image_shape"]), normalisation)

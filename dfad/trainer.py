@@ -48,6 +48,8 @@ class Result:
     rounds: int
     images: int
     """Generated images that a network was trained on."""
+    teacher_queries: int
+    """Images that the teacher was asked about in training."""
     seconds: float
     """Of the rounds of this process, recording and selection included."""
     rounds_per_second: float
@@ -429,7 +431,8 @@ class Distiller:
         last = self._select() if self.round_index else {}
         return Result(
             rounds=self.round_index,
-            images=self.round_index * (method.student_steps + 1) * method.batch_size,
+            images=self.round_index * method.images_per_round,
+            teacher_queries=self.round_index * method.queries_per_round,
             seconds=seconds,
             rounds_per_second=rounds / seconds if rounds else 0.0,
             agreement=last.get("agreement"),

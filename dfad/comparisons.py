@@ -1,0 +1,119 @@
+"""What ``python -m dfad.reproduce`` compares: arms, their common settings, and what they are to show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dfad.config import ActivationConfig, InterpolationConfig, RegularizerConfig
+from dfad.presets import PRESETS, TrainConfig
+from dfad.recipes import RECIPES, NetworkConfig, Recipe
+
+REAL_DATA = "real data"
+"""The arm that is no distillation: the student trained on the teacher's own data."""
+
+
+@dataclass(frozen=True)
+class Beats:
+    """One arm ends higher than another by more than a standard error of their difference."""
+
+    arm: str
+    other: str
+
+
+@dataclass(frozen=True)
+class Reaches:
+    """An arm ends at an accuracy, or at a share of its teacher's."""
+
+    arm: str
+    accuracy: float = 0.0
+    share_of_teacher: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sooner:
+    """An arm reaches another's last accuracy with at most a share of the images that the other is given."""
+
+    arm: str
+    other: str
+    share: float
+
+
+Claim = Beats | Reaches | Sooner
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms that share everything but the parts of the method that they are named after."""
+
+    arms: Mapping[str, TrainConfig]
+    teacher: str | None
+    """Recipe of ``dfad.teacher`` that trains it where no checkpoint is given."""
+
+    ceiling: Recipe | None
+    """How the student is trained on the real data."""
+
+    claims: tuple[Claim, ...] = ()
+
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Accuracies that others report for an arm."""
+
+    tolerance: float = 0.005
+    """How far below a published accuracy still counts as reproduced."""
+
+
+PLAIN, BOTH = "DFAD", "DFAD + both"
+REGULARIZED, FULL = "regularized", "regularized + both"
+WITHOUT_ADVERSARY = "regularized + both, no adversary"
+
+
+def arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The method's parts alone and together, on plain DFAD and on top of the regularizers; and without the adversary,
+    as DFQ does.
+
+    Args:
+        base: settings with every part at its weight.
+    """
+    method = base.method
+    parts: dict[str, dict[str, Any]] = {
+        "": {"activation": ActivationConfig(), "interpolation": InterpolationConfig()},
+        " + activation": {"interpolation": InterpolationConfig()},
+        " + interpolation": {"activation": ActivationConfig()},
+        " + both": {},
+    }
+    grounds: dict[str, dict[str, Any]] = {PLAIN: {"regularizers": RegularizerConfig()}, REGULARIZED: {}}
+    result = {
+        ground + part: replace(base, method=replace(method, **without_regularizers, **without_parts))
+        for ground, without_regularizers in grounds.items()
+        for part, without_parts in parts.items()
+    }
+    return {**result, WITHOUT_ADVERSARY: replace(base, method=replace(method, adversarial=0.0))}
+
+
+CLAIMS = (
+    Beats(FULL, REGULARIZED),
+    Sooner(FULL, PLAIN, share=0.5),
+)
+"""The paper's: the two parts make data-free adversarial distillation more accurate and more efficient."""
+
+
+def _student_on_real_data(recipe: str, preset: TrainConfig) -> Recipe:
+    assert preset.student.factory is not None
+    return replace(RECIPES[recipe], network=NetworkConfig(preset.student.factory, preset.student.kwargs))
+
+
+COMPARISONS = {
+    "digits": Comparison(
+        arms=arms(PRESETS["digits"]),
+        teacher="digits",
+        ceiling=_student_on_real_data("digits", PRESETS["digits"]),
+        claims=(*CLAIMS, Reaches(FULL, share_of_teacher=0.97)),
+    ),
+    "mnist": Comparison(
+        arms=arms(PRESETS["mnist"]),
+        teacher="mnist",
+        ceiling=_student_on_real_data("mnist", PRESETS["mnist"]),
+        claims=(*CLAIMS, Reaches(FULL, accuracy=0.985)),
+        published={PLAIN: 0.983},  # DFAD (Fang et al. 2019)
+    ),
+}
+"""What ``python -m dfad.reproduce`` takes."""

@@ -315,6 +315,31 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
+class CollapseConfig:
+    """When the generator counts as collapsed, and what is done then; looked at with every reading of the metrics."""
+
+    response: Literal["rollback", "reset", "warn"] = "rollback"
+    """Go back to the last healthy weights, and to new ones if there are none or it happens again; to new weights at
+    once; or only say so."""
+
+    budget: int = 3
+    """How often a run brings its generator back."""
+
+    class_entropy: float = 0.3
+    """Collapsed if the entropy of the predicted classes, as a fraction of its maximum, is lower."""
+
+    pairwise_diversity: float = 0.1
+    """Collapsed if the mean difference between images, in their standard deviations, is lower."""
+
+    grace: float = 0.1
+    """Fraction of the rounds in which an untrained generator may yet make images of few classes."""
+
+    def __post_init__(self) -> None:
+        _not_negative(budget=self.budget, class_entropy=self.class_entropy, pairwise_diversity=self.pairwise_diversity)
+        _require(0 <= self.grace <= 1, "grace", self.grace, "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class RecordingConfig:
     """What is written down, and how often."""
 
@@ -348,6 +373,7 @@ class DistillConfig:
     optimizer: OptimizersConfig = OptimizersConfig()
     engine: EngineConfig = EngineConfig()
     selection: SelectionConfig = SelectionConfig()
+    collapse: CollapseConfig = CollapseConfig()
     recording: RecordingConfig = RecordingConfig()
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from dfad.engine import Engine
 from dfad.errors import ModelError
 from dfad.folding import fold_batchnorm
 from dfad.loading import as_outputs
-from dfad.models.taps import BatchNormTaps, Outputs
+from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +22,17 @@ class FrozenTeacher:
     Args:
         teacher: copied, so that the caller's network is left as it was.
         engine: where and how it runs.
-        statistics: whether :meth:`with_statistics` will be asked. They are taken in the network as it is: through a
-            folded one they would be divided by the BatchNorms' scales, which trained networks bring to zero.
     """
 
-    def __init__(self, teacher: nn.Module, engine: Engine, *, statistics: bool) -> None:
+    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.parameter_count = sum(parameter.numel() for parameter in teacher.parameters())
         self.norms: list[_BatchNorm] = []
         """Its BatchNorms, in the order of what :meth:`with_statistics` returns of them."""
         self.measured: BatchNormTaps | None = None
-        if statistics:
+        if has_batchnorm(teacher):
+            # of the network as it is: through a folded one, statistics would be divided by the BatchNorms' scales,
+            # which trained networks bring to zero
             self.measured = BatchNormTaps(copy.deepcopy(teacher))
             self.norms = self.measured.norms
             _place(self.measured, engine)
@@ -50,8 +50,9 @@ class FrozenTeacher:
         return as_outputs(self.network(images))
 
     def with_statistics(self, images: Tensor) -> tuple[Outputs, tuple[Tensor, ...]]:
-        """Logits, taps and what reached each BatchNorm."""
-        assert self.measured is not None, "made without statistics"
+        """Logits, taps and what reached each BatchNorm; nothing of the latter where there is none."""
+        if self.measured is None:
+            return self(images), ()
         outputs, features = self.measured(images)
         return as_outputs(outputs), features
 

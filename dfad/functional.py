@@ -77,5 +77,5 @@ def mix(images: Tensor, mixing_coefficient: Tensor) -> Tensor:
         images: ``(B, ...)``.
         mixing_coefficient: of the image itself, in [0, 1]; shape ``()`` or ``(B,)``.
     """
-    weight = mixing_coefficient.view(-1, *[1] * (images.ndim - 1)).to(images.dtype)
+    weight = mixing_coefficient.to(images.dtype).view(-1, *[1] * (images.ndim - 1))
     return torch.lerp(images.flip(0), images, weight)

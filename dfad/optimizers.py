@@ -83,6 +83,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Moments and step counts, in the order of the parameters; written in place they are what it goes on from."""
+    states = (optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state)
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a checkpoint's state; the learning rates stay the tensors that they are, on their device."""
     rates = [group["lr"] for group in optimizer.param_groups]

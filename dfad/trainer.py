@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dfad import checkpoint, functional, report
 from dfad.cli import require_unchanged, saved_settings, to_yaml
+from dfad.collapse import CollapseGuard
 from dfad.config import DistillConfig
 from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, Interrupted, ModelError, RunFolderError
@@ -31,12 +32,6 @@ from dfad.selection import AgreementBank
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
-
-COLLAPSE_ENTROPY = 0.3
-"""Class entropy of the generated images, as a fraction of its maximum, under which the generator has collapsed."""
-
-COLLAPSE_GRACE = 0.1
-"""Fraction of the rounds in which an untrained generator may yet make images of few classes."""
 
 Terms = dict[str, Tensor]
 
@@ -110,17 +105,12 @@ class Distiller:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "generator"))
-            generator = Generator(
-                self.image_shape,
-                config.generator.noise_dim,
-                config.generator.width,
-                merge_upsampling=self.engine.merge_upsampling,
-            )
+            generator = self._new_generator()
             uses_taps = method.activation.weight or method.activation.generator_weight
             connectors: nn.Module = (
                 Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
             )
-        self.teacher = FrozenTeacher(teacher, self.engine, statistics=method.regularizers.batchnorm > 0)
+        self.teacher = FrozenTeacher(teacher, self.engine)
         self.student = self.engine.place(student)
         self.generator = self.engine.place(generator)
         self.connectors = self.engine.place(connectors)
@@ -139,15 +129,30 @@ class Distiller:
         self.interpolation = InterpolatedKLDivLoss(method.interpolation.temperature, fused=config.fused)
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
 
-        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank")}
+        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank", "probe")}
         for name, stream in self.rng.items():
             stream.manual_seed(stream_seed(config.seed, name))
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = 0
         self.best: dict[str, Any] = {}
         """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
+        self.collapse_guard = CollapseGuard(
+            config.collapse, self.generator, self.generator_optimizer, self._fresh_generator_weights
+        )
         self._global_rng: dict[str, Tensor] = {}
-        self._collapsed = False
+
+    def _new_generator(self) -> Generator:
+        return Generator(
+            self.image_shape,
+            self.config.generator.noise_dim,
+            self.config.generator.width,
+            merge_upsampling=self.engine.merge_upsampling,
+        )
+
+    def _fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.config.seed, f"generator-{number}"))
+            return self._new_generator().state_dict()
 
     # The round
 
@@ -220,13 +225,7 @@ class Distiller:
             }
             loss = _weighted_sum(terms, weights)
             self.engine.descend(loss, self.generator_optimizer)
-        with torch.no_grad():
-            observed = {
-                "class_entropy": functional.class_entropy(teacher.logits),
-                "pairwise_diversity": functional.pairwise_diversity(images),
-                "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
-            }
-        return {"generator_loss": loss.detach(), **_prefixed("generator", terms), **observed}
+        return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
 
     def round(self) -> Terms:
         """Student steps, then a generator step; returns what is worth recording, on the device."""
@@ -330,7 +329,8 @@ class Distiller:
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
         # a loss is of the weights before its step; a checkpoint holds those after
         norms = {"student_norm": _norm(self.student, self.connectors), "generator_norm": _norm(self.generator)}
-        metrics = {**buffer.read(), **norms}
+        observed = self.observe()
+        metrics = {**buffer.read(), **norms, **observed}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             kept = f" The last good checkpoint is kept in {folder}." if folder and checkpoint.exists(folder) else ""
@@ -338,19 +338,23 @@ class Distiller:
                 f"{', '.join(broken)} became NaN or infinite by round {self.round_index}.{kept} Lower the learning "
                 "rates (--optimizer.student.lr, --optimizer.generator.lr) or the weights of the loss."
             )
-        collapsed = (
-            metrics["class_entropy"] < COLLAPSE_ENTROPY
-            and self.round_index > COLLAPSE_GRACE * self.config.method.rounds
-        )
-        if collapsed and not self._collapsed:
-            log.warning(
-                "The generator collapsed by round %d: the class entropy of its images is %.2f of the maximum. A larger "
-                "--method.regularizers.diversity or a lower --optimizer.generator.lr may help.",
-                self.round_index,
-                metrics["class_entropy"],
-            )
-        self._collapsed = collapsed
-        return {**metrics, "collapsed": float(collapsed)}
+        return metrics | self.collapse_guard.look(observed, self.round_index, self.config.method.rounds)
+
+    @torch.no_grad()
+    def observe(self) -> dict[str, float]:
+        """How the generated images are, on a batch of their own: the rounds have no work with it. Waits for the
+        device."""
+        with self.engine.autocast(), statistics_kept(self.generator):
+            images = self.generator(self.sample_noise(self.config.method.batch_size, "probe"))
+            teacher, features = self.teacher.with_statistics(images)
+        observed = {
+            "class_entropy": functional.class_entropy(teacher.logits),
+            "pairwise_diversity": functional.pairwise_diversity(images),
+            "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
+        }
+        if features:
+            observed["batchnorm_distance"] = self.batchnorm_statistics(features)
+        return dict(zip(observed, torch.stack(list(observed.values())).tolist(), strict=True))
 
     def _extend_bank(self) -> None:
         with torch.no_grad(), self.engine.autocast(), statistics_kept(self.generator):
@@ -404,6 +408,7 @@ class Distiller:
             "connectors": self.connectors,
             "scaler": self.engine.scaler,
             "bank": self.bank,
+            "collapse_guard": self.collapse_guard,
         }
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:

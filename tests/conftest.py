@@ -13,6 +13,7 @@ from dfad import models
 from dfad.config import (
     ActivationConfig,
     DistillConfig,
+    EngineConfig,
     GeneratorConfig,
     InterpolationConfig,
     MethodConfig,
@@ -81,9 +82,10 @@ def student() -> nn.Module:
 
 @pytest.fixture
 def config() -> DistillConfig:
-    """A whole run in a second, every part of the method in use."""
+    """A whole run in a second, every part of the method in use; one precision wherever the tests run."""
     return DistillConfig(
         device="cpu",
+        engine=EngineConfig(precision="float32"),
         generator=GeneratorConfig(noise_dim=8, width=4),
         method=MethodConfig(
             rounds=6,

@@ -289,14 +289,14 @@ class TestFrozenTeacher:
                 return self.linear(images.flatten(1)) * (2 if images.sum() > 0 else 1)
 
         with caplog.at_level(logging.INFO, logger="dfad"):
-            teacher = FrozenTeacher(Branching(), self.engine(fold_batchnorm="auto"), statistics=False)
+            teacher = FrozenTeacher(Branching(), self.engine(fold_batchnorm="auto"))
         assert teacher(torch.ones(2, *IMAGE_SHAPE)).logits.shape == (2, 4)
         assert any("Without engine.fold_batchnorm: Branching cannot be traced" in m for m in caplog.messages)
         with pytest.raises(ModelError, match="cannot be traced"):
-            FrozenTeacher(Branching(), self.engine(fold_batchnorm="on"), statistics=False)
+            FrozenTeacher(Branching(), self.engine(fold_batchnorm="on"))
 
     def test_statistics_are_what_reaches_each_batchnorm(self, teacher):
-        frozen = FrozenTeacher(teacher, self.engine(fold_batchnorm="on"), statistics=True)
+        frozen = FrozenTeacher(teacher, self.engine(fold_batchnorm="on"))
         images = torch.randn(4, *IMAGE_SHAPE)
         outputs, features = frozen.with_statistics(images)
         torch.testing.assert_close(outputs.logits, frozen(images).logits, rtol=1e-4, atol=1e-5)
@@ -305,7 +305,7 @@ class TestFrozenTeacher:
         assert len(features) == len(frozen.norms) == 2
 
     def test_it_keeps_no_graph_of_its_own(self, teacher):
-        frozen = FrozenTeacher(teacher, self.engine(fold_batchnorm="on"), statistics=True)
+        frozen = FrozenTeacher(teacher, self.engine(fold_batchnorm="on"))
         images = torch.randn(4, *IMAGE_SHAPE)
         assert not frozen(images).logits.requires_grad
         assert frozen(images.requires_grad_()).logits.requires_grad

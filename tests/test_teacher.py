@@ -28,6 +28,7 @@ QUICK = Recipe(
     epochs=3,
     batch_size=32,
     device="cpu",
+    precision="float32",
 )
 """A second of training."""
 

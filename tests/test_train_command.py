@@ -391,7 +391,8 @@ BUNDLES = {
         --optimizer.generator.name sgd --optimizer.generator.lr 1e-2 --optimizer.generator.momentum 0.5
         --optimizer.generator.weight_decay 1e-4 --optimizer.generator.schedule constant
         --optimizer.generator.milestones 0.1 0.9 --optimizer.generator.decay 0.3
-        --optimizer.generator.betas 0.5 0.999""",
+        --optimizer.generator.betas 0.5 0.999 --collapse.response reset --collapse.budget 1 --collapse.grace 0.2
+        --collapse.class_entropy 0.2 --collapse.pairwise_diversity 0.05""",
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
         --engine.fold_batchnorm on --engine.merge_upsampling on --engine.cuda_graph off --engine.compile off""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dfad.config import ActivationConfig, InterpolationConfig, RegularizerConfig
+from dfad.config import (
+    ActivationConfig,
+    GeneratorConfig,
+    InterpolationConfig,
+    RegularizerConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from dfad.presets import PRESETS, TrainConfig
 from dfad.recipes import RECIPES, NetworkConfig, Recipe
 
@@ -89,6 +96,14 @@ def arms(base: TrainConfig) -> dict[str, TrainConfig]:
     return {**result, WITHOUT_ADVERSARY: replace(base, method=replace(method, adversarial=0.0))}
 
 
+# between networks of He et al.'s form, as far as processors go; a GPU has the preset cifar10
+CIFAR10_RESNET20 = replace(
+    PRESETS["cifar10"],
+    teacher=TeacherConfig(factory="resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    student=StudentConfig(factory="resnet20"),
+    generator=GeneratorConfig(noise_dim=128, width=32),
+)
+
 CLAIMS = (
     Beats(FULL, REGULARIZED),
     Sooner(FULL, PLAIN, share=0.5),
@@ -115,5 +130,6 @@ COMPARISONS = {
         claims=(*CLAIMS, Reaches(FULL, accuracy=0.985)),
         published={PLAIN: 0.983},  # DFAD (Fang et al. 2019)
     ),
+    "cifar10-resnet20": Comparison(arms=arms(CIFAR10_RESNET20), teacher=None, ceiling=None, claims=CLAIMS),
 }
 """What ``python -m dfad.reproduce`` takes."""

@@ -148,9 +148,23 @@ class TestWhatACaptureNeeds:
         distiller.load_state_dict(make(teacher, config).state_dict())
         assert distiller.student_optimizer.param_groups[0]["lr"] is rate
 
-    def test_one_graph_serves_networks_under_fullgraph_compilation(self, teacher):
-        compiled = torch.compile(fold_batchnorm(teacher.eval()), backend="eager", fullgraph=True)
-        assert compiled(torch.randn(2, *IMAGE_SHAPE)).logits.shape == (2, 4)
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_a_round_compiles_each_of_its_networks_without_graph_breaks(self, precision, config):
+        config = replace(config, engine=EngineConfig(precision=precision, compile="off"))
+        terms = []
+        for compiled in (False, True):
+            torch.manual_seed(2)
+            distiller = Distiller(models.resnet20(), models.resnet20(), config, image_shape=(3, 16, 16))
+            if compiled:
+                for network in (
+                    distiller.teacher.network,
+                    distiller.teacher.measured,
+                    distiller.student,
+                    distiller.generator,
+                ):
+                    network.compile(fullgraph=True, backend="eager")
+            terms.append(distiller.round())
+        torch.testing.assert_close(terms[1], terms[0])
 
 
 class _Copies(TorchDispatchMode):
@@ -171,15 +185,17 @@ class _Copies(TorchDispatchMode):
         return result
 
 
-def test_channels_last_goes_from_end_to_end_without_copies(teacher, config):
-    distiller = make(teacher, config)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_channels_last_goes_from_end_to_end_without_copies(precision, teacher, config):
+    distiller = make(teacher, replace(config, engine=EngineConfig(precision=precision)))
     distiller.round()
     with _Copies(config.method.batch_size) as copies:
         terms = distiller.round()
     assert not copies.counts
     assert torch.isfinite(terms["student_loss"])
-    images = distiller.generator(distiller.sample_noise(4))
-    features = distiller.teacher(images).taps[0]
+    with distiller.engine.autocast():
+        images = distiller.generator(distiller.sample_noise(4))
+        features = distiller.teacher(images).taps[0]
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test bench report lint sanitize clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m dfad.train --fused
@@ -19,6 +19,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest bench --record
+
+report: $(VENV)/.dev
+	$(BIN)/python -m bench.report
 
 # The base interpreter does not run the editable install's import hook, which would hide the sanitized extension.
 sanitize: $(VENV)/.dev

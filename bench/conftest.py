@@ -3,8 +3,6 @@
 A group holds contenders for one task. Ratios are between the fastest rounds of a run, those that nothing disturbed.
 """
 
-import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from dfad.machine import device_name, machine
+from bench import records
+from dfad.machine import device_name, file_name, machine
 
-RESULTS = Path(__file__).parent / "results"
 OURS = "ours"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=1.5, help="how long each operator is measured")
-    parser.addoption("--record", action="store_true", help="write what was measured to bench/results/<machine>.json")
+    parser.addoption("--record", action="store_true", help="write what was measured to <results>/<machine>.json")
+    parser.addoption(
+        "--results", type=Path, default=records.RESULTS, help="folder of the records; bench/results by default"
+    )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for line in table(measured):
         terminalreporter.write_line(line)
     if config.getoption("--record"):
-        terminalreporter.write_line(f"written to {record(measured).relative_to(RESULTS.parent.parent)}")
+        terminalreporter.write_line(f"written to {record(measured, config.getoption('--results'))}")
 
 
 def entry(benchmark: Any) -> dict[str, Any]:
@@ -70,12 +71,12 @@ def table(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
             yield f"  {row['contender']:<22}{row['seconds'] * 1e3:11.3f} ms {ratio} {width} {share}"
 
 
-def record(measured: list[dict[str, Any]]) -> Path:
+def record(measured: list[dict[str, Any]], results: Path) -> Path:
     """Adds to the machine's file; groups that were measured again are replaced."""
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device_name().lower()).strip('-')}.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.exists() else []
+    path = results / file_name()
+    kept = records.load(path) if path.exists() else {"benchmarks": []}
     again = {row["group"] for row in measured}
-    rows = [row for row in kept if row["group"] not in again] + [{**row, "machine": machine()} for row in measured]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"device": device_name(), "benchmarks": rows}, indent=1) + "\n", encoding="utf-8")
+    rows = [row for row in kept["benchmarks"] if row["group"] not in again]
+    rows += [{**row, "machine": machine()} for row in measured]
+    records.save(path, {**kept, "device": device_name(), "benchmarks": rows})
     return path

@@ -1,0 +1,364 @@
+"""``python -m bench.report``: README's figures and ``docs/results.md``, written from the records and from nothing else.
+
+A record that is added to ``bench/results`` appears by itself: its benchmarks by the names of their groups, and every
+part of it that holds a ``teacher_accuracy`` as a row of accuracies.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.records import Record, load_all
+from dfad.machine import UNKNOWN
+
+ROOT = Path(__file__).parents[1]
+README, ALL_RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+
+OURS, COPY, FLOOR = "ours", "copy", "floor"
+LOSS_GROUP = re.compile(r"(?P<name>.+), (?P<dtype>\w+), (?P<direction>forward(?:\+backward)?), (?P<launch>\w+)")
+
+Row = dict[str, Any]
+Records = Mapping[str, Record]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders for one task on one machine."""
+
+    record: str
+    name: str
+    rows: dict[str, Row]
+    """By contender."""
+
+    def seconds(self, contender: str) -> float | None:
+        """Of its fastest round."""
+        return self.rows[contender]["seconds"] if contender in self.rows else None
+
+    def over(self, contender: str, other: str) -> float | None:
+        """How many times as long the one takes as the other."""
+        one, two = self.seconds(contender), self.seconds(other)
+        return one / two if one and two else None
+
+
+def groups(records: Records) -> list[Group]:
+    """All groups, record by record."""
+    found: dict[tuple[str, str], Group] = {}
+    for record, content in records.items():
+        for row in content.get("benchmarks", []):
+            group = found.setdefault((record, row["group"]), Group(record, row["group"], {}))
+            group.rows[row["contender"]] = row
+    return list(found.values())
+
+
+def rounds(records: Records) -> list[str]:
+    """Whole rounds of every machine."""
+    body = [
+        [
+            group.record,
+            group.name.removeprefix("round "),
+            milliseconds(group.seconds(OURS)),
+            times(group.over("published", OURS)),
+            times(group.over("repaired", OURS)),
+            times(group.over(OURS, FLOOR)),
+        ]
+        for group in groups(records)
+        if group.name.startswith("round ")
+    ]
+    head = ("record", "networks", "ours, ms", "as published", "repaired by hand", "ours over the floor")
+    return table(head, body, figures_from=2)
+
+
+def losses(records: Records, *, largest_only: bool) -> list[str]:
+    """The losses of every machine, forward and backward in float32 as they run fastest there; or all there is."""
+    body = []
+    for group, match in _losses(records, largest_only=largest_only):
+        details = () if largest_only else (match["dtype"], match["direction"], match["launch"])
+        contenders = (group.over(name, OURS) for name in ("published", "torch.compile"))
+        body.append(
+            [
+                group.record,
+                match["name"],
+                *details,
+                milliseconds(group.seconds(OURS)),
+                *map(times, contenders),
+                percent(group.over(COPY, OURS)),
+            ]
+        )
+    details = () if largest_only else ("dtype", "direction", "launch")
+    head = ("record", "loss", *details, "ours, ms", "as published", "torch.compile", "of a copy's bandwidth")
+    return table(head, body, figures_from=2 + len(details))
+
+
+def _losses(records: Records, *, largest_only: bool) -> Iterator[tuple[Group, re.Match[str]]]:
+    matched = [(group, match) for group in groups(records) if (match := LOSS_GROUP.fullmatch(group.name))]
+    if not largest_only:
+        yield from matched
+        return
+    best: dict[tuple[str, str], tuple[Group, re.Match[str]]] = {}
+    for group, match in matched:
+        if OURS not in group.rows or (match["dtype"], match["direction"]) != ("float32", "forward+backward"):
+            continue
+        kind = (group.record, match["name"].rpartition(" ")[0])  # what is before the size
+        row = group.rows[OURS]
+        if kind not in best or _rank(row) > _rank(best[kind][0].rows[OURS]):
+            best[kind] = (group, match)
+    yield from best.values()
+
+
+def _rank(row: Row) -> tuple[int, float]:
+    return row.get("bytes", 0), -row["seconds"]
+
+
+def other_groups(records: Records) -> list[str]:
+    """Everything that is measured besides rounds and losses."""
+    body = [
+        [group.record, group.name, contender, milliseconds(row["seconds"]), _rate(row)]
+        for group in groups(records)
+        if not group.name.startswith("round ") and not LOSS_GROUP.fullmatch(group.name)
+        for contender, row in group.rows.items()
+    ]
+    return table(("record", "task", "contender", "ms", "images per second"), body, figures_from=3)
+
+
+def all_contenders(records: Records) -> list[str]:
+    """Each contender's round: its rate, its memory and its distance from ours."""
+    body = [
+        [
+            group.record,
+            group.name.removeprefix("round "),
+            contender,
+            milliseconds(row["seconds"]),
+            _rate(row),
+            f"{row['peak_memory_bytes'] / 1e6:,.0f}" if "peak_memory_bytes" in row else "",
+            times(group.over(contender, OURS)),
+        ]
+        for group in groups(records)
+        if group.name.startswith("round ")
+        for contender, row in group.rows.items()
+    ]
+    head = ("record", "networks", "contender", "ms", "images per second", "peak memory, MB", "over ours")
+    return table(head, body, figures_from=3)
+
+
+def _rate(row: Row) -> str:
+    return f"{row['images_per_second']:,.0f}" if "images_per_second" in row else ""
+
+
+def accuracies(records: Records) -> list[str]:
+    """Every distillation that was measured on real images."""
+    body = [
+        [
+            record,
+            str(row.get("name") or row.get("preset") or ""),
+            percent(row["teacher_accuracy"], 2),
+            spread(row.get("accuracy")),
+            spread(row.get("best_accuracy")),
+            str(len(row.get("runs", ())) or ""),
+            f"{row['test_images']:,}" if "test_images" in row else "",
+            f"{_mean(row.get('seconds')):.0f}" if _mean(row.get("seconds")) is not None else "",
+        ]
+        for record, content in records.items()
+        for row in measured_accuracies(content)
+    ]
+    head = ("record", "distillation", "teacher", "student, last", "chosen", "seeds", "test images", "seconds")
+    return table(head, body, figures_from=2)
+
+
+def measured_accuracies(content: Any) -> Iterator[Row]:
+    """Every part of a record, however deep, that tells the accuracy of a teacher and its student."""
+    if isinstance(content, dict):
+        if "teacher_accuracy" in content and "accuracy" in content:
+            yield content
+            return
+        content = list(content.values())
+    if isinstance(content, list):
+        for part in content:
+            yield from measured_accuracies(part)
+
+
+def checks(records: Records) -> list[str]:
+    """What was tested on each GPU, and what was not to be had there."""
+    body = [
+        [record, check, result]
+        for record, content in records.items()
+        for check, result in content.get("checks", {}).items()
+    ]
+    return table(("record", "check", "result"), body)
+
+
+def kernels(records: Records) -> list[str]:
+    """What the profiler counted of each kernel."""
+    body = [
+        [record, kernel["kernel"], *(f"{value:,.2f}" for value in kernel["metrics"].values())]
+        for record, content in records.items()
+        for kernel in content.get("kernels", [])
+    ]
+    names = next((list(k["metrics"]) for c in records.values() for k in c.get("kernels", [])), [])
+    return table(("record", "kernel", *names), body, figures_from=2)
+
+
+def provenance(records: Records) -> list[str]:
+    """One line per record: device, versions, commit."""
+    lines = []
+    for name, content in records.items():
+        machines = [row.get("machine", {}) for row in content.get("benchmarks", [])]
+        machines += [row.get("machine", {}) for row in measured_accuracies(content)]
+        told = dict.fromkeys(_machine(machine, content) for machine in machines or [content.get("machine", {})])
+        lines.append(f"- [{name}](bench/results/{name}): {'; also '.join(told)}")
+    return lines
+
+
+def _machine(machine: Mapping[str, str], content: Record) -> str:
+    device = machine.get("device") or content.get("device") or f"device {UNKNOWN}"
+    versions = [f"{label} {machine.get(key, UNKNOWN)}" for key, label in VERSIONS.items()]
+    commit, marker, _ = machine.get("commit", UNKNOWN).partition(" + ")
+    commit = commit if commit == UNKNOWN else f"`{commit[:7]}`"
+    return f"{device}; {', '.join(versions)}; commit {commit}{' with changes' if marker else ''}"
+
+
+VERSIONS = {"torch": "torch", "triton": "triton", "python": "Python"}
+
+
+def no_gpu(records: Records) -> list[str]:
+    """Says so where no record is of a GPU."""
+    devices = [str(content.get("device", "")) for content in records.values()]
+    if any("NVIDIA" in device for device in devices):
+        return []
+    return [
+        "",
+        "Nothing is on record of a GPU yet: the Triton kernels are tested in Triton's interpreter, compiled offline.",
+    ]
+
+
+def speed(records: Records) -> list[str]:
+    """README's section on speed."""
+    return [
+        "Whole rounds, the fastest of a run: the loop as published and the same repaired by hand, as multiples of",
+        "ours; and ours as a multiple of its floor, the convolutions and matrix products alone.",
+        "",
+        *rounds(records),
+        "",
+        "The losses, forward and backward in float32, the largest size of each kind.",
+        "",
+        *losses(records, largest_only=True),
+        *no_gpu(records),
+    ]
+
+
+def accuracy(records: Records) -> list[str]:
+    """README's section on accuracy."""
+    return [
+        "Of the student after the last round, and of the one that agreed best with its teacher on generated images:",
+        "means and deviations over seeds.",
+        "",
+        *accuracies(records),
+    ]
+
+
+PARTS: dict[str, Callable[[Records], list[str]]] = {"speed": speed, "accuracy": accuracy, "records": provenance}
+"""Of the README, by the names in its markers."""
+
+
+def readme(text: str, records: Records) -> str:
+    """The README with its parts written anew.
+
+    Raises:
+        ValueError: if it lacks a part's markers.
+    """
+    for name, part in PARTS.items():
+        opening, closing = f"<!-- {name}: written by make report -->\n", f"<!-- end of {name} -->\n"
+        before, found, rest = text.partition(opening)
+        _, ended, after = rest.partition(closing)
+        if not (found and ended):
+            raise ValueError(f"README.md has no part between {opening.strip()} and {closing.strip()}; add these lines.")
+        text = before + opening + "\n".join(part(records)) + "\n" + closing + after
+    return text
+
+
+def results(records: Records) -> str:
+    """``docs/results.md``."""
+    sections = {
+        "Accuracy": accuracies(records),
+        "Rounds": all_contenders(records),
+        "Losses": losses(records, largest_only=False),
+        "Data and choices": other_groups(records),
+        "Checks on a GPU": checks(records),
+        "Kernels, by the profiler": kernels(records),
+        "Records": [line.replace("](bench/", "](../bench/") for line in provenance(records)],
+    }
+    text = (
+        "# Everything on record\n\nWritten by `make report` from the files in `bench/results`. Times are those of the "
+        "fastest round, rates those of the median; what stands under a contender is its time as a multiple of ours.\n"
+    )
+    for title, lines in sections.items():
+        if lines:
+            text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
+    return text
+
+
+def summary(content: Record, name: str) -> str:
+    """One record as Markdown."""
+    return results({name: content})
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]], figures_from: int | None = None) -> list[str]:
+    """A Markdown table; nothing where there are no rows.
+
+    Args:
+        head: titles.
+        body: cells.
+        figures_from: the first column of figures, which are set to the right.
+    """
+    if not body:
+        return []
+    rules = ["---" if figures_from is None or i < figures_from else "---:" for i in range(len(head))]
+    # a record is named by its file; its line of versions links it
+    rows = [[cell.removesuffix(".json") if i == 0 else cell for i, cell in enumerate(row)] for row in body]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rules, *rows)]
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits of them."""
+    if seconds is None:
+        return ""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
+
+
+def times(ratio: float | None) -> str:
+    """A multiple."""
+    return "" if ratio is None else f"{ratio:.3g} ×" if ratio < 100 else f"{ratio:.0f} ×"
+
+
+def percent(fraction: float | None, digits: int = 0) -> str:
+    """Of one."""
+    return "" if fraction is None else f"{fraction:.{digits}%}".replace("%", " %")
+
+
+def spread(values: Mapping[str, float] | float | None) -> str:
+    """Mean and, of more than one value, the deviation."""
+    mean = _mean(values)
+    if mean is None:
+        return ""
+    deviation = values.get("std", 0.0) if isinstance(values, Mapping) else 0.0
+    return percent(mean, 2) + (f" ± {100 * deviation:.2f}" if deviation else "")
+
+
+def _mean(values: Mapping[str, float] | float | None) -> float | None:
+    return values.get("mean") if isinstance(values, Mapping) else values
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n")[0])
+    parser.parse_args()
+    records = load_all()
+    README.write_text(readme(README.read_text(encoding="utf-8"), records), encoding="utf-8")
+    ALL_RESULTS.write_text(results(records), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,26 +93,32 @@ def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
 
     Args:
         trainer: may have some epochs behind it.
-        folder: for metrics and, after every epoch, a checkpoint; nothing is written without one.
+        folder: for metrics and, as often as the recipe says, a checkpoint; nothing is written without one.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, when the checkpoint of the epoch is written.
         DivergenceError: if the loss becomes NaN or infinite.
     """
-    epochs, every = trainer.recipe.epochs, trainer.recipe.evaluate_every
+    recipe = trainer.recipe
+    epochs = recipe.epochs
     accuracy = None
+
+    def due(every: int) -> bool:
+        return trainer.epoch % every == 0 or trainer.epoch == epochs
+
     with (
         stop_requests() as stop,
         Recorder(folder, epochs, trainer.epoch, task="Training the teacher", unit="epoch") as recorder,
     ):
         while trainer.epoch < epochs:
             metrics = {"loss": trainer.train_epoch()}
-            if trainer.epoch % every == 0 or trainer.epoch == epochs:
+            if due(recipe.evaluate_every):
                 metrics["accuracy"] = accuracy = trainer.accuracy()
             recorder.write(trainer.epoch, metrics)
-            if folder is not None:
+            stopping = stop.requested  # read once: a signal may come at any moment, and must find its checkpoint
+            if folder is not None and (due(recipe.checkpoint_every) or stopping):
                 checkpoint.save(folder, trainer.state_dict())
-            if stop.requested:
+            if stopping:
                 where = f" Continue with --resume {folder}." if folder else ""
                 raise Interrupted(f"Stopped after epoch {trainer.epoch} of {epochs}.{where}", stop.signal_number)
     return trainer.accuracy() if accuracy is None else accuracy

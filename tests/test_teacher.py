@@ -132,6 +132,7 @@ class TestRecipes:
         [
             ("epochs", 0), ("lr", -1.0), ("lr", math.nan), ("batch_size", 1), ("weight_decay", -1e-3),
             ("momentum", 1.0), ("label_smoothing", 1.0), ("ema", -0.1), ("evaluate_every", 0),
+            ("checkpoint_every", 0),
         ],
     )  # fmt: skip
     def test_values_are_validated(self, name, value):
@@ -148,7 +149,7 @@ class TestTraining:
         assert trainer.accuracy() > before + 0.5
 
     def test_a_step_is_nesterov_on_smoothed_cross_entropy(self, digits):
-        recipe = replace(QUICK, label_smoothing=0.2, weight_decay=0.1, batch_size=16)
+        recipe = replace(QUICK, label_smoothing=0.2, weight_decay=0.1, batch_size=16, precision="float32")
         trainer = SupervisedTrainer(recipe, digits)
         weight, bias = trainer.network.linear.weight, trainer.network.linear.bias
         before = weight.detach().clone(), bias.detach().clone()
@@ -274,7 +275,8 @@ class TestCommand:
         assert records[-1]["accuracy"] == manifest["accuracy"]
 
     def test_stopped_and_resumed_it_ends_with_the_same_weights(self, tmp_path, monkeypatch):
-        teacher.main([*QUICK_FLAGS, "--run_dir", str(tmp_path / "whole")])
+        flags = [*QUICK_FLAGS, "--checkpoint_every", "3"]  # the stop comes before the first
+        teacher.main([*flags, "--run_dir", str(tmp_path / "whole")])
         train_epoch = SupervisedTrainer.train_epoch
 
         def interrupted(trainer):
@@ -285,12 +287,18 @@ class TestCommand:
         with monkeypatch.context() as patch:
             patch.setattr(supervised.SupervisedTrainer, "train_epoch", interrupted)
             with pytest.raises(Interrupted, match="Stopped after epoch 1 of 3.*--resume") as raised:
-                teacher.main([*QUICK_FLAGS, "--run_dir", str(tmp_path / "part")])
+                teacher.main([*flags, "--run_dir", str(tmp_path / "part")])
         assert raised.value.exit_code == 128 + signal.SIGTERM
         assert not (tmp_path / "part" / "teacher.safetensors").exists()
         teacher.main(["--resume", str(tmp_path / "part")])
         states = [load_model(tmp_path / name / "teacher.safetensors")[0].state_dict() for name in ("whole", "part")]
         assert_close(*states, rtol=0, atol=0)
+
+    def test_checkpoints_come_as_often_as_asked(self, tmp_path, monkeypatch):
+        saved = []
+        monkeypatch.setattr(checkpoint, "save", lambda folder, state: saved.append(state["epoch"]))
+        teacher.main([*QUICK_FLAGS, "--checkpoint_every", "2", "--run_dir", str(tmp_path / "run")])
+        assert saved == [2, 3]
 
     def test_a_run_is_not_overwritten_unless_asked(self, tmp_path):
         flags = [*QUICK_FLAGS, "--run_dir", str(tmp_path / "run")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Record, load_all
-from dfad.machine import UNKNOWN
+from dfad.commit import UNKNOWN
 
 ROOT = Path(__file__).parents[1]
 README, ALL_RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -152,13 +152,13 @@ def accuracies(records: Records) -> list[str]:
     body = [
         [
             record,
-            str(row.get("name") or row.get("preset") or ""),
+            row["name"],
             percent(row["teacher_accuracy"], 2),
-            spread(row.get("accuracy")),
+            spread(row["accuracy"]),
             spread(row.get("best_accuracy")),
-            str(len(row.get("runs", ())) or ""),
+            str(seeds(row) or ""),
             f"{row['test_images']:,}" if "test_images" in row else "",
-            f"{_mean(row.get('seconds')):.0f}" if _mean(row.get("seconds")) is not None else "",
+            f"{mean(row['seconds']):.0f}" if "seconds" in row else "",
         ]
         for record, content in records.items()
         for row in measured_accuracies(content)
@@ -168,15 +168,53 @@ def accuracies(records: Records) -> list[str]:
 
 
 def measured_accuracies(content: Any) -> Iterator[Row]:
-    """Every part of a record, however deep, that tells the accuracy of a teacher and its student."""
-    if isinstance(content, dict):
-        if "teacher_accuracy" in content and "accuracy" in content:
-            yield content
-            return
-        content = list(content.values())
-    if isinstance(content, list):
-        for part in content:
-            yield from measured_accuracies(part)
+    """Every part of a record, however deep, that tells the accuracy of a teacher and its student; of a comparison, every
+    arm.
+    """
+    if isinstance(content, dict) and "teacher_accuracy" in content:
+        name = content.get("name") or content.get("comparison") or content.get("preset") or ""
+        if "arms" in content:
+            shared = {key: content[key] for key in ("teacher_accuracy", "test_images", "machine") if key in content}
+            for arm, row in content["arms"].items():
+                yield {**shared, **row, "name": f"{name}, {arm}"}
+        elif "accuracy" in content:
+            yield {**content, "name": name}
+        return
+    for part in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from measured_accuracies(part)
+
+
+def seeds(row: Row) -> int:
+    """How many runs a row is of; 0 where it does not tell."""
+    values = row["accuracy"].get("values", ()) if isinstance(row["accuracy"], Mapping) else ()
+    return len(row.get("runs", values))
+
+
+def teachers(records: Records) -> list[str]:
+    """Every network that was trained on data as a teacher."""
+    body = [
+        [
+            record,
+            teacher["name"],
+            percent(teacher["accuracy"], 2),
+            str(teacher["epochs"]),
+            f"{teacher['seconds']:.0f}",
+            f"{teacher['images_per_second']:,.0f}",
+        ]
+        for record, content in records.items()
+        for teacher in content.get("teachers", [])
+    ]
+    head = ("record", "teacher", "accuracy", "epochs", "seconds", "images per second")
+    return table(head, body, figures_from=2)
+
+
+def claims(records: Records) -> list[str]:
+    """What comparisons were to show, and whether they do."""
+    return [
+        f"- {record.removesuffix('.json')}: {claim['text']}: {'holds' if claim['holds'] else 'does not hold'}"
+        for record, content in records.items()
+        for claim in content.get("claims", [])
+    ]
 
 
 def checks(records: Records) -> list[str]:
@@ -205,7 +243,7 @@ def provenance(records: Records) -> list[str]:
     lines = []
     for name, content in records.items():
         machines = [row.get("machine", {}) for row in content.get("benchmarks", [])]
-        machines += [row.get("machine", {}) for row in measured_accuracies(content)]
+        machines += [row.get("machine", {}) for row in [*measured_accuracies(content), *content.get("teachers", [])]]
         told = dict.fromkeys(_machine(machine, content) for machine in machines or [content.get("machine", {})])
         lines.append(f"- [{name}](bench/results/{name}): {'; also '.join(told)}")
     return lines
@@ -255,6 +293,7 @@ def accuracy(records: Records) -> list[str]:
         "means and deviations over seeds.",
         "",
         *accuracies(records),
+        *(["", *trained] if (trained := teachers(records)) else []),
     ]
 
 
@@ -282,6 +321,8 @@ def results(records: Records) -> str:
     """``docs/results.md``."""
     sections = {
         "Accuracy": accuracies(records),
+        "Teachers": teachers(records),
+        "Claims": claims(records),
         "Rounds": all_contenders(records),
         "Losses": losses(records, largest_only=False),
         "Data and choices": other_groups(records),
@@ -340,15 +381,15 @@ def percent(fraction: float | None, digits: int = 0) -> str:
 
 def spread(values: Mapping[str, float] | float | None) -> str:
     """Mean and, of more than one value, the deviation."""
-    mean = _mean(values)
-    if mean is None:
+    if values is None:
         return ""
     deviation = values.get("std", 0.0) if isinstance(values, Mapping) else 0.0
-    return percent(mean, 2) + (f" ± {100 * deviation:.2f}" if deviation else "")
+    return percent(mean(values), 2) + (f" ± {100 * deviation:.2f}" if deviation else "")
 
 
-def _mean(values: Mapping[str, float] | float | None) -> float | None:
-    return values.get("mean") if isinstance(values, Mapping) else values
+def mean(values: Mapping[str, float] | float) -> float:
+    """Of a value over seeds, or of one."""
+    return values["mean"] if isinstance(values, Mapping) else values
 
 
 def main() -> None:

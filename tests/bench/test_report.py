@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from bench import records, report
-from dfad import machine
+from dfad import commit
 
 GROUP = "activation boundary, taps 8x64x32x32, float32, forward+backward, graph"
 MACHINE = {
@@ -38,6 +38,9 @@ def record() -> records.Record:
             row("decoding 9 images once", "native", 0.5, images_per_second=18),
         ],
         "checks": {"apex": "not installed"},
+        "teachers": [
+            {"name": "resnet34", "accuracy": 0.9375, "epochs": 40, "seconds": 200, "images_per_second": 10_000},
+        ],
         "campaign": {
             "students": [
                 {
@@ -97,16 +100,38 @@ def test_a_record_appears_by_itself(record):
         "- [nvidia-h200.json](bench/results/nvidia-h200.json): NVIDIA H200; torch 2.11.0, triton 3.6.0, Python 3.12.3; "
         "commit `0123456` with changes"
     ]
+    assert "| nvidia-h200 | resnet34 | 93.75 % | 40 | 200 | 10,000 |" in report.accuracy(shown)
     everything = report.results(shown)
     assert "| nvidia-h200 | apex | not installed |" in everything
     assert "| nvidia-h200 | decoding 9 images once | native | 500 | 18 |" in everything
     assert everything.count("activation boundary") == 3
 
 
+def test_every_arm_of_a_comparison_is_a_row():
+    comparison = {
+        "comparison": "digits",
+        "teacher_accuracy": 0.99,
+        "test_images": 360,
+        "machine": MACHINE,
+        "arms": {
+            "DFAD": {"accuracy": {"mean": 0.9, "std": 0.01, "values": [0.89, 0.91]}, "seconds": {"mean": 9.6}},
+            "real data": {"accuracy": {"mean": 0.98, "std": 0.0, "values": [0.98]}},
+        },
+        "claims": [{"text": "DFAD ends well", "holds": False}],
+    }
+    shown = {"reproduce-digits.json": comparison}
+    assert report.accuracies(shown)[2:] == [
+        "| reproduce-digits | digits, DFAD | 99.00 % | 90.00 % ± 1.00 |  | 2 | 360 | 10 |",
+        "| reproduce-digits | digits, real data | 99.00 % | 98.00 % |  | 1 | 360 |  |",
+    ]
+    assert "NVIDIA H200" in report.provenance(shown)[0]
+    assert "- reproduce-digits: DFAD ends well: does not hold" in report.results(shown)
+
+
 def test_what_a_record_lacks_is_told(record):
     for benchmark in record["benchmarks"]:
         benchmark["machine"] = {"device": "a chip"}
-    del record["campaign"]
+    del record["campaign"], record["teachers"]
     (line,) = report.provenance({"old.json": record})
     assert line.endswith("a chip; torch not recorded, triton not recorded, Python not recorded; commit not recorded")
     del record["benchmarks"][1]  # ours
@@ -128,7 +153,7 @@ def test_records_share_their_machines(tmp_path, record):
 class TestCommit:
     @pytest.fixture
     def checkout(self, tmp_path):
-        for name in machine.CODE:
+        for name in commit.CODE:
             place = tmp_path / name
             if "." in name:
                 place.write_text("text")
@@ -150,15 +175,15 @@ class TestCommit:
         head = self.git(checkout, "rev-parse", "HEAD")
         (checkout / "bench" / "results").mkdir()
         (checkout / "bench" / "results" / "record.json").write_text("{}")
-        assert machine.commit.__wrapped__(checkout) == head
+        assert commit.commit.__wrapped__(checkout) == head
         (checkout / "dfad" / "code.py").write_text("changed")
-        assert machine.commit.__wrapped__(checkout) == f"{head} + changes"
+        assert commit.commit.__wrapped__(checkout) == f"{head} + changes"
 
     def test_travels_without_history_as_long_as_the_code_is_the_same(self, checkout):
         commit_file = checkout / "commit"
-        commit_file.write_text(f"0123 + changes of {machine.code_hash(checkout)}")
-        assert machine.commit.__wrapped__(checkout, commit_file) == "0123 + changes"
+        commit_file.write_text(f"0123 + changes of {commit.code_hash(checkout)}")
+        assert commit.commit.__wrapped__(checkout, commit_file) == "0123 + changes"
         (checkout / "kernels" / "code.py").write_text("changed")
-        assert machine.commit.__wrapped__(checkout, commit_file) == machine.UNKNOWN
+        assert commit.commit.__wrapped__(checkout, commit_file) == commit.UNKNOWN
         commit_file.unlink()
-        assert machine.commit.__wrapped__(checkout, commit_file) == machine.UNKNOWN
+        assert commit.commit.__wrapped__(checkout, commit_file) == commit.UNKNOWN

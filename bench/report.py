@@ -168,9 +168,7 @@ def accuracies(records: Records) -> list[str]:
 
 
 def measured_accuracies(content: Any) -> Iterator[Row]:
-    """Every part of a record, however deep, that tells the accuracy of a teacher and its student; of a comparison, every
-    arm.
-    """
+    """Every part of a record, however deep, that tells the accuracies of a teacher and its student, or of every arm."""
     if isinstance(content, dict) and "teacher_accuracy" in content:
         name = content.get("name") or content.get("comparison") or content.get("preset") or ""
         if "arms" in content:

@@ -39,7 +39,14 @@ def record() -> records.Record:
         ],
         "checks": {"apex": "not installed"},
         "teachers": [
-            {"name": "resnet34", "accuracy": 0.9375, "epochs": 40, "seconds": 200, "images_per_second": 10_000},
+            {
+                "name": "resnet34",
+                "machine": MACHINE,
+                "accuracy": 0.9375,
+                "epochs": 40,
+                "seconds": 200,
+                "images_per_second": 10_000,
+            },
         ],
         "campaign": {
             "students": [
@@ -146,7 +153,7 @@ def test_a_part_without_markers_is_an_error():
 
 def test_records_share_their_machines(tmp_path, record):
     records.save(tmp_path / "nvidia-h200.json", record)
-    assert (tmp_path / "nvidia-h200.json").read_text().count("2.11.0") == 2  # of the benchmarks, and of the student
+    assert (tmp_path / "nvidia-h200.json").read_text().count("2.11.0") == 3  # benchmarks, teacher, student
     assert records.load_all(tmp_path) == {"nvidia-h200.json": record}
 
 

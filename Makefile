@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo test bench report lint sanitize clean
+.PHONY: demo test bench report gpu gpu-wheels lint sanitize clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m dfad.train --fused
@@ -22,6 +22,16 @@ bench: $(VENV)/.dev
 
 report: $(VENV)/.dev
 	$(BIN)/python -m bench.report
+
+# Where there is no GPU, a rehearsal in an environment of its own; where there is one, what the machine has.
+REHEARSE ?= $(if $(shell nvidia-smi -L 2>/dev/null),,1)
+gpu: $(if $(REHEARSE),$(VENV)/.dev)
+	REHEARSE=$(REHEARSE) PYTHON=$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) bench/gpu.sh
+
+# For a GPU machine without a network; WITH="PACKAGE …" adds what else it lacks.
+gpu-wheels: $(VENV)/.dev
+	$(BIN)/python -m bench.provision pack build/gpu/wheels $(if $(WITH),--with $(WITH))
+	$(BIN)/python -m dfad.commit
 
 # The base interpreter does not run the editable install's import hook, which would hide the sanitized extension.
 sanitize: $(VENV)/.dev

@@ -315,8 +315,25 @@ def readme(text: str, records: Records) -> str:
     return text
 
 
+REHEARSED = "A rehearsal: none of these figures is a measurement."
+
+
 def results(records: Records) -> str:
     """``docs/results.md``."""
+    intro = (
+        "Written by `make report` from the files in `bench/results`. Times are those of the fastest round, rates those "
+        "of the median; what stands under a contender is its time as a multiple of ours."
+    )
+    return "\n".join(["# Everything on record", "", intro, *_sections(records)]) + "\n"
+
+
+def summary(record: Record, name: str) -> str:
+    """One record as Markdown."""
+    warning = [f"**{REHEARSED}**", ""] if record.get("rehearsal") else []
+    return "\n".join([f"# {record['device']}", "", *warning, *_sections({name: record})]) + "\n"
+
+
+def _sections(records: Records) -> Iterator[str]:
     sections = {
         "Accuracy": accuracies(records),
         "Teachers": teachers(records),
@@ -328,19 +345,9 @@ def results(records: Records) -> str:
         "Kernels, by the profiler": kernels(records),
         "Records": [line.replace("](bench/", "](../bench/") for line in provenance(records)],
     }
-    text = (
-        "# Everything on record\n\nWritten by `make report` from the files in `bench/results`. Times are those of the "
-        "fastest round, rates those of the median; what stands under a contender is its time as a multiple of ours.\n"
-    )
     for title, lines in sections.items():
         if lines:
-            text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
-    return text
-
-
-def summary(content: Record, name: str) -> str:
-    """One record as Markdown."""
-    return results({name: content})
+            yield from ("", f"## {title}", "", *lines)
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], figures_from: int | None = None) -> list[str]:

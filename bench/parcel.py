@@ -1,0 +1,72 @@
+"""A folder as files that are small enough to travel, checked by their hashes when they arrive."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+LIMIT = 15_000_000
+"""Bytes of a part."""
+
+MANIFEST = "parcel.json"
+
+
+class ParcelError(Exception):
+    """Parts that are missing or damaged."""
+
+
+def send(folder: Path, destination: Path, limit: int = LIMIT) -> list[Path]:
+    """Write a folder as ``parcel-0``, ``parcel-1``, … and a manifest, in place of an earlier parcel.
+
+    Args:
+        folder: what is to travel.
+        destination: folder of the parts.
+        limit: bytes of each part at most.
+    """
+    destination.mkdir(parents=True, exist_ok=True)
+    for old in destination.glob("parcel*"):
+        old.unlink()
+    stream = io.BytesIO()
+    # trained weights hardly shrink further at higher presets
+    with tarfile.open(fileobj=stream, mode="w:xz", preset=1) as archive:
+        archive.add(folder, arcname=".")
+    data = stream.getvalue()
+    hashes = {}
+    for index, start in enumerate(range(0, len(data), limit)):
+        part = data[start : start + limit]
+        name = f"parcel-{index}"
+        (destination / name).write_bytes(part)
+        hashes[name] = hashlib.sha256(part).hexdigest()
+    manifest = destination / MANIFEST
+    manifest.write_text(json.dumps(hashes, indent=1) + "\n")
+    return [*(destination / name for name in hashes), manifest]
+
+
+def receive(source: Path, folder: Path) -> None:
+    """Lay out a parcel as the folder that was sent, which must not exist yet.
+
+    Raises:
+        ParcelError: if a part is missing or is not what was sent; nothing is laid out then.
+    """
+    data = b""
+    for name, sent in json.loads((source / MANIFEST).read_text()).items():
+        part = source / name
+        if not part.is_file():
+            raise ParcelError(
+                f"{source} lacks {name}, which its {MANIFEST} names. Copy every part of the parcel there, or remove "
+                f"{source / MANIFEST} to start anew."
+            )
+        content = part.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sent:
+            raise ParcelError(
+                f"{part} ({len(content)} bytes) is not what was sent: it is damaged, or of another parcel. Copy it "
+                f"anew, or remove {source / MANIFEST} to start anew."
+            )
+        data += content
+    arriving = folder.with_name(folder.name + ".arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as archive:
+        archive.extractall(arriving, filter="data")
+    arriving.rename(folder)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ SCALES = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.campaign", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("teacher", "student"))
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, required=True, help="folder of the teacher's file")
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--result", type=Path, required=True, help="JSON file of what came out")
-    command = parser.parse_args()
+    command = parser.parse_args(arguments)
     configure_logging()
     command.work.mkdir(parents=True, exist_ok=True)
     result = (train_teacher if command.what == "teacher" else distil)(command)

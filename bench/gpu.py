@@ -251,7 +251,6 @@ def run_parts(parts: Sequence[Part], state: State, places: Places, budget: float
         if left < part.needs:
             lines.append(f"{part.name:<44}left for the next call: takes {part.needs:.0f} s")
             continue
-        print(f"{part.name} …", flush=True)
         outcome = run_part(part, state, places, left)
         state.keep(part, outcome)
         told = outcome.error or _told(outcome.result)
@@ -264,6 +263,7 @@ def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
     before = state.outcomes.get(part.name, Outcome(STOPPED))
     outcome = Outcome(STOPPED, before.seconds, before.calls + 1)
     state.keep(part, outcome)  # so that a call that is killed counts
+    print(f"{part.name} …", flush=True)
     logs = places.kept / "logs"
     logs.mkdir(exist_ok=True)
     result = places.work / f"{part.slug}.result"

@@ -9,6 +9,8 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ MODULES = (
 """What the project, its tests and its benchmarks import."""
 
 BUILD_MODULES = ("nanobind", "scikit_build_core")
+CMAKE = (3, 26)
+"""What builds the extension."""
 
 SOURCES = ("kernels", "CMakeLists.txt", "pyproject.toml")
 """Of the extension."""
@@ -102,7 +106,9 @@ def _has_package(name: str) -> bool:
 def missing_modules(names: Sequence[str]) -> list[str]:
     """Those that cannot be imported."""
     importlib.invalidate_caches()
-    return [name for name in names if importlib.util.find_spec(name) is None]
+    specs = {name: importlib.util.find_spec(name) for name in names}
+    # a folder without a module of its own has no loader
+    return [name for name, spec in specs.items() if spec is None or spec.loader is None]
 
 
 def install(wheels: Path, target: Path) -> None:
@@ -128,14 +134,31 @@ def install(wheels: Path, target: Path) -> None:
     current = f"{source_hash()} {sys.version}"
     if stamp.exists() and stamp.read_text() == current:
         return
-    if missing := missing_modules(BUILD_MODULES):
+    missing = missing_modules(BUILD_MODULES)
+    if not has_cmake():
+        missing.append(f"CMake {'.'.join(map(str, CMAKE))} or newer")
+    if missing:
         raise ProvisionError(
             f"The extension cannot be built: this machine lacks {', '.join(missing)}, and {wheels} holds no wheels of "
-            "them. Where there is a network, run make gpu-wheels and bring the folder along."
+            "them. Where there is a network, run make gpu-wheels (WITH=cmake for CMake) and bring the folder along."
         )
     print("Building the extension with the machine's own tools.", flush=True)
     subprocess.run([*pip, str(target), "--no-build-isolation", str(ROOT)], check=True)
+    package = target / "dfad"
+    if not package.is_symlink():  # one copy of the package: the checkout's
+        shutil.rmtree(package, ignore_errors=True)
+        package.symlink_to(ROOT / "dfad")
     stamp.write_text(current)
+
+
+def has_cmake() -> bool:
+    """Whether there is one that is new enough: as a package, or a program."""
+    if not missing_modules(["cmake"]):
+        return True
+    program = shutil.which("cmake")
+    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
+    version = re.search(r"version (\d+)\.(\d+)", told)
+    return version is not None and (int(version[1]), int(version[2])) >= CMAKE
 
 
 def source_hash(root: Path = ROOT) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dfad import checkpoint, cli
-from dfad.comparisons import FULL, arms
+from dfad.comparisons import CIFAR10_RESNET20, FULL, arms
 from dfad.config import (
     GeneratorConfig,
     RecordingConfig,
@@ -42,9 +42,6 @@ from dfad.trainer import Distiller
 
 PROBE_BATCHES = 30
 """Steps of the teacher that are timed to tell how long an epoch takes."""
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Normalisation of the network that others trained."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +174,8 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
     scale = SCALES[command.scale]
     base, device = scale.base, choose_device("auto")
     if command.network:
-        teacher = load_teacher(TeacherConfig("resnet20", checkpoint=command.network))
-        teacher = replace(teacher, normalisation=IMAGENET)
-        base = replace(base, student=StudentConfig("resnet20"))
+        teacher = load_teacher(replace(CIFAR10_RESNET20.teacher, checkpoint=command.network))
+        base = replace(base, student=CIFAR10_RESNET20.student)
         data = DataConfig("cifar10", command.data)
     else:
         teacher = load_teacher(TeacherConfig(checkpoint=teacher_file(command.kept)))

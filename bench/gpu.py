@@ -127,12 +127,12 @@ LOSSES = ("activation", "interpolated and logits", "interpolated and dense", "pl
 DTYPES = ("float32", "bfloat16")
 """Slices of ``bench/bench_ops.py``, by parts of its tests' names."""
 
-ROUNDS = (("digits", 60), ("mnist-lenet5", 60), ("cifar-resnet20", 60), ("cifar-resnet34-resnet18", 90))
+ROUNDS = (("digits", 40), ("mnist-lenet5", 40), ("cifar-resnet20", 40), ("cifar-resnet34-resnet18", 80))
 """Slices of ``bench/bench_step.py``, and the seconds that each is expected to take."""
 
 
 def plan(places: Places, *, small: bool) -> list[Part]:
-    """All parts in their order.
+    """All parts in their order: a complete record, and from ``memcheck`` on what refines it.
 
     Args:
         places: those parts are left out whose data are not given.
@@ -150,15 +150,15 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     def check(what: str, seconds: float) -> Part:
         return Part(what, ("-m", "bench.checks", what, "--result", "{result}"), seconds)
 
-    def losses(launch: str) -> Iterator[Part]:
+    def losses(name: str, words: str) -> Iterator[Part]:
         for loss in LOSSES:
             for dtype in DTYPES[:1] if small else DTYPES:
-                chosen = f"({loss}) and {dtype} and {launch}"
+                chosen = f"({loss}) and {dtype} and {words}"
                 yield benchmark(
-                    f"losses, {launch}: {loss.replace(' and', '')}, {dtype}",
-                    90,
+                    f"losses, {name}: {loss.replace(' and', '')}, {dtype}",
+                    40,
                     f"bench/bench_ops.py --seconds=0.1 -k '{chosen}'",
-                    f"bench/bench_ops.py --seconds=0.01 -k '{chosen} and backward and (ours or copy or published)'",
+                    f"bench/bench_ops.py --seconds=0.01 -k '{chosen} and (ours or copy or published)'",
                 )
 
     def rounds(name: str, factor: int, left_out: str) -> Iterator[Part]:
@@ -176,32 +176,31 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         arguments += ["--scale", "rehearsal" if small else "gpu"]
         arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
         # reading the data, and measuring how long an epoch or a round takes
-        return Part(name, ("-m", "bench.campaign", *arguments), seconds + 50, after, resumable=True)
+        return Part(name, ("-m", "bench.campaign", *arguments), seconds + 30, after, resumable=True)
 
     known = " or ".join(f"({loss})" for loss in LOSSES)
+    launch = "eager" if small else "graph"
     parts = [
-        check("versions", 20),
-        pytest("tests of the kernels", 120, "-m gpu tests/kernels", "-m gpu tests/kernels/test_gpu.py"),
-        pytest("tests of the rest", 120, "-m gpu tests --ignore=tests/kernels", "tests/test_losses.py"),
-        *losses("eager" if small else "graph"),
-        benchmark("losses: others", 60, *[f"bench/bench_ops.py --seconds=0.1 -k 'not ({known})'"] * 2),
+        check("versions", 15),
+        pytest("tests of the kernels", 90, "-m gpu tests/kernels", "-m gpu tests/kernels/test_gpu.py"),
+        pytest("tests of the rest", 60, "-m gpu tests --ignore=tests/kernels", "tests/test_losses.py"),
+        *losses(launch, f"{launch} and backward"),
         *rounds("rounds", 1, "and not compile and not overhead"),
-        benchmark("data", 60, "bench/bench_data.py", "bench/bench_data.py -k 'decoding and 224'"),
-        benchmark("optimizers", 40, "bench/bench_optimizers.py", "bench/bench_optimizers.py -k sgd"),
-        check("memcheck", 90),
-        check("racecheck", 90),
-        check("profile", 60),
+        benchmark("data", 40, "bench/bench_data.py", "bench/bench_data.py -k 'decoding and 224'"),
+        benchmark("optimizers", 20, "bench/bench_optimizers.py", "bench/bench_optimizers.py -k sgd"),
     ]
     if places.network and places.lossless:
         network = ("--network", str(places.network))
-        parts.append(campaign("student", f"ResNet-20, {FULL}", 60, places.lossless, *network))
+        parts.append(campaign("student", f"ResNet-20, {FULL}", 45, places.lossless, *network))
     if places.data:
-        parts.append(campaign("teacher", "teacher", 200, places.data))
-        for arm, seconds in ((PLAIN, 120), (BOTH, 120), (FULL, 300)):
+        parts.append(campaign("teacher", "teacher", 180, places.data))
+        for arm, seconds in ((PLAIN, 90), (BOTH, 90), (FULL, 200)):
             parts.append(campaign("student", f"student, {arm}", seconds, places.data, "--arm", arm, after="teacher"))
-    # from here on, what refines the record
-    parts += () if small else losses("eager")
-    parts += rounds("rounds with torch.compile", 3, "")
+    parts += [check("memcheck", 90), check("racecheck", 90), check("profile", 60)]
+    if not small:
+        parts += [*losses("graph, forward", "graph and not backward"), *losses("eager", "eager")]
+    parts.append(benchmark("losses: others", 60, *[f"bench/bench_ops.py --seconds=0.1 -k 'not ({known})'"] * 2))
+    parts += rounds("rounds with torch.compile", 5, "")
     few = "bench/bench_step.py -k 'digits and test_batchnorm_statistics'"
     parts.append(benchmark("choices of a round", 90, "bench/bench_step.py -k 'not test_round and not test_floor'", few))
     if places.data:
@@ -254,7 +253,7 @@ def run_parts(parts: Sequence[Part], state: State, places: Places, budget: float
         outcome = run_part(part, state, places, left)
         state.keep(part, outcome)
         told = outcome.error or _told(outcome.result)
-        lines.append(f"{part.name:<44}{outcome.status:<8}{outcome.seconds:6.1f} s  {told}")
+        lines.append(f"{part.name:<44}{outcome.status:<8}{outcome.seconds:6.1f} s  {told}".rstrip())
     return lines
 
 
@@ -356,7 +355,8 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
     measured = places.kept / file_name()
     content = records.load(measured) if measured.exists() else {"benchmarks": []}
     results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
-    checks: dict[str, str] = {}
+    told = results["versions"].result if "versions" in results else None
+    checks = {name: words for name, words in (told or {}).items() if isinstance(words, str)}
     for name, outcome in results.items():
         if name.startswith("tests") or outcome.status == FAILED or isinstance(outcome.result, str):
             words = " ".join(filter(None, (_told(outcome.result), outcome.error)))

@@ -236,14 +236,20 @@ def kernels(records: Records) -> list[str]:
     return table(("record", "kernel", *names), body, figures_from=2)
 
 
-def provenance(records: Records) -> list[str]:
-    """One line per record: device, versions, commit."""
+def provenance(records: Records, folder: str | None = "bench/results") -> list[str]:
+    """One line per record: device, versions, commit.
+
+    Args:
+        records: by the names of their files.
+        folder: where the files are, to link them.
+    """
     lines = []
     for name, content in records.items():
         machines = [row.get("machine", {}) for row in content.get("benchmarks", [])]
         machines += [row.get("machine", {}) for row in [*measured_accuracies(content), *content.get("teachers", [])]]
         told = dict.fromkeys(_machine(machine, content) for machine in machines or [content.get("machine", {})])
-        lines.append(f"- [{name}](bench/results/{name}): {'; also '.join(told)}")
+        link = f"[{name}]({folder}/{name})" if folder else name
+        lines.append(f"- {link}: {'; also '.join(told)}")
     return lines
 
 
@@ -324,16 +330,16 @@ def results(records: Records) -> str:
         "Written by `make report` from the files in `bench/results`. Times are those of the fastest round, rates those "
         "of the median; what stands under a contender is its time as a multiple of ours."
     )
-    return "\n".join(["# Everything on record", "", intro, *_sections(records)]) + "\n"
+    return "\n".join(["# Everything on record", "", intro, *_sections(records, "../bench/results")]) + "\n"
 
 
 def summary(record: Record, name: str) -> str:
     """One record as Markdown."""
-    warning = [f"**{REHEARSED}**", ""] if record.get("rehearsal") else []
-    return "\n".join([f"# {record['device']}", "", *warning, *_sections({name: record})]) + "\n"
+    warning = ["", f"**{REHEARSED}**"] if record.get("rehearsal") else []
+    return "\n".join([f"# {record['device']}", *warning, *_sections({name: record}, None)]) + "\n"
 
 
-def _sections(records: Records) -> Iterator[str]:
+def _sections(records: Records, folder: str | None) -> Iterator[str]:
     sections = {
         "Accuracy": accuracies(records),
         "Teachers": teachers(records),
@@ -343,7 +349,7 @@ def _sections(records: Records) -> Iterator[str]:
         "Data and choices": other_groups(records),
         "Checks on a GPU": checks(records),
         "Kernels, by the profiler": kernels(records),
-        "Records": [line.replace("](bench/", "](../bench/") for line in provenance(records)],
+        "Records": provenance(records, folder),
     }
     for title, lines in sections.items():
         if lines:

@@ -99,7 +99,8 @@ def test_a_network_of_others_is_shown_images_as_it_knows_them(run, data):
     _, lossless, network = data
     result = run("student", f"--network={network}", archive=lossless)
     ((config, evaluate),) = run.seen
-    assert (evaluate.dataset.mean, evaluate.dataset.std) == campaign.IMAGENET
+    shown = campaign.CIFAR10_RESNET20.teacher
+    assert (evaluate.dataset.mean, evaluate.dataset.std) == (shown.mean, shown.std)
     assert config.student.factory == "resnet20"
     assert config.method.activation.weight > 0
     assert config.method.regularizers.batchnorm > 0

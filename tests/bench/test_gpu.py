@@ -166,9 +166,15 @@ class TestPlan:
         return plan(Places(places.state, data, lossless, network), small=False)
 
     def test_the_cheapest_and_most_telling_is_first(self, parts):
-        kinds = ("versions", "tests", "losses, graph", "rounds:", "data", "memcheck", "ResNet-20", "teacher", "student")
+        kinds = ("versions", "tests", "losses, graph", "rounds:", "data", "ResNet-20", "teacher", "student", "memcheck")
         firsts = [next(i for i, part in enumerate(parts) if part.name.startswith(kind)) for kind in kinds]
         assert firsts == sorted(firsts)
+
+    def test_a_complete_record_takes_25_minutes(self, parts):
+        names = [part.name for part in parts]
+        first = parts[: names.index("memcheck")]
+        assert {"student, regularized + both", "optimizers"} <= {part.name for part in first}
+        assert sum(part.seconds for part in first) <= 25 * 60
 
     def test_every_part_fits_a_call_and_has_a_name_of_its_own(self, parts):
         assert len({part.slug for part in parts}) == len(parts)
@@ -228,6 +234,7 @@ class TestRecord:
             "tests of the kernels": gpu.Outcome(
                 FAILED, 1, 1, {"passed": 3, "failed": ["test_b"], "skipped": 0}, "code 1"
             ),
+            "versions": gpu.Outcome(DONE, 0, 1, {"machine": {"torch": "2"}, "driver": "580.1"}),
             "memcheck": gpu.Outcome(DONE, 1, 1, "not installed"),
             "profile": gpu.Outcome(DONE, 1, 1, [kernel]),
             "teacher": gpu.Outcome(DONE, 5, 1, teacher),
@@ -255,6 +262,7 @@ class TestRecord:
         assert record["kernels"][0]["metrics"] == {"MB read": 12.5}
         assert record["checks"]["tests of the kernels"] == "failed: 3 passed, 1 failed: test_b code 1"
         assert record["checks"]["memcheck"] == record["checks"]["apex"] == "not installed"
+        assert record["checks"]["driver"] == "580.1"
         assert record["seconds"] == 21
 
     def test_of_a_rehearsal_stands_nowhere_among_the_records(self, record, tmp_path):
@@ -265,6 +273,7 @@ class TestRecord:
         assert records.load(written) == record
         assert "none of these figures is a measurement" in tables.read_text()
         assert "| rehearsal | digits | published | 2,000 |" in tables.read_text()
+        assert "](" not in tables.read_text()  # it may be read anywhere
         assert plots.read_bytes().startswith(b"\x89PNG")
 
     def test_every_panel_is_drawn_of_its_part(self, record):

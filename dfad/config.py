@@ -147,6 +147,10 @@ class InterpolationConfig:
     batchnorm: Literal["update", "keep"] = "update"
     """Whether mixed images move the running statistics of the student's BatchNorms."""
 
+    step: Literal["joint", "own"] = "joint"
+    """Mixed images add a term to the loss of the step, or make an optimizer step of their own; there, where the teacher
+    is asked about them, they are learned as all images are: by the discrepancy and the activation regularizer."""
+
     def __post_init__(self) -> None:
         _not_negative(weight=self.weight)
         _positive(concentration=self.concentration, temperature=self.temperature)

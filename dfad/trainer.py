@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,43 +158,57 @@ class Distiller:
     # The round
 
     def student_step(self) -> Terms:
-        """One step of the student towards the teacher on fresh images; returns the terms of its loss."""
+        """One step of the student towards the teacher on fresh images, and one on mixed images where these have a step
+        of their own; returns the terms of its loss."""
         method = self.config.method
         self.student.train()
         with torch.no_grad(), self.engine.autocast():
             images = self.generator(self.sample_noise(method.batch_size))
             teacher = self.teacher(images)
+        interpolation = method.interpolation
         with self.engine.autocast():
-            student = as_outputs(self.student(images))
-            terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
-            if method.activation.weight:
-                terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
-            if method.interpolation.weight:
+            terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
+            if interpolation.weight and interpolation.step == "joint":
                 terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+        loss = self.imitation_loss(terms)
+        self.engine.descend(loss, self.student_optimizer)
+        if interpolation.weight and interpolation.step == "own":
+            with self.engine.autocast():
+                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+            self.engine.descend(interpolation.weight * terms["interpolation"], self.student_optimizer)
+        return {"student_loss": loss.detach(), **_prefixed("student", terms)}
+
+    def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
+        """How far the student is from the teacher on one batch."""
+        terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
+        if self.config.method.activation.weight:
+            terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
+        return terms
+
+    def imitation_loss(self, terms: Terms) -> Tensor:
+        """The terms, each with its weight."""
+        method = self.config.method
         weights = {
             "discrepancy": 1.0,
             "activation": method.activation.weight,
             "interpolation": method.interpolation.weight,
         }
-        loss = _weighted_sum(terms, weights)
-        self.engine.descend(loss, self.student_optimizer)
-        return {"student_loss": loss.detach(), **_prefixed("student", terms)}
+        return _weighted_sum(terms, weights)
 
     def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
         """The student's loss on mixed images; the images of the step serve again."""
         config = self.config.method.interpolation
         coefficient = self.sample_mixing_coefficient()
         mixed = functional.mix(images, coefficient)
-        if config.labels == "teacher":
-            with torch.no_grad():
-                teacher_logits = self.teacher(mixed).logits
-            coefficient = torch.ones_like(coefficient)
-        if config.batchnorm == "update":
-            student_logits = as_outputs(self.student(mixed)).logits
-        else:
-            with statistics_kept(self.student):
-                student_logits = as_outputs(self.student(mixed)).logits
-        return self.interpolation(student_logits, teacher_logits, coefficient)
+        with nullcontext() if config.batchnorm == "update" else statistics_kept(self.student):
+            student = as_outputs(self.student(mixed))
+        if config.labels == "interpolated":
+            return self.interpolation(student.logits, teacher_logits, coefficient)
+        with torch.no_grad():
+            teacher = self.teacher(mixed)
+        if config.step == "own":
+            return self.imitation_loss(self.imitation_terms(student, teacher))
+        return self.interpolation(student.logits, teacher.logits, torch.ones_like(coefficient))
 
     def generator_step(self) -> Terms:
         """One step of the generator towards images on which student and teacher disagree."""

@@ -104,8 +104,10 @@ class _NoWaiting(TorchDispatchMode):
 class TestWhatACaptureNeeds:
     """A captured round is replayed on the same memory, without the host."""
 
-    def test_the_host_never_waits_inside_a_round(self, teacher, config):
-        distiller = make(teacher, config)
+    @pytest.mark.parametrize("step", ["joint", "own"])
+    def test_the_host_never_waits_inside_a_round(self, step, teacher, config):
+        interpolation = replace(config.method.interpolation, step=step, labels="teacher")
+        distiller = make(teacher, replace(config, method=replace(config.method, interpolation=interpolation)))
         with _NoWaiting():
             distiller.engine.run(distiller.round)
 

@@ -382,7 +382,8 @@ BUNDLES = {
         --method.activation.generator_weight 0.1 --method.interpolation.weight 0.3
         --method.interpolation.concentration 0.4 --method.interpolation.coefficient batch
         --method.interpolation.labels teacher --method.interpolation.temperature 2
-        --method.interpolation.batchnorm keep --method.regularizers.batchnorm 0.2 --method.regularizers.one_hot 0.2
+        --method.interpolation.batchnorm keep --method.interpolation.step own
+        --method.regularizers.batchnorm 0.2 --method.regularizers.one_hot 0.2
         --method.regularizers.diversity 1""",
     "optimizers": """--optimizer.backend torch
         --optimizer.student.name adamw --optimizer.student.lr 1e-3 --optimizer.student.betas 0.8 0.9

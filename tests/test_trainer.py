@@ -189,6 +189,32 @@ class TestLosses:
             distiller.interpolation_loss(images, torch.full((16, 4), torch.nan)).detach(), expected
         )
 
+    def test_mixed_images_may_have_a_step_of_their_own(self, teacher, student, config, monkeypatch):
+        interpolation = InterpolationConfig(weight=0.5, labels="teacher", step="own")
+        distiller = Distiller(
+            teacher, student, with_method(config, interpolation=interpolation), image_shape=IMAGE_SHAPE
+        )
+        coefficient, steps = torch.rand(16), []
+        monkeypatch.setattr(distiller, "sample_mixing_coefficient", lambda: coefficient)
+        descend = distiller.engine.descend
+        monkeypatch.setattr(
+            distiller.engine, "descend", lambda loss, optimizer: steps.append(loss.item()) or descend(loss, optimizer)
+        )
+        terms = distiller.student_step()
+        assert len(steps) == 2
+        assert steps[0] == pytest.approx(terms["student/discrepancy"].item() + 0.1 * terms["student/activation"].item())
+        assert steps[1] == pytest.approx(0.5 * terms["student/interpolation"].item())
+
+        images = torch.randn(16, *IMAGE_SHAPE)
+        mixed = functional.mix(images, coefficient)
+        with torch.no_grad():
+            loss = distiller.interpolation_loss(images, torch.full((16, 4), torch.nan))
+            s, t = student(mixed), teacher.eval()(mixed)
+            expected = (s.logits - t.logits).abs().mean() + 0.1 * distiller.activation(
+                distiller.connectors(s.taps), t.taps
+            )
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
     def test_the_student_nears_and_the_generator_widens_the_discrepancy(self, teacher, student, config):
         plain = with_method(config, **WITHOUT_EXTRAS, student_batchnorm="eval")
         distiller = Distiller(teacher, student, plain, image_shape=IMAGE_SHAPE)

@@ -75,8 +75,8 @@ OWN = TrainConfig(
 
 
 def _cifar(name: str, classes: int) -> TrainConfig:
-    """DFQ's recipe (10 student steps a round, 80,000 in all at 256 images), and both regularizers; about 140 PFLOP with
-    ResNet-34 and ResNet-18. The learning rates are DFAD's."""
+    """DFQ's recipe (10 student steps a round, 80,000 in all at 256 images), and both regularizers; 209 PFLOP with
+    ResNet-34 and ResNet-18, as a round's FLOPs are counted. The learning rates are DFAD's."""
     return TrainConfig(
         data=DataConfig(name=name),
         student=StudentConfig(factory="resnet18", kwargs={"num_classes": classes}),

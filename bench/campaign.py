@@ -37,8 +37,7 @@ from dfad.recorder import METRICS
 from dfad.supervised import SupervisedTrainer
 from dfad.teacher import teach
 from dfad.terminal import configure_logging
-from dfad.train import Teacher, build_student, load_teacher
-from dfad.trainer import Distiller
+from dfad.train import Teacher, build_distiller, build_student, load_teacher
 
 PROBE_BATCHES = 30
 """Steps of the teacher that are timed to tell how long an epoch takes."""
@@ -191,7 +190,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
     else:
         config, cost = fitting_rounds(config, teacher, evaluate, command.seconds, scale.looks)
         stopwatch.facts = {"seconds": 0.0, "cost": dataclasses.asdict(cost)}
-    run = distiller(teacher, config, evaluate)
+    run = build_distiller(teacher, build_student(config), config, evaluate)
     result = stopwatch.time(lambda: run.fit(folder, resume=resumable, overwrite=not resumable))
     seconds, measured = stopwatch.facts["seconds"], stopwatch.facts["cost"]
     looks = curve(folder / METRICS, seconds / result.rounds)
@@ -219,7 +218,7 @@ def fitting_rounds(
     config: TrainConfig, teacher: Teacher, evaluate: Evaluator, seconds: float, looks: int
 ) -> tuple[TrainConfig, Estimate]:
     """The configuration with as many rounds as fit the time, at least one for each look; and what a round costs."""
-    probe = distiller(teacher, config, evaluate)
+    probe = build_distiller(teacher, build_student(config), config, evaluate)
     look = min(timed(lambda: evaluate(probe.student)) for _ in range(2))  # the first chooses algorithms
     cost = estimate(probe)
     rounds = max(looks, int((seconds - (looks + 1) * look) / cost.seconds_per_round))
@@ -230,18 +229,6 @@ def fitting_rounds(
         recording=RecordingConfig(log_every=-(-rounds // 60), checkpoint_every=-(-rounds // 2)),
     )
     return fitted, cost
-
-
-def distiller(teacher: Teacher, config: TrainConfig, evaluate: Evaluator) -> Distiller:
-    """The configuration's, with a fresh student."""
-    return Distiller(
-        teacher.network,
-        build_student(config),
-        config,
-        image_shape=teacher.image_shape,
-        normalisation=teacher.normalisation,
-        evaluate=evaluate,
-    )
 
 
 def curve(metrics: Path, seconds_per_round: float) -> list[dict[str, float]]:

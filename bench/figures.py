@@ -87,7 +87,7 @@ def draw_curves(axes: Any, students: list[dict[str, Any]]) -> None:
         axes.axhline(student["teacher_accuracy"], color=color, linewidth=0.8, linestyle="--")
     axes.set(title="Students; dashed, their teachers", xlabel="seconds", ylabel="accuracy on test images")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below, clear of the curves
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below, clear of the curves
 
 
 PANELS = {draw_rounds: round_times, draw_losses: loss_shares, draw_curves: curves}

@@ -118,6 +118,11 @@ class Places:
         return self.state / "kept"
 
     @property
+    def benchmarks(self) -> Path:
+        """Where benchmarks leave their records."""
+        return self.kept / "benchmarks"
+
+    @property
     def work(self) -> Path:
         """What stays: checkpoints."""
         return self.state / "work"
@@ -144,7 +149,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         return Part(name, ("-m", "pytest", "-q", "--junitxml={result}", *more, *arguments), seconds)
 
     def benchmark(name: str, seconds: float, real: str, rehearsed: str) -> Part:
-        more = ("--benchmark-disable-gc", "--record", f"--results={places.kept}")
+        more = ("--benchmark-disable-gc", "--record", f"--results={places.benchmarks}")
         return pytest(name, seconds, real, rehearsed, *more)
 
     def check(what: str, seconds: float) -> Part:
@@ -352,8 +357,7 @@ def _last_words(log: Path) -> str:
 
 def make_record(parts: Sequence[Part], state: State, places: Places, *, small: bool) -> records.Record:
     """Everything that is measured so far."""
-    measured = places.kept / file_name()
-    content = records.load(measured) if measured.exists() else {"benchmarks": []}
+    benchmarks = [row for content in records.load_all(places.benchmarks).values() for row in content["benchmarks"]]
     results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
     told = results["versions"].result if "versions" in results else None
     checks = {name: words for name, words in (told or {}).items() if isinstance(words, str)}
@@ -374,7 +378,7 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
         "students": [result for result in of_networks if "teacher_accuracy" in result],
         "kernels": profiled if isinstance(profiled, list) else [],
         "seconds": sum(outcome.seconds for outcome in results.values()),
-        "benchmarks": content["benchmarks"],
+        "benchmarks": benchmarks,
     }
 
 

@@ -28,8 +28,7 @@ from dfad.recipes import Recipe
 from dfad.recorder import METRICS
 from dfad.teacher import cached_teacher, teach
 from dfad.terminal import configure_logging
-from dfad.train import build_student, load_teacher
-from dfad.trainer import Distiller
+from dfad.train import build_distiller, build_student, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -198,15 +197,7 @@ def run_once(run: Run) -> dict[str, Any]:
 def _distil(config: TrainConfig, folder: Path, *, resume: bool) -> None:
     teacher = load_teacher(config.teacher)
     evaluate = Evaluator(config.data, choose_device(config.device), teacher.normalisation)
-    distiller = Distiller(
-        teacher.network,
-        build_student(config),
-        config,
-        image_shape=teacher.image_shape,
-        normalisation=teacher.normalisation,
-        evaluate=evaluate,
-    )
-    distiller.fit(folder, resume=resume)
+    build_distiller(teacher, build_student(config), config, evaluate).fit(folder, resume=resume)
 
 
 def _train_on_real_data(recipe: Recipe, folder: Path, *, resume: bool) -> None:

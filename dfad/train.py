@@ -64,14 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = load_teacher(config.teacher)
     student = build_student(config)
     evaluate = Evaluator(config.data, device, teacher.normalisation) if config.evaluate else None
-    distiller = Distiller(
-        teacher.network,
-        student,
-        config,
-        image_shape=teacher.image_shape,
-        normalisation=teacher.normalisation,
-        evaluate=evaluate,
-    )
+    distiller = build_distiller(teacher, student, config, evaluate)
     if command.dry_run:
         Console().print(estimate_table(estimate(distiller)))
         return
@@ -129,6 +122,20 @@ def build_student(config: DistillConfig) -> nn.Module:
     if config.student.checkpoint:
         load_weights(student, config.student.checkpoint)
     return student
+
+
+def build_distiller(
+    teacher: Teacher, student: nn.Module, config: DistillConfig, evaluate: Evaluator | None = None
+) -> Distiller:
+    """The distiller of a configuration, told what the teacher's file tells; see there for what it raises."""
+    return Distiller(
+        teacher.network,
+        student,
+        config,
+        image_shape=teacher.image_shape,
+        normalisation=teacher.normalisation,
+        evaluate=evaluate,
+    )
 
 
 def estimate_table(cost: Estimate) -> Table:

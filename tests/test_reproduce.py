@@ -13,6 +13,7 @@ from dfad.errors import ConfigurationError, DfadError
 from dfad.presets import PRESETS
 from dfad.recipes import RECIPES, NetworkConfig
 from dfad.reproduce import judge
+from dfad.trainer import Distiller
 from tests.conftest import with_method
 
 CHANNELS = {"channels": [4, 8, 16]}
@@ -74,14 +75,14 @@ def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, 
 
 def test_what_is_finished_is_only_read(comparison, tmp_path, monkeypatch):
     first = run(tmp_path)
-    monkeypatch.setattr(reproduce, "Distiller", None)  # calling it would fail
+    monkeypatch.setattr(reproduce, "build_distiller", None)  # calling it would fail
     monkeypatch.setattr(reproduce, "teach", None)
     assert run(tmp_path) == first
 
 
 def test_a_stopped_run_goes_on(comparison, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
-    run_round = reproduce.Distiller.run_round
+    run_round = Distiller.run_round
 
     def stopping(self):
         if self.round_index == 3:
@@ -89,7 +90,7 @@ def test_a_stopped_run_goes_on(comparison, tmp_path, monkeypatch):
         return run_round(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce.Distiller, "run_round", stopping)
+        patch.setattr(Distiller, "run_round", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "part")
     assert timeless(run(tmp_path / "part")) == timeless(whole)

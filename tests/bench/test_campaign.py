@@ -119,7 +119,8 @@ def test_as_many_epochs_as_fit(seconds, epochs, data, monkeypatch):
 def test_as_many_rounds_as_fit(seconds, rounds, every, monkeypatch):
     monkeypatch.setattr(campaign, "timed", lambda run: 0.1)
     monkeypatch.setattr(campaign, "estimate", lambda probe: COST)
-    monkeypatch.setattr(campaign, "distiller", lambda *_: None)
+    monkeypatch.setattr(campaign, "build_distiller", lambda *_: None)
+    monkeypatch.setattr(campaign, "build_student", lambda *_: None)
     config, cost = campaign.fitting_rounds(campaign.SCALES["gpu"].base, None, None, seconds, looks=4)
     # half a second for each round, and a tenth for each look and the last
     assert (config.method.rounds, config.selection.every, cost) == (rounds, every, COST)

@@ -1,6 +1,7 @@
 """Small networks and settings that the tests share."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from dfad.config import (
 )
 
 IMAGE_SHAPE = (1, 8, 8)
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, whichever test does that
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each take all cores wait for one another

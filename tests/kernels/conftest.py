@@ -1,12 +1,7 @@
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@
 namespace dfad::DFAD_ISA {
 
 void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale,
-                                      Array saved, int threads);
+                                      int threads);
 void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student,
-                                       Array teacher, double margin, double scale, Array saved,
-                                       int threads);
+                                       Array teacher, double margin, double scale, int threads);
 void interpolated_kl_div_forward(Array loss, Array student, Array teacher, Array mixing_coefficient,
-                                 Indices partner, double temperature, double scale, Array saved, int threads);
+                                 Indices partner, double temperature, double scale, int threads);
 void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient, Array loss_gradient,
                                   Array student, Array teacher, Array mixing_coefficient, Indices partner,
-                                  double temperature, double scale, Array saved, int threads);
+                                  double temperature, double scale, int threads);
 
 }  // namespace dfad::DFAD_ISA

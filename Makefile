@@ -10,7 +10,8 @@ demo: $(VENV)/.core
 	$(BIN)/python -m dfad.train --fused
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/pytest -m alone
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -339,6 +339,7 @@ class TestCommand:
         assert "1 of 1 parts done, 0 failed" in told
 
     @pytest.mark.slow
+    @pytest.mark.alone
     def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
         wanted = ("versions", "losses, eager: plain, float32", "memcheck", "teacher", "student, DFAD")
         everything = gpu.plan

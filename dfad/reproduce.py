@@ -222,10 +222,15 @@ def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Map
     return {
         "teacher_accuracy": teacher_accuracy,
         "test_images": len(evaluate.dataset.test),
-        "settings": cli.to_tree(config),
+        "settings": cli.to_tree(_without_places(config)),
         "arms": arms,
         "claims": [claim for claim in judged if claim is not None],
     }
+
+
+def _without_places(config: TrainConfig) -> TrainConfig:
+    """Settings for a record that others read: where teacher and data lie here is no part of the experiment."""
+    return replace(config, teacher=replace(config.teacher, checkpoint=None), data=replace(config.data, root=None))
 
 
 def _summary(

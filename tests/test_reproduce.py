@@ -52,7 +52,9 @@ def timeless(record: dict) -> dict:
 
 
 def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, tmp_path, capsys):
-    record = run(tmp_path, "--output", str(tmp_path / "results" / "reproduce-tiny.json"))
+    record = run(tmp_path, "--output", str(tmp_path / "results" / "reproduce-tiny.json"), "--root", str(tmp_path))
+    assert record["settings"]["teacher"]["checkpoint"] is record["settings"]["data"]["root"] is None
+    assert str(tmp_path) not in json.dumps(record)
     assert json.loads((tmp_path / "results" / "reproduce-tiny.json").read_text()) == record
     assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(record["arms"]) == [*ARMS, REAL_DATA]

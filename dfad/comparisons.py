@@ -128,6 +128,9 @@ def _shortened(preset: TrainConfig, rounds: int) -> TrainConfig:
 
 
 COMPARISONS = {
+    "demo": Comparison(  # the preset as it stands, at its whole length
+        arms={FULL: PRESETS["digits"]}, teacher="digits", ceiling=None, claims=(Reaches(FULL, share_of_teacher=0.97),)
+    ),
     "digits": Comparison(
         arms=arms(_shortened(PRESETS["digits"], 40)),
         teacher="digits",

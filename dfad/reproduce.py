@@ -47,7 +47,7 @@ class Reproduce:
     """
 
     comparison: Annotated[str, tyro.conf.Positional]
-    """Which: digits, mnist, or cifar10-resnet20, which needs --teacher.checkpoint."""
+    """Which: demo, digits, mnist, or cifar10-resnet20, which needs --teacher."""
 
     seeds: int = 5
     """Seeds 0 to this, less one, of every arm."""

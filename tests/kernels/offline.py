@@ -193,10 +193,7 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
     settings = launch.arguments
     variant = "" if "REVERSED" not in settings else " reversed" if settings["REVERSED"] else " permuted"
     layout = "" if "REVERSED" not in settings else f", C = {settings['classes']}"
-    operator = launch.function.fn.__module__.rpartition(".")[2]
-    name = (
-        f"{operator}: {launch.function.__name__.strip('_').removesuffix('_kernel').replace('_', ' ')}{variant}{layout}"
-    )
+    name = launch.function.__name__.strip("_").removesuffix("_kernel").replace("_", " ") + variant + layout
     if target.startswith("sm"):
         usage = nvidia_usage(compiled.asm["cubin"])
         text = compiled.asm["ptx"]

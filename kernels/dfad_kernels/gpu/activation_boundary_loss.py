@@ -19,7 +19,7 @@ def _violation(s, t, margin):
 
 
 @triton.jit
-def _forward_kernel(
+def _activation_boundary_forward_kernel(
     loss_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _activation_boundary_backward_kernel(
     ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def forward(loss: Tensor, student: Tensor, teacher: Tensor, margin: float, scale
     blocks = triton.cdiv(numel, BLOCK)
     out = loss if loss.ndim else loss.new_empty(blocks)
     settings = {"ELEMENTWISE": loss.ndim > 0, "DTYPE": compute_type(student), "BLOCK": BLOCK}
-    _forward_kernel[(blocks,)](out, student, teacher, numel, margin, scale, **settings)
+    _activation_boundary_forward_kernel[(blocks,)](out, student, teacher, numel, margin, scale, **settings)
     if not loss.ndim:
         torch.sum(out, 0, out=loss).mul_(scale)
 
@@ -78,4 +78,6 @@ def backward(
     numel = student.numel()
     settings = {"ELEMENTWISE": loss_gradient.ndim > 0, "DTYPE": compute_type(student), "BLOCK": BLOCK}
     inputs = (loss_gradient, student, teacher)
-    _backward_kernel[(triton.cdiv(numel, BLOCK),)](student_gradient, *inputs, numel, margin, scale, **settings)
+    _activation_boundary_backward_kernel[(triton.cdiv(numel, BLOCK),)](
+        student_gradient, *inputs, numel, margin, scale, **settings
+    )

@@ -152,7 +152,7 @@ def _centred(q, h):
 
 
 @triton.jit
-def _forward_kernel(
+def _interpolated_kl_forward_kernel(
     loss_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, samples, classes, sites, w_stride,
     temperature: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
@@ -180,7 +180,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _forward_chunked_kernel(
+def _interpolated_kl_forward_chunked_kernel(
     loss_ptr, saved_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, samples, classes, sites, w_stride,
     temperature: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, REVERSED: tl.constexpr, CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
@@ -237,7 +237,7 @@ def _student_gradient(p, label, g, total):
 
 
 @triton.jit
-def _backward_kernel(
+def _interpolated_kl_backward_kernel(
     ds_ptr, dt_ptr, g_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, inverse_ptr, samples, classes, sites, w_stride,
     temperature: tl.float64, scale: tl.float64,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr,
@@ -294,7 +294,7 @@ def _saved(saved_ptr, k: tl.constexpr, row, rows, exists):
 
 
 @triton.jit
-def _backward_chunked_kernel(
+def _interpolated_kl_backward_chunked_kernel(
     ds_ptr, dt_ptr, g_ptr, saved_ptr, s_ptr, t_ptr, w_ptr, partner_ptr, inverse_ptr, samples, classes, sites, w_stride,
     temperature: tl.float64, scale: tl.float64,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr,
@@ -412,9 +412,11 @@ def forward(
     settings |= {"temperature": temperature, "scale": scale, "ELEMENTWISE": loss.ndim > 0}
     out = loss if loss.ndim else loss.new_empty(programs)
     if saved.numel():
-        _forward_chunked_kernel[(programs,)](out, saved, student, teacher, mixing_coefficient, partner, **settings)
+        _interpolated_kl_forward_chunked_kernel[(programs,)](
+            out, saved, student, teacher, mixing_coefficient, partner, **settings
+        )
     else:
-        _forward_kernel[(programs,)](out, student, teacher, mixing_coefficient, partner, **settings)
+        _interpolated_kl_forward_kernel[(programs,)](out, student, teacher, mixing_coefficient, partner, **settings)
     if not loss.ndim:
         torch.sum(out, 0, out=loss).mul_(scale * temperature**2)
 
@@ -446,6 +448,6 @@ def backward(
     gradients = (student_gradient, teacher_gradient, loss_gradient)
     inputs = (student, teacher, mixing_coefficient, partner, inverse)
     if saved.numel():
-        _backward_chunked_kernel[(programs,)](*gradients, saved, *inputs, **settings)
+        _interpolated_kl_backward_chunked_kernel[(programs,)](*gradients, saved, *inputs, **settings)
     else:
-        _backward_kernel[(programs,)](*gradients, *inputs, **settings)
+        _interpolated_kl_backward_kernel[(programs,)](*gradients, *inputs, **settings)

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import mmap
 import os
 import pkgutil
 import subprocess
@@ -369,6 +370,28 @@ def test_many_classes(implementation: Implementation, generator: Generator) -> N
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
     for gradient, exact in zip(gradients, wanted, strict=True):
         assert (gradient - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    """Only the last row differs: a 32-bit offset would miss it. Nothing but its pages is memory of its own."""
+
+    def zeros(*shape: int) -> Tensor:
+        pages = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # the system's one huge page of zeros
+        return torch.frombuffer(pages, dtype=torch.bfloat16).view(shape)
+
+    classes = 1 << 15
+    rows = (1 << 31) // classes + 2
+    student, teacher = zeros(rows, classes), zeros(rows, classes)
+    student[-1, -3:] = 1000.0
+
+    violations = activation_boundary_loss(student, teacher, reduction="sum")
+    assert violations.item() == pytest.approx(student.numel() + 3 * (1001**2 - 1), rel=1e-7)
+
+    divergence = interpolated_kl_div(student, teacher, 1.0, reduction="sum")
+    last = student[-1].double()
+    assert divergence.item() == pytest.approx((last.logsumexp(0) - last.mean()).item() - math.log(classes), rel=1e-5)
 
 
 @each_implementation

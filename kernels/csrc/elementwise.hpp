@@ -46,7 +46,7 @@ void elementwise_forward(Array loss, Array student, Array teacher, double scale,
                     sums[0] += lane_numbers<V>() < static_cast<scalar_t<T>>(end - i) ? value : V{};
                 else store(out + i, factor * value, end - i);
             }
-            partial[block] = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            partial[block] = fold((sums[0] + sums[1]) + (sums[2] + sums[3]), [](auto a, auto b) { return a + b; });
         });
         if (out != nullptr) return;
         double total = 0;

@@ -8,12 +8,12 @@
 namespace dfad::DFAD_ISA {
 
 void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale,
-                                      int threads) {
+                                      Array, int threads) {
     elementwise_forward<ActivationBoundary>(loss, student, teacher, scale, threads, margin);
 }
 
 void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student,
-                                       Array teacher, double margin, double scale, int threads) {
+                                       Array teacher, double margin, double scale, Array, int threads) {
     elementwise_backward<ActivationBoundary>(student_gradient, loss_gradient, student, teacher, scale,
                                              threads, margin);
 }

@@ -4,13 +4,14 @@
 namespace dfad::DFAD_ISA {
 
 void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale,
-                                      int threads);
+                                      Array saved, int threads);
 void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student,
-                                       Array teacher, double margin, double scale, int threads);
+                                       Array teacher, double margin, double scale, Array saved,
+                                       int threads);
 void interpolated_kl_div_forward(Array loss, Array student, Array teacher, Array mixing_coefficient,
-                                 Indices partner, double temperature, double scale, int threads);
+                                 Indices partner, double temperature, double scale, Array saved, int threads);
 void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient, Array loss_gradient,
                                   Array student, Array teacher, Array mixing_coefficient, Indices partner,
-                                  double temperature, double scale, int threads);
+                                  double temperature, double scale, Array saved, int threads);
 
 }  // namespace dfad::DFAD_ISA

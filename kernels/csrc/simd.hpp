@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -95,6 +96,19 @@ inline words load_halfwords(const void* p) {
 
 inline floats load(const bfloat16* p) { return bit_cast<floats>(load_halfwords(p) << 16); }
 
+#if defined(__AVX512F__)
+inline floats load(const float16* p) {
+    __m256i h;
+    std::memcpy(&h, p, sizeof h);
+    return _mm512_cvtph_ps(h);
+}
+#elif defined(__F16C__)
+inline floats load(const float16* p) {
+    __m128i h;
+    std::memcpy(&h, p, sizeof h);
+    return _mm256_cvtph_ps(h);
+}
+#else
 inline floats load(const float16* p) {
     const words h = load_halfwords(p);
     const words magnitude = (h & 0x7fff) << 13;
@@ -104,6 +118,7 @@ inline floats load(const float16* p) {
     bits = magnitude >= (0x7c00u << 13) ? rebiased + (112u << 23) : bits;
     return bit_cast<floats>(bits | (h & 0x8000) << 16);
 }
+#endif
 
 inline void store(float* p, floats v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, doubles v) { std::memcpy(p, &v, sizeof v); }
@@ -120,6 +135,17 @@ inline void store(bfloat16* p, floats v) {
     store_halfwords(p, (v == v ? rounded : bits | 0x400000) >> 16);
 }
 
+#if defined(__AVX512F__)
+inline void store(float16* p, floats v) {
+    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &h, sizeof h);
+}
+#elif defined(__F16C__)
+inline void store(float16* p, floats v) {
+    const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &h, sizeof h);
+}
+#else
 inline void store(float16* p, floats v) {
     const words bits = bit_cast<words>(v);
     const words magnitude = bits & 0x7fffffff;
@@ -131,6 +157,7 @@ inline void store(float16* p, floats v) {
     h = magnitude > 0x7f800000 ? words{} + 0x7e00 : h;
     store_halfwords(p, h | (bits >> 16 & 0x8000));
 }
+#endif
 
 template <class V>
 inline V lane_numbers() {
@@ -139,7 +166,32 @@ inline V lane_numbers() {
     return v;
 }
 
-// The first `count` elements from p on; the lanes after them hold `fill`.
+// The first `count` elements from p on; the lanes after them hold `fill`. Masks spare a detour through memory: rows
+// of few classes consist of little else.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline uint32_t first_lanes(int64_t count) { return count < 16 ? (1u << count) - 1 : 0xffff; }
+
+inline floats load(const float* p, int64_t count, float fill) {
+    return _mm512_mask_loadu_ps(broadcast<floats>(fill), first_lanes(count), p);
+}
+inline doubles load(const double* p, int64_t count, double fill) {
+    return _mm512_mask_loadu_pd(broadcast<doubles>(fill), first_lanes(count), p);
+}
+template <class Halfword>
+inline floats load(const Halfword* p, int64_t count, float fill) {
+    const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    return _mm512_mask_mov_ps(broadcast<floats>(fill), first_lanes(count), load(reinterpret_cast<const Halfword*>(&h)));
+}
+
+inline void store(float* p, floats v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
+inline void store(double* p, doubles v, int64_t count) { _mm512_mask_storeu_pd(p, first_lanes(count), v); }
+template <class Halfword>
+inline void store(Halfword* p, floats v, int64_t count) {
+    __m256i h;
+    store(reinterpret_cast<Halfword*>(&h), v);
+    _mm256_mask_storeu_epi16(p, first_lanes(count), h);
+}
+#else
 template <class Storage>
 inline vector_t<Storage> load(const Storage* p, int64_t count, scalar_t<Storage> fill) {
     using V = vector_t<Storage>;
@@ -158,8 +210,7 @@ inline void store(Storage* p, vector_t<Storage> v, int64_t count) {
     std::memcpy(p, buffer, count * sizeof(Storage));
 }
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-// Of float32 without a detour through memory: rows of few classes consist of little else.
+#if defined(__AVX__)
 inline __m256i first_lanes(int64_t count) {
     return bit_cast<__m256i>(lane_numbers<ints>() < static_cast<int32_t>(count < 8 ? count : 8));
 }
@@ -174,11 +225,7 @@ inline void store(float* p, floats v, int64_t count) {
     _mm256_maskstore_ps(p, first_lanes(count), bit_cast<__m256>(v));
 }
 #endif
-
-template <class V>
-inline V select(decltype(V{} == V{}) condition, V yes, V no) {
-    return condition ? yes : no;
-}
+#endif
 
 // A NaN in `b` is dropped.
 template <class V>
@@ -186,38 +233,75 @@ inline V max(V a, V b) {
     return b > a ? b : a;
 }
 
-template <class V>
-inline auto sum_of_lanes(V v) {
-    double total = 0;
-    for (int i = 0; i < lanes<V>; ++i) total += v[i];
-    return total;
+template <int from, class V, int... lane>
+inline auto part(V v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, from + lane...);
 }
 
-template <class V>
-inline auto max_of_lanes(V v) {
-    auto largest = v[0];
-    for (int i = 1; i < lanes<V>; ++i) largest = v[i] > largest ? v[i] : largest;
-    return largest;
+// All lanes combined into one, pairwise.
+template <class V, class F>
+inline auto fold(V v, F combine) {
+    constexpr int half = lanes<V> / 2;
+    const auto low = part<0>(v, std::make_integer_sequence<int, half>());
+    const auto high = part<half>(v, std::make_integer_sequence<int, half>());
+    if constexpr (sizeof low >= 16) return fold(combine(low, high), combine);
+    else if constexpr (half == 1) return combine(v[0], v[1]);
+    else return combine(combine(v[0], v[1]), combine(v[2], v[3]));
 }
 
-// e^x for x ≤ 88. x = n ln 2 + r, |r| ≤ ln 2 / 2; e^r by a minimax polynomial of relative error 3e-9. What
-// underflows float32's normal numbers is 0; NaN stays NaN.
-inline floats exp(floats x) {
-    const floats shifted = x * 1.44269504f + 0x1.8p23f;  // rounds to an integer, left in the low bits
-    const floats n = shifted - 0x1.8p23f;
-    const floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    floats p = 0.00138145985f * r + 0.00836871689f;
-    p = p * r + 0.041668388f;
-    p = p * r + 0.166665206f;
-    p = p * r + 0.499999934f;
-    p = p * (r * r) + r + 1.0f;
+// 2^x for x ≤ 127. x = n + f; 2^f by a minimax polynomial of relative error 2e-9. What underflows float32's normal
+// numbers is 0; NaN stays NaN.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+inline floats exp2(floats x) {
+    const floats f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    floats p = 0.000217022555f * f + 0.00124396877f;
+    p = p * f + 0.009678841f;
+    p = p * f + 0.0554833420f;
+    p = p * f + 0.240229836f;
+    p = p * f + 0.693146984f;
+    p = p * f + 1.0f;
+    // without the mask a subnormal result would cost forty times as much as a normal one
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<floats>(-126), _CMP_NLT_UQ), p, x);
+}
+#else
+inline floats exp2(floats x) {
+    const floats shifted = x + 0x1.8p23f;  // rounds to an integer, left in the low bits
+    const floats f = x - (shifted - 0x1.8p23f);
+    floats p = 0.000153458120f * f + 0.00133999312f;
+    p = p * f + 0.00961848896f;
+    p = p * f + 0.0555032878f;
+    p = p * f + 0.240226469f;
+    p = p * f + 0.693147206f;
+    p = p * f + 1.0f;
     const words scale = (bit_cast<words>(shifted) + 127) << 23;
-    return x < -87.3365448f ? floats{} : p * bit_cast<floats>(scale);
+    return x < -126 ? floats{} : p * bit_cast<floats>(scale);
 }
+#endif
 
-// ln x for normal x > 0. x = 2^n (1 + f), √½ ≤ 1 + f < √2; ln(1 + f) by a minimax polynomial of relative
-// error 6e-9. NaN stays NaN; zero and subnormal numbers give a finite number below -87.
-inline floats log(floats x) {
+// log2 x for normal x > 0, with an absolute error of a few units in the last place of 1 or of the result. NaN stays
+// NaN; zero and subnormal numbers give a finite number, about -126 in float32.
+#if defined(__AVX512F__)
+// x = 2^n m; m = c (1 + r) with one of sixteen c, |r| ≤ 1/32; log2(1 + r) by a minimax polynomial of error 7e-10.
+inline floats log2(floats x) {
+    alignas(64) static constexpr float inverse_c[16] = {
+        0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+        0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+    alignas(64) static constexpr float log2_c[16] = {
+        0.0443940764f, 0.129283009f, 0.209453331f, 0.2854022f, 0.357552058f, 0.42626476f, 0.491853061f, 0.554588897f,
+        0.614709874f, 0.672425291f, 0.727920433f, 0.781359759f, 0.832890003f, 0.882643047f, 0.930737418f, 0.97727984f};
+    x = _mm512_max_ps(broadcast<floats>(0x1p-126), x);
+    const __m512i c = bit_cast<__m512i>(bit_cast<words>(x) >> 19);
+    const floats n = _mm512_getexp_ps(x);
+    const floats m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const floats r = m * _mm512_permutexvar_ps(c, load(inverse_c)) - 1.0f;
+    floats p = -0.361086488f * r + 0.481269844f;
+    p = p * r - 0.721347352f;
+    p = p * r + 1.44269495f;
+    return n + (p * r + _mm512_permutexvar_ps(c, load(log2_c)));
+}
+#else
+// x = 2^n (1 + f), √½ ≤ 1 + f < √2; ln(1 + f) by a minimax polynomial of relative error 6e-9.
+inline floats log2(floats x) {
     const words bits = bit_cast<words>(x) - bit_cast<uint32_t>(0.707106781f);
     const floats n = __builtin_convertvector(bit_cast<ints>(bits) >> 23, floats);
     const floats f = bit_cast<floats>((bits & 0x7fffff) + bit_cast<uint32_t>(0.707106781f)) - 1.0f;
@@ -229,17 +313,18 @@ inline floats log(floats x) {
     p = p * f - 0.25000821f;
     p = p * f + 0.333333317f;
     const floats f2 = f * f;
-    const floats y = n * 0.693145752f + (f + (n * 1.42860677e-6f + (p * (f2 * f) - 0.5f * f2)));
+    const floats y = (f + (p * (f2 * f) - 0.5f * f2)) * 1.44269504f + n;
     return x == x ? y : x;
 }
+#endif
 
-inline doubles exp(doubles x) {
-    for (int i = 0; i < lanes<doubles>; ++i) x[i] = std::exp(x[i]);
+inline doubles exp2(doubles x) {
+    for (int i = 0; i < lanes<doubles>; ++i) x[i] = std::exp2(x[i]);
     return x;
 }
 
-inline doubles log(doubles x) {
-    for (int i = 0; i < lanes<doubles>; ++i) x[i] = std::log(x[i]);
+inline doubles log2(doubles x) {
+    for (int i = 0; i < lanes<doubles>; ++i) x[i] = std::log2(x[i] < 0x1p-1022 ? 0x1p-1022 : x[i]);
     return x;
 }
 

@@ -71,10 +71,15 @@ def _check_partner(partner: Tensor, logits: Tensor) -> None:
 
 
 def _statistics(kernels: str, student_logits: Tensor) -> tuple[int, ...]:
-    """Six numbers of each row that the Triton kernels walk in chunks; what fits is cheaper to find out again."""
+    """What is kept of each row, a site of a sample.
+
+    The C++ kernels keep four numbers: largest logit and inverse of the softmax's denominator, of student and teacher.
+    The Triton kernels keep six of rows that they walk in chunks; what fits is cheaper to find out again.
+    """
     samples, classes, *sites = student_logits.shape
-    chunked = kernels == "triton" and classes > RESIDENT_CLASSES
-    return (6, samples * math.prod(sites)) if chunked else (0,)
+    if kernels == "triton" and classes <= RESIDENT_CLASSES:
+        return (0,)
+    return (6 if kernels == "triton" else 4, samples * math.prod(sites))
 
 
 @fused_loss(prepare=_prepare, differentiable=2, view=rows_classes_sites, saved=_statistics)

@@ -238,8 +238,8 @@ def load_kernels(kernels: str, operator: str) -> Kernels:
     forward, backward = getattr(module, f"{operator}_forward"), getattr(module, f"{operator}_backward")
     threads = torch.get_num_threads
     return Kernels(
-        lambda *arguments, saved: forward(*arguments, threads()),
-        lambda *arguments, saved: backward(*arguments, threads()),
+        lambda *arguments, saved: forward(*arguments, saved, threads()),
+        lambda *arguments, saved: backward(*arguments, saved, threads()),
     )
 
 

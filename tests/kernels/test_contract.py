@@ -335,8 +335,9 @@ def test_coefficients_of_zero_and_one_choose_a_label(implementation: Implementat
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_implementation
-def test_extreme_logits(implementation: Implementation) -> None:
+def test_extreme_logits(implementation: Implementation, dtype: torch.dtype) -> None:
     case = CASES[1]
     inf = math.inf
     options = {"mixing_coefficient": 0.5, "partner": torch.arange(1), "reduction": "sum"}
@@ -350,9 +351,9 @@ def test_extreme_logits(implementation: Implementation) -> None:
         ([1.0, math.nan, 1.0], [1.0, 2.0, 3.0], math.nan),
         ([1.0, 2.0, 3.0], [1.0, math.nan, 1.0], math.nan),
     ):
-        pair = [torch.tensor([x]) for x in (student, teacher)]
+        pair = [torch.tensor([x], dtype=dtype) for x in (student, teacher)]
         loss, gradients = implementation(case, pair, options, torch.ones_like)
-        torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
+        torch.testing.assert_close(loss, torch.tensor(expected, dtype=dtype), equal_nan=True)
         if math.isfinite(expected):
             assert all(gradient.isfinite().all() for gradient in gradients)
         elif math.isnan(expected):

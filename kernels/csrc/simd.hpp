@@ -249,17 +249,21 @@ inline auto fold(V v, F combine) {
     else return combine(combine(v[0], v[1]), combine(v[2], v[3]));
 }
 
+// By its coefficients from the highest power to the lowest.
+template <class... Rest>
+inline floats polynomial(floats x, float highest, Rest... rest) {
+    floats p = broadcast<floats>(highest);
+    ((p = p * x + rest), ...);
+    return p;
+}
+
 // 2^x for x ≤ 127. x = n + f; 2^f by a minimax polynomial of relative error 2e-9. What underflows float32's normal
 // numbers is 0; NaN stays NaN.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline floats exp2(floats x) {
     const floats f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    floats p = 0.000217022555f * f + 0.00124396877f;
-    p = p * f + 0.009678841f;
-    p = p * f + 0.0554833420f;
-    p = p * f + 0.240229836f;
-    p = p * f + 0.693146984f;
-    p = p * f + 1.0f;
+    const floats p = polynomial(f, 0.000217022555f, 0.00124396877f, 0.009678841f, 0.0554833420f, 0.240229836f,
+                                0.693146984f, 1.0f);
     // without the mask a subnormal result would cost forty times as much as a normal one
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<floats>(-126), _CMP_NLT_UQ), p, x);
 }
@@ -267,12 +271,8 @@ inline floats exp2(floats x) {
 inline floats exp2(floats x) {
     const floats shifted = x + 0x1.8p23f;  // rounds to an integer, left in the low bits
     const floats f = x - (shifted - 0x1.8p23f);
-    floats p = 0.000153458120f * f + 0.00133999312f;
-    p = p * f + 0.00961848896f;
-    p = p * f + 0.0555032878f;
-    p = p * f + 0.240226469f;
-    p = p * f + 0.693147206f;
-    p = p * f + 1.0f;
+    const floats p = polynomial(f, 0.000153458120f, 0.00133999312f, 0.00961848896f, 0.0555032878f, 0.240226469f,
+                                0.693147206f, 1.0f);
     const words scale = (bit_cast<words>(shifted) + 127) << 23;
     return x < -126 ? floats{} : p * bit_cast<floats>(scale);
 }
@@ -294,9 +294,7 @@ inline floats log2(floats x) {
     const floats n = _mm512_getexp_ps(x);
     const floats m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
     const floats r = m * _mm512_permutexvar_ps(c, load(inverse_c)) - 1.0f;
-    floats p = -0.361086488f * r + 0.481269844f;
-    p = p * r - 0.721347352f;
-    p = p * r + 1.44269495f;
+    const floats p = polynomial(r, -0.361086488f, 0.481269844f, -0.721347352f, 1.44269495f);
     return n + (p * r + _mm512_permutexvar_ps(c, load(log2_c)));
 }
 #else
@@ -305,13 +303,8 @@ inline floats log2(floats x) {
     const words bits = bit_cast<words>(x) - bit_cast<uint32_t>(0.707106781f);
     const floats n = __builtin_convertvector(bit_cast<ints>(bits) >> 23, floats);
     const floats f = bit_cast<floats>((bits & 0x7fffff) + bit_cast<uint32_t>(0.707106781f)) - 1.0f;
-    floats p = -0.0763449653f * f + 0.12761577f;
-    p = p * f - 0.131601824f;
-    p = p * f + 0.14201758f;
-    p = p * f - 0.166233573f;
-    p = p * f + 0.200012269f;
-    p = p * f - 0.25000821f;
-    p = p * f + 0.333333317f;
+    const floats p = polynomial(f, -0.0763449653f, 0.12761577f, -0.131601824f, 0.14201758f, -0.166233573f,
+                                0.200012269f, -0.25000821f, 0.333333317f);
     const floats f2 = f * f;
     const floats y = (f + (p * (f2 * f) - 0.5f * f2)) * 1.44269504f + n;
     return x == x ? y : x;

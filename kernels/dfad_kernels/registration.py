@@ -65,7 +65,7 @@ class FusedLoss(Generic[P]):
         self.__name__: str = equation.__name__
         self._equation = equation
         self.prepare = prepare
-        self._differentiable = differentiable
+        self.differentiable = differentiable
         self._view = view
         self._saved = saved
         self._register()
@@ -175,9 +175,9 @@ class FusedLoss(Generic[P]):
         saved, *rest = ctx.saved_tensors
         tensors = iter(rest)
         arguments = [next(tensors) if is_tensor else x for is_tensor, x in ctx.arguments]
-        needed = list(ctx.needs_input_grad[: self._differentiable])
+        needed = list(ctx.needs_input_grad[: self.differentiable])
         gradients = iter(self._backward_operator(loss_gradient, saved, needed, *arguments))
-        without = [None] * (len(arguments) - self._differentiable)
+        without = [None] * (len(arguments) - self.differentiable)
         return (*(next(gradients) if need else None for need in needed), *without)
 
     def _refuse_vmap(self, *_: Any) -> None:

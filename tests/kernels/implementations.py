@@ -33,14 +33,15 @@ def operator(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
     return differentiate(case.op, case, pair, settings, upstream)
 
 
-def kernels(name: str) -> Implementation:
+def kernels(kernels_name: str) -> Implementation:
     """The kernels of that name without the dispatcher, which would send an interpreted kernel's CPU tensors to C++."""
 
     def run(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
         op = case.op
         arguments = op.prepare(*pair, **settings)
-        loss, saved = op.run_forward(name, *arguments)
-        return loss, op.run_backward(name, upstream(loss), saved, [True] * len(case.gradients), *arguments)
+        needed = [name in case.gradients for name in ("student", "teacher")][: op.differentiable]
+        loss, saved = op.run_forward(kernels_name, *arguments)
+        return loss, op.run_backward(kernels_name, upstream(loss), saved, needed, *arguments)
 
     return run
 

@@ -120,14 +120,16 @@ def all_launches(dtype: torch.dtype) -> list[Launch]:
         weights = torch.empty(shape[0], device="meta")
         partner = torch.empty(shape[0], dtype=torch.int64, device="meta")
         for options in ({"partner": None}, {"partner": partner})[: 2 if dtype == torch.float32 else 1]:
-            launches += launches_of(
-                interpolated_kl_div,
-                interpolated_kl_div_module,
-                (logits, logits),
-                [True, True],
-                mixing_coefficient=weights,
-                **options,
-            )
+            for needed in ([True, True], [True, False]):
+                passes = launches_of(
+                    interpolated_kl_div,
+                    interpolated_kl_div_module,
+                    (logits, logits),
+                    needed,
+                    mixing_coefficient=weights,
+                    **options,
+                )
+                launches += passes if all(needed) else passes[1:]
     return launches
 
 
@@ -171,6 +173,8 @@ def tensors_read(launch: Launch) -> int:
         return 2
     if "forward" in name:
         return 6 if "chunked" in name else 3
+    if not settings["TEACHER"]:
+        return 3
     return 4 if settings["REVERSED"] else 5
 
 
@@ -192,6 +196,8 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
     compiled = triton.compile(source_of(launch), target=TARGETS[target], options=launch.options)
     settings = launch.arguments
     variant = "" if "REVERSED" not in settings else " reversed" if settings["REVERSED"] else " permuted"
+    if not settings.get("TEACHER", True):
+        variant += ", student alone"
     layout = "" if "REVERSED" not in settings else f", C = {settings['classes']}"
     name = launch.function.__name__.strip("_").removesuffix("_kernel").replace("_", " ") + variant + layout
     if target.startswith("sm"):

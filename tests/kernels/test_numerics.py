@@ -1,6 +1,7 @@
 """Values and gradients against the equation in float64."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from dfad_kernels.checks import REDUCTIONS
-from dfad_kernels.registration import compute_dtype
+from dfad_kernels.registration import compute_dtype, instruction_sets
 from dfad_kernels.testing import CASES, LOSS_TOLERANCE, TOLERANCE, OpCase, Settings, relative_error, upstream_like
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation
@@ -19,6 +20,14 @@ from tests.kernels.tables import document
 DTYPES = list(TOLERANCE)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_choice_of_gradients = pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        *(replace(case, gradients=(name,)) for case in CASES if len(case.gradients) > 1 for name in case.gradients),
+    ],
+    ids=lambda case: f"{case.name}-{'-'.join(case.gradients)}",
+)
 each_implementation = pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 
 
@@ -89,7 +98,7 @@ def _floor(case: OpCase, options: Settings, upstream: float, student: Tensor, po
 
 @each_implementation
 @each_dtype
-@each_case
+@each_choice_of_gradients
 def test_matches_the_equation(case: OpCase, dtype: torch.dtype, implementation: Implementation) -> None:
     generator = Generator().manual_seed(1)
     # reductions differ in a factor that is given to all kernels alike, and interpreting them is slow
@@ -99,6 +108,17 @@ def test_matches_the_equation(case: OpCase, dtype: torch.dtype, implementation: 
             check(
                 implementation, case, case.pair(shape, dtype, generator), {**options, "reduction": reduction}, generator
             )
+
+
+@pytest.mark.parametrize("level", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_choice_of_gradients
+def test_gradients_too_large_for_a_cache(case: OpCase, dtype: torch.dtype, level: str, generator: Generator) -> None:
+    """They are written past it."""
+    rows = 2 * 4 // dtype.itemsize
+    for shape in ((rows, 21, 224, 256), (550 * rows, 2048)):
+        options = {**case.settings(shape[0], generator)[0], "reduction": "mean"}
+        check(implementations.kernels(f"cpp.{level}"), case, case.pair(shape, dtype, generator), options, generator)
 
 
 def _contiguous(x: Tensor) -> Tensor:

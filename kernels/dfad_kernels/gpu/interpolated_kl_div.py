@@ -305,32 +305,34 @@ def _interpolated_kl_backward_chunked_kernel(
     factor = tl.full((), scale * temperature, DTYPE)
     sample, site, inside = _rows(samples, sites, REVERSED, ROWS)
     other, exists = _partner(partner_ptr, sample, inside, samples, REVERSED)
-    source, source_exists = _inverse(inverse_ptr, partner_ptr, sample, inside, samples, REVERSED)
     w = tl.load(w_ptr + sample * w_stride, mask=inside, other=0.0)[:, None]
-    w_source = tl.load(w_ptr + source * w_stride, mask=inside, other=0.0)[:, None]
     rows = samples.to(tl.int64) * sites
     row = sample * sites + site
     row_other = other * sites + site
-    row_source = source * sites + site
     top_s = _saved(saved_ptr, 0, row, rows, inside)
     log_total_s = _saved(saved_ptr, 1, row, rows, inside)
     top_t = _saved(saved_ptr, 2, row, rows, inside)
     log_total_t = _saved(saved_ptr, 3, row, rows, inside)
     top_u = _saved(saved_ptr, 2, row_other, rows, exists)
     log_total_u = _saved(saved_ptr, 3, row_other, rows, exists)
-    top_s_source = _saved(saved_ptr, 0, row_source, rows, source_exists)
-    log_total_s_source = _saved(saved_ptr, 1, row_source, rows, source_exists)
-    if not REVERSED:
-        top_t_source = _saved(saved_ptr, 2, row_source, rows, source_exists)
-        log_total_t_source = _saved(saved_ptr, 3, row_source, rows, source_exists)
     total = tl.full((ROWS, 1), 1, DTYPE)
-    own_mean = _saved(saved_ptr, 4, row, rows, inside)
-    partner_mean = _saved(saved_ptr, 5, row_source, rows, source_exists)
+    if TEACHER:
+        source, source_exists = _inverse(inverse_ptr, partner_ptr, sample, inside, samples, REVERSED)
+        w_source = tl.load(w_ptr + source * w_stride, mask=inside, other=0.0)[:, None]
+        row_source = source * sites + site
+        top_s_source = _saved(saved_ptr, 0, row_source, rows, source_exists)
+        log_total_s_source = _saved(saved_ptr, 1, row_source, rows, source_exists)
+        if not REVERSED:
+            top_t_source = _saved(saved_ptr, 2, row_source, rows, source_exists)
+            log_total_t_source = _saved(saved_ptr, 3, row_source, rows, source_exists)
+        own_mean = _saved(saved_ptr, 4, row, rows, inside)
+        partner_mean = _saved(saved_ptr, 5, row_source, rows, source_exists)
     walks: tl.constexpr = 2 if ELEMENTWISE else 1  # with a gradient for each term the sums are not known beforehand
     if ELEMENTWISE:
         total = tl.zeros((ROWS, 1), DTYPE)
-        own_mean = tl.zeros((ROWS, 1), DTYPE)
-        partner_mean = tl.zeros((ROWS, 1), DTYPE)
+        if TEACHER:
+            own_mean = tl.zeros((ROWS, 1), DTYPE)
+            partner_mean = tl.zeros((ROWS, 1), DTYPE)
     else:
         factor *= tl.load(g_ptr)
     for walk in tl.static_range(walks):

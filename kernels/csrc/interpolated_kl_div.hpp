@@ -18,10 +18,10 @@ constexpr double ln2 = 0.693147180559945309417;
 // one site, or over neighbouring sites of one class. A unit is what the kernels hold at once: all classes of
 // one site, or of as many sites as a step has lanes. It is `steps` times `width` vectors, in either case side by
 // side in memory.
-template <class T, bool over_classes>
+template <class T, bool over_classes, int vectors = 4>
 struct Layout {
     using V = vector_t<T>;
-    static constexpr int width = 4;
+    static constexpr int width = vectors;
     static constexpr int64_t step_lanes = width * lanes<V>;
     static constexpr int64_t unit_sites = over_classes ? 1 : step_lanes;
 
@@ -88,10 +88,13 @@ struct Layout {
     template <class F>
     static PerSite reduce(const V (&parts)[width], F&& combine) {
         PerSite result;
-        if (over_classes)
-            result[0] = V{} + fold(combine(combine(parts[0], parts[1]), combine(parts[2], parts[3])), combine);
-        else
+        if (over_classes) {
+            V all = parts[0];
+            for (int k = 1; k < width; ++k) all = combine(all, parts[k]);
+            result[0] = V{} + fold(all, combine);
+        } else {
             for (int k = 0; k < width; ++k) result[k] = parts[k];
+        }
         return result;
     }
 
@@ -110,6 +113,7 @@ struct Layout {
     struct View {
         S* data;
         int64_t stride;
+        bool streamed;
 
         template <bool whole>
         V read(Place<whole> at, scalar_t<S> fill) const {
@@ -120,8 +124,9 @@ struct Layout {
         }
         template <bool whole>
         void write(Place<whole> at, V value) const {
-            if (whole) store(address(at), value);
-            else store(address(at), value, at.count);
+            if (!whole) store(address(at), value, at.count);
+            else if (streamed) stream(address(at), value);
+            else store(address(at), value);
         }
 
     private:
@@ -132,8 +137,9 @@ struct Layout {
     };
     template <class S>
     View<S> view(const Array& a, int64_t row, int64_t unit) const {
-        return {static_cast<S*>(a.data) + row * a.stride[0] + unit * unit_sites * a.stride[2],
-                over_classes ? step_lanes : a.stride[1]};
+        S* data = static_cast<S*>(a.data) + row * a.stride[0] + unit * unit_sites * a.stride[2];
+        const int64_t stride = over_classes ? step_lanes : a.stride[1];
+        return {data, stride, is_streamed(a.size() * sizeof(S)) && is_aligned(data) && is_aligned(data + stride)};
     }
 
     // Statistic number `which` of a unit, in an array of shape (statistics, rows · sites).
@@ -284,6 +290,7 @@ struct InterpolatedKlDiv {
                          const int64_t end = (task + 1) * task_units() < total ? (task + 1) * task_units() : total;
                          for (int64_t i = task * task_units(); i < end; ++i)
                              work(i / layout.units, i % layout.units, slots.data(), task);
+                         finish_streaming();
                      });
     }
     int64_t tasks(int64_t pairs) const {
@@ -295,7 +302,7 @@ private:
     int first_statistic(const Array& a) const { return &a == &teacher ? 2 : 0; }
 
     int64_t task_units() const {
-        constexpr int64_t task_elements = 1 << 14;
+        constexpr int64_t task_elements = 1 << 16;  // of neighbours that share a page, two threads would fault on it
         const int64_t units = task_elements / (layout.size() * lanes<V>);
         return units > 1 ? units : 1;
     }
@@ -311,8 +318,9 @@ void with_problem(const Array& student, const Array& teacher, const Array& mixin
             f(InterpolatedKlDiv<decltype(layout), T>{layout, student, teacher, mixing_coefficient, saved,
                                                      broadcast<vector_t<T>>(1 / (ln2 * temperature))});
         };
-        if (student.stride[1] == 1) call(Layout<T, true>(student));
-        else call(Layout<T, false>(student));
+        if (student.stride[1] != 1) call(Layout<T, false>(student));
+        else if (student.shape[1] > 4 * lanes<vector_t<T>>) call(Layout<T, true>(student));
+        else call(Layout<T, true, 1>(student));  // a loop over so few vectors would cost more than they do
     });
 }
 

@@ -63,6 +63,9 @@ template <class Storage>
 using vector_t = typename compute<Storage>::vector;
 template <class V>
 constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+// What a vector takes in memory.
+template <class Storage>
+constexpr int stored_bytes = lanes<vector_t<Storage>> * sizeof(Storage);
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -94,7 +97,16 @@ inline words load_halfwords(const void* p) {
     return __builtin_convertvector(h, words);
 }
 
+#if defined(__AVX512BW__)
+inline floats load(const bfloat16* p) {
+    alignas(64) static constexpr uint16_t places[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                        0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    const __m512i h = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return bit_cast<floats>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(places), h));
+}
+#else
 inline floats load(const bfloat16* p) { return bit_cast<floats>(load_halfwords(p) << 16); }
+#endif
 
 #if defined(__AVX512F__)
 inline floats load(const float16* p) {
@@ -128,11 +140,21 @@ inline void store_halfwords(void* p, words w) {
     std::memcpy(p, &h, sizeof h);
 }
 
+inline void store_high_halfwords(void* p, words w) {
+#if defined(__AVX512BW__)
+    alignas(64) static constexpr uint16_t high[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const __m512i packed = _mm512_permutexvar_epi16(_mm512_load_si512(high), bit_cast<__m512i>(w));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_castsi512_si256(packed));
+#else
+    store_halfwords(p, w >> 16);
+#endif
+}
+
 // Both roundings are to nearest, ties to even.
 inline void store(bfloat16* p, floats v) {
     const words bits = bit_cast<words>(v);
     const words rounded = bits + 0x7fff + (bits >> 16 & 1);
-    store_halfwords(p, (v == v ? rounded : bits | 0x400000) >> 16);
+    store_high_halfwords(p, v == v ? rounded : bits | 0x400000);
 }
 
 #if defined(__AVX512F__)
@@ -226,6 +248,43 @@ inline void store(float* p, floats v, int64_t count) {
 }
 #endif
 #endif
+
+// Whether so many bytes are better written past the caches: a line need not be read before it is written, and what
+// is in the caches stays there. Less than this is likely to be found there by who reads it next.
+inline bool is_streamed(int64_t bytes) { return bytes >= 1 << 23; }
+
+// A store past the caches; p is aligned as the stored register is. Visible to other threads after finish_streaming().
+#if defined(__AVX__)
+inline void stream_register(void* p, vector_of<long long, 16>::type r) {
+    _mm_stream_si128(static_cast<__m128i*>(p), r);
+}
+inline void stream_register(void* p, vector_of<long long, 32>::type r) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), r);
+}
+#if defined(__AVX512F__)
+inline void stream_register(void* p, vector_of<long long, 64>::type r) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), r);
+}
+#endif
+template <class Storage>
+inline void stream(Storage* p, vector_t<Storage> v) {
+    typename vector_of<long long, stored_bytes<Storage>>::type r;
+    store(reinterpret_cast<Storage*>(&r), v);
+    stream_register(p, r);
+}
+inline void finish_streaming() { _mm_sfence(); }
+#else
+template <class Storage>
+inline void stream(Storage* p, vector_t<Storage> v) {
+    store(p, v);
+}
+inline void finish_streaming() {}
+#endif
+
+template <class Storage>
+inline bool is_aligned(const Storage* p) {
+    return reinterpret_cast<uintptr_t>(p) % stored_bytes<Storage> == 0;
+}
 
 // A NaN in `b` is dropped.
 template <class V>

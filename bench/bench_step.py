@@ -1,7 +1,7 @@
 """Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor.
 
-Below them, two choices of how a round is built against their alternatives: mixed images apart from the others, and
-BatchNorm statistics taken before the folding.
+Below them, choices of how a round is built against their alternatives: mixed images apart from the others, BatchNorm
+statistics taken before the folding, BatchNorms computed with what follows them.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bench.floor import Floor
@@ -16,6 +17,7 @@ from bench.rounds import CASES, Case, contenders
 from dfad.config import EngineConfig
 from dfad.estimate import TensorMemory
 from dfad.folding import fold_batchnorm
+from dfad.fusing import FusedBatchNorm
 from dfad.losses import BatchNormStatisticsLoss
 from dfad.models.taps import BatchNormTaps, with_taps
 from dfad.trainer import Distiller
@@ -135,3 +137,41 @@ def test_batchnorm_statistics(case: Case, network: str, benchmark: Any) -> None:
     benchmark.group = f"BatchNorm statistics {case.name}"
     benchmark.extra_info["contender"] = network
     benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="is for CPUs")
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "addition"])
+@pytest.mark.parametrize("contender", ["PyTorch", "torch.compile", "ours"])
+def test_batchnorm_and_what_follows(
+    channels: int, dtype: torch.dtype, residual: bool, contender: str, benchmark: Any
+) -> None:
+    """Forward and backward of a BatchNorm, an addition where there is one, and a ReLU."""
+    shape = (64, channels, 32, 32)
+    features, added, upstream = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
+    )
+    norm = nn.BatchNorm2d(channels)
+    operands = [features.requires_grad_(), added.requires_grad_()] if residual else [features.requires_grad_()]
+
+    def separate(features: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        normalised = norm(features)
+        return F.relu(normalised if added is None else normalised + added)
+
+    torch.compiler.reset()
+    contenders: dict[str, Callable[..., torch.Tensor]] = {
+        "PyTorch": separate,
+        "torch.compile": torch.compile(separate, dynamic=False, fullgraph=True),
+        "ours": FusedBatchNorm(norm, negative_slope=0.0),
+    }
+    compute = contenders[contender]
+    torch.testing.assert_close(compute(*operands), separate(*operands), rtol=0.02, atol=0.02)
+
+    def run() -> None:
+        torch.autograd.grad(compute(*operands), [*operands, *norm.parameters()], upstream)
+
+    name = f"BatchNorm, {'addition, ' if residual else ''}ReLU {'x'.join(map(str, shape))}"
+    benchmark.group = f"{name}, {str(dtype).removeprefix('torch.')}, forward+backward"
+    benchmark.extra_info["contender"] = contender
+    benchmark.pedantic(run, rounds=100, warmup_rounds=5)

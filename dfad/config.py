@@ -294,6 +294,9 @@ class EngineConfig:
     fold_batchnorm: Switch = "auto"
     """The teacher's BatchNorms folded into its convolutions."""
 
+    fuse_batchnorm: Switch = "auto"
+    """Each BatchNorm that learns computed with the addition and the activation behind it."""
+
     merge_upsampling: Switch = "auto"
     """Each upsampling of the generator and the convolution behind it computed at once."""
 

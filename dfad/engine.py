@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.errors import ConfigurationError
+from dfad.fusing import fuse_batchnorm
 from dfad.graph import CapturedRound
 from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
 
@@ -50,6 +51,7 @@ class Engine:
         self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
         self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
         self.compile = self._admit("compile", config.compile)
+        self.fuse_batchnorm = self._admit("fuse_batchnorm", config.fuse_batchnorm, self._check_fuse_batchnorm)
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
@@ -73,6 +75,12 @@ class Engine:
             log.info("Without engine.%s: %s.", name, reason)
             return False
         return True
+
+    def _check_fuse_batchnorm(self) -> None:
+        if self.device.type != "cpu":
+            raise Unavailable(f"its kernels are for CPUs, and the device is {self.device}")
+        if self.compile:
+            raise Unavailable("engine.compile is on, and fuses them in its own way")
 
     def _check_cuda_graph(self) -> None:
         if self.device.type != "cuda":
@@ -114,6 +122,8 @@ class Engine:
         network.to(self.device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
+            fuse_batchnorm(network)
         if self.compile:
             network.compile(dynamic=False)
         return network

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dfad import models
 from dfad.errors import ModelError, nearest
 from dfad.models.taps import Outputs, with_taps
+from dfad.modes import evaluating
 
 IMAGE_SIZES = (32, 28, 64, 224, 8, 16, 96, 128, 299)
 """Heights and widths that a dry forward tries where none is given: the most usual first."""
@@ -215,15 +216,9 @@ def image_shape_of(
 
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
     """What a network returns for two blank images, in eval mode and without a graph; its mode is restored."""
-    modes = {module: module.training for module in network.modules()}
     parameter = next(network.parameters(), torch.empty(0))
-    network.eval()
-    try:
-        with torch.no_grad():
-            outputs = as_outputs(network(torch.zeros(2, *image_shape, device=parameter.device)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(network), torch.no_grad():
+        outputs = as_outputs(network(torch.zeros(2, *image_shape, device=parameter.device)))
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:
         raise ModelError(
             f"For 2 images the network returned logits of shape {tuple(outputs.logits.shape)}; needed is (2, classes)."

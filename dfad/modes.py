@@ -1,7 +1,7 @@
 """How a network behaves for the length of a block; afterwards it is as before."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,17 +20,26 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
+def evaluating(*networks: nn.Module) -> AbstractContextManager[None]:
     """The networks are in eval mode."""
+    return _in_mode(networks, training=False)
+
+
+def training(*networks: nn.Module) -> AbstractContextManager[None]:
+    """The networks are in training mode."""
+    return _in_mode(networks, training=True)
+
+
+@contextmanager
+def _in_mode(networks: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
     modes = {module: module.training for network in networks for module in network.modules()}
     for network in networks:
-        network.eval()
+        network.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, ModelError
 from dfad.folding import fold_batchnorm
 from dfad.frozen import FrozenTeacher
+from dfad.fusing import FusedBatchNorm
 from dfad.loading import dry_forward
 from dfad.trainer import Distiller
 from tests.conftest import IMAGE_SHAPE, with_method
@@ -27,10 +28,11 @@ ALL_OFF = EngineConfig(
     channels_last="off",
     fused_optimizers="off",
     fold_batchnorm="off",
+    fuse_batchnorm="off",
     merge_upsampling="off",
     cuda_graph="off",
 )
-PARTS = ("channels_last", "fused_optimizers", "fold_batchnorm", "merge_upsampling")
+PARTS = ("channels_last", "fused_optimizers", "fold_batchnorm", "fuse_batchnorm", "merge_upsampling")
 # Adam would turn rounding of gradients near zero into whole steps
 CALM = OptimizersConfig(student=OptimizerConfig(lr=0.01), generator=OptimizerConfig(lr=0.01))
 
@@ -52,8 +54,13 @@ class TestPartsComputeTheSame:
             distiller.engine.run(distiller.round)
         return {**distiller.student.state_dict(), **distiller.generator.state_dict()}
 
-    @pytest.mark.parametrize("parts", [("losses",), *[(part,) for part in PARTS], ("losses", *PARTS)], ids="+".join)
-    def test_on_equals_off(self, parts, plain, teacher, config):
+    @pytest.mark.parametrize(
+        "parts",
+        [("losses",), *[(part,) for part in PARTS], ("channels_last", "fuse_batchnorm"), ("losses", *PARTS)],
+        ids="+".join,
+    )
+    def test_on_equals_off(self, parts, plain, teacher, config, monkeypatch):
+        monkeypatch.setattr(FusedBatchNorm, "smallest", 0)
         engine = replace(ALL_OFF, **{part: "on" for part in parts if part != "losses"})
         weights = self.weights_after_ten_rounds(teacher, replace(config, fused="losses" in parts, engine=engine))
         for name, value in weights.items():
@@ -152,7 +159,7 @@ class TestWhatACaptureNeeds:
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_a_round_compiles_each_of_its_networks_without_graph_breaks(self, precision, config):
-        config = replace(config, engine=EngineConfig(precision=precision, compile="off"))
+        config = replace(config, engine=EngineConfig(precision=precision, fuse_batchnorm="off"))
         terms = []
         for compiled in (False, True):
             torch.manual_seed(2)

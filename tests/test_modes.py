@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from dfad.modes import evaluating, frozen, statistics_kept
+from dfad.modes import evaluating, frozen, statistics_kept, training
 
 
 @pytest.fixture
 def network() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(), nn.Conv2d(2, 2, 3))
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout().eval(), nn.Conv2d(2, 2, 3))
 
 
-@pytest.mark.parametrize("mode", [frozen, evaluating, statistics_kept])
+@pytest.mark.parametrize("mode", [frozen, evaluating, statistics_kept, training])
 def test_an_error_inside_ends_the_mode_too(mode, network):
     def state():
         modules = [(module.training, getattr(module, "track_running_stats", None)) for module in network.modules()]

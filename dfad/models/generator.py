@@ -2,9 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfad.errors import ModelError
+
+
+@fx.wrap
+def _in_format_of(weight: Tensor, features: Tensor) -> Tensor:
+    """Channels-last features in a convolution's memory format. A function of its own, for tracing cannot branch."""
+    return features if weight.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -84,8 +90,7 @@ class Generator(nn.Module):
         """Images ``(B, channels, height, width)`` of noise ``(B, noise_dim)``."""
         # the projection's units are in channels-last order, so that such a network needs no copy
         features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
-        if not self.conv1.weight.is_contiguous(memory_format=torch.channels_last):
-            features = features.contiguous()
+        features = _in_format_of(self.conv1.weight, features)
         features = F.leaky_relu(self.bn1(self.conv1(self.bn0(features))), 0.2)
         features = F.leaky_relu(self.bn2(self.conv2(features)), 0.2)
         return self.bn3(torch.tanh(self.conv3(features)))

@@ -20,6 +20,13 @@ struct Array {
     bool exists() const { return data != nullptr; }
 };
 
+// Where a dense tensor begins, told by a number: of what is known to fit another tensor nothing else need be asked.
+struct Address {
+    void* data = nullptr;
+
+    bool exists() const { return data != nullptr; }
+};
+
 // A one-dimensional view of int64 indices; none where data is null.
 struct Indices {
     const int64_t* data = nullptr;

@@ -20,14 +20,17 @@
 #endif
 
 namespace nb = nanobind;
+using dfad::Address;
 using dfad::Array;
 using dfad::Indices;
 
 namespace nanobind::detail {
 
-// both accept None: what a caller does not need, or leaves to the default
+// they accept None: what a caller does not need, or leaves to the default
 template <>
 struct has_arg_defaults<Array> : std::true_type {};
+template <>
+struct has_arg_defaults<Address> : std::true_type {};
 template <>
 struct has_arg_defaults<Indices> : std::true_type {};
 
@@ -78,6 +81,18 @@ private:
     make_caster<nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>> tensor_;
 };
 
+template <>
+struct type_caster<Address> {
+    NB_TYPE_CASTER(Address, const_name("int"))
+
+    bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+        if (source.is_none()) return true;
+        if (!PyLong_Check(source.ptr())) return false;
+        value.data = PyLong_AsVoidPtr(source.ptr());
+        return true;
+    }
+};
+
 }  // namespace nanobind::detail
 
 namespace {
@@ -93,7 +108,9 @@ void bind(nb::module_& module, const char* name, Function function) {
     bind(module, "activation_boundary_loss_forward", dfad::isa::activation_boundary_loss_forward);   \
     bind(module, "activation_boundary_loss_backward", dfad::isa::activation_boundary_loss_backward); \
     bind(module, "interpolated_kl_div_forward", dfad::isa::interpolated_kl_div_forward);             \
-    bind(module, "interpolated_kl_div_backward", dfad::isa::interpolated_kl_div_backward);
+    bind(module, "interpolated_kl_div_backward", dfad::isa::interpolated_kl_div_backward);           \
+    bind(module, "batch_norm_forward", dfad::isa::batch_norm_forward);                               \
+    bind(module, "batch_norm_backward", dfad::isa::batch_norm_backward);
 
 NB_MODULE(_cpu, module) {
     module.doc() =

@@ -2,6 +2,7 @@
 #include "kernels.hpp"
 
 #include "activation_boundary_loss.hpp"
+#include "batch_norm.hpp"
 #include "elementwise.hpp"
 #include "interpolated_kl_div.hpp"
 

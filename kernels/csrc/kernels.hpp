@@ -14,4 +14,11 @@ void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient
                                   Array student, Array teacher, Array mixing_coefficient, Indices partner,
                                   double temperature, double scale, Array saved, int threads);
 
+void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
+                        Address running_variance, Address residual, Address weight, Address bias,
+                        double momentum, double slope, double epsilon, int threads);
+void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address parameter_gradient,
+                         Address y_gradient, Address y, Address statistics, Address weight, Address bias,
+                         double slope, double epsilon, int threads);
+
 }  // namespace dfad::DFAD_ISA

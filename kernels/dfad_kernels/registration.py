@@ -233,14 +233,19 @@ def load_kernels(kernels: str, operator: str) -> Kernels:
     """
     if kernels == "triton":
         return _triton_kernels(operator)
-    _, _, instruction_set = kernels.partition(".")
-    module = getattr(_extension(), instruction_set or instruction_sets()[-1])
-    forward, backward = getattr(module, f"{operator}_forward"), getattr(module, f"{operator}_backward")
+    forward, backward = cpp_functions(kernels, operator)
     threads = torch.get_num_threads
     return Kernels(
         lambda *arguments, saved: forward(*arguments, saved, threads()),
         lambda *arguments, saved: backward(*arguments, saved, threads()),
     )
+
+
+def cpp_functions(kernels: str, operator: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The C++ functions behind :func:`load_kernels`, forward and backward."""
+    _, _, instruction_set = kernels.partition(".")
+    module = getattr(_extension(), instruction_set or instruction_sets()[-1])
+    return getattr(module, f"{operator}_forward"), getattr(module, f"{operator}_backward")
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

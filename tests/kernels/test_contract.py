@@ -1,6 +1,5 @@
 """What the operators promise apart from their numbers."""
 
-import ctypes
 import importlib
 import itertools
 import math
@@ -25,6 +24,7 @@ from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import CASES, TOLERANCE, OpCase
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation, differentiate
+from tests.kernels.memory import guarded
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_implementation = pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
@@ -193,19 +193,6 @@ def test_the_number_of_threads_does_not_change_a_bit(case: OpCase, generator: Ge
         assert all(torch.equal(x, y) for x, y in zip(gradients, results[0][1], strict=True))
 
 
-def _guarded(like: Tensor) -> Tensor:
-    """A copy that ends where a page begins that nobody may touch. A masked access is nothing a sanitizer sees."""
-    if like.numel() == 0:
-        return like
-    size = like.numel() * like.element_size()
-    accessible = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, accessible + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    border = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + accessible
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(border), mmap.PAGESIZE, 0) == 0
-    flat = torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=accessible - size)
-    return flat.as_strided(like.shape, like.stride()).copy_(like)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages as Linux does")
 @pytest.mark.parametrize("level", registration.instruction_sets())
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -214,14 +201,14 @@ def test_nothing_past_a_tensor_is_touched(case: OpCase, dtype: torch.dtype, leve
     kernels = registration.load_kernels(f"cpp.{level}", case.name)
     for classes in (1, 3, 10, 16, 21, 37, 65, 131):
         for shape in ((4, classes, 1), (3, 7, classes)):
-            pair = [_guarded(x) for x in case.pair(shape, dtype, generator)]
+            pair = [guarded(x) for x in case.pair(shape, dtype, generator)]
             for reduction, options in itertools.product(("sum", "none"), case.settings(shape[0], generator)):
                 arguments = case.op.prepare(*pair, **options, reduction=reduction)
-                loss, saved = (_guarded(x) for x in case.op.run_forward(f"cpp.{level}", *arguments))
-                upstream = _guarded(torch.ones_like(loss))
+                loss, saved = (guarded(x) for x in case.op.run_forward(f"cpp.{level}", *arguments))
+                upstream = guarded(torch.ones_like(loss))
                 kernels.forward(loss, *arguments[:-1], 1.0, saved=saved)
                 for needed in itertools.product((True, False), repeat=len(case.gradients)):
-                    gradients = [_guarded(x) if need else None for x, need in zip(pair, needed, strict=False)]
+                    gradients = [guarded(x) if need else None for x, need in zip(pair, needed, strict=False)]
                     if any(needed):
                         kernels.backward(*gradients, upstream, *arguments[:-1], 1.0, saved=saved)
 

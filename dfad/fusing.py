@@ -1,0 +1,144 @@
+"""BatchNorms in training mode computed together with the addition and the activation behind them."""
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dfad.errors import ModelError
+from dfad.models.taps import trace
+from dfad.modes import training
+from dfad_kernels.batch_norm import batch_norm
+from dfad_kernels.registration import compute_dtype
+
+
+class FusedBatchNorm(nn.Module):
+    """A BatchNorm, the addition of a residual if it is given one, and a leaky ReLU, in as few passes as it takes.
+
+    Args:
+        norm: whose parameters and statistics are used and moved, as it would itself.
+        negative_slope: of the leaky ReLU; 1 is none.
+    """
+
+    smallest = 1 << 18
+    """Elements from which on it pays: PyTorch's own operations are called faster, and slower from there."""
+
+    def __init__(self, norm: nn.BatchNorm2d, negative_slope: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.negative_slope = negative_slope
+
+    def forward(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm = self.norm
+        if not self._applies(features, residual):
+            y = norm(features)
+            y = y if residual is None else y + residual
+            return y if self.negative_slope == 1 else F.leaky_relu(y, self.negative_slope)
+        assert norm.momentum is not None
+        running_mean, running_variance = norm.running_mean, norm.running_var
+        if not norm.track_running_stats:
+            running_mean = running_variance = None
+        elif norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return batch_norm(
+            *(features, running_mean, running_variance, norm.weight, norm.bias),
+            residual=residual,
+            momentum=norm.momentum,
+            epsilon=norm.eps,
+            negative_slope=self.negative_slope,
+        )
+
+    def _applies(self, features: Tensor, residual: Tensor | None) -> bool:
+        norm = self.norm
+        return (
+            norm.training
+            and norm.momentum is not None
+            and features.numel() >= self.smallest
+            and features.numel() > features.shape[1]  # of a single value there is no variance: PyTorch's own error
+            and features.is_contiguous(memory_format=torch.channels_last)
+            and (norm.weight is None or norm.weight.dtype == compute_dtype(features))
+            and (residual is None or (residual.shape == features.shape and residual.dtype == features.dtype))
+        )
+
+
+def fuse_batchnorm(network: nn.Module) -> None:
+    """Let a network compute its BatchNorms so, in training mode; parameters, buffers and modules stay what they are.
+
+    Where a network cannot be traced, those of its children are fused that can.
+    """
+    try:
+        with training(network):  # what depends on the mode is traced as it is there
+            graph = trace(network)
+    except ModelError:
+        for child in network.children():
+            fuse_batchnorm(child)
+        return
+    fused = fx.GraphModule(network, graph, type(network).__name__)
+    for node in list(fused.graph.nodes):
+        if node.op == "call_module" and type(fused.get_submodule(str(node.target))) is nn.BatchNorm2d and node.args:
+            _fuse(fused, node)
+    fused.graph.lint()
+    fused.recompile()
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        return fused(*inputs, **options) if network.training else network._call_impl(*inputs, **options)
+
+    # where nn.Module.compile leaves what it makes: copies and files of the network go without
+    network._compiled_call_impl = call
+
+
+def _fuse(fused: fx.GraphModule, norm: fx.Node) -> None:
+    """Replace a BatchNorm's node and what follows it."""
+    module = fused.get_submodule(str(norm.target))
+    assert isinstance(module, nn.BatchNorm2d)
+    chain, residual, slope = [norm], None, 1.0
+    addition = _only_user(norm)
+    if addition is not None:
+        residual = _added(norm, addition)
+        if residual is not None:
+            chain.append(addition)
+    activation = _only_user(chain[-1])
+    if activation is not None:
+        found = _negative_slope(fused, activation)
+        if found is not None:
+            slope = found
+            chain.append(activation)
+    name = f"fused_{norm.name}"
+    fused.add_submodule(name, FusedBatchNorm(module, slope))
+    with fused.graph.inserting_before(chain[-1]):
+        chain[-1].replace_all_uses_with(fused.graph.call_module(name, (norm.args[0], residual)))
+    for node in reversed(chain):
+        fused.graph.erase_node(node)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _added(norm: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What a node adds to a BatchNorm's output; None if it is no such addition."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    if node.target in (operator.add, torch.add) and second is norm:
+        first, second = second, first
+    if node.target not in (operator.add, operator.iadd, torch.add) or first is not norm or second is norm:
+        return None
+    return second if isinstance(second, fx.Node) else None
+
+
+def _negative_slope(fused: fx.GraphModule, node: fx.Node) -> float | None:
+    """That of the leaky ReLU that a node is; None if it is something else."""
+    if node.op == "call_module":
+        module = fused.get_submodule(str(node.target))
+        if type(module) is nn.LeakyReLU:
+            return module.negative_slope
+        return 0.0 if type(module) is nn.ReLU else None
+    if node.target in (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"):
+        return 0.0
+    if node.target is F.leaky_relu:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        return slope if isinstance(slope, float) and slope >= 0 else None
+    return None

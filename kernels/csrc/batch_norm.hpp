@@ -1,0 +1,313 @@
+// Batch normalisation of a (rows, channels) matrix with what follows it in a network:
+// y = φ(γ (x − μ) / √(σ² + ε) + β + r), φ(v) = v where v > 0, else slope · v.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "buffer.hpp"
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace dfad::DFAD_ISA {
+
+// Registers that are summed side by side, so that no addition waits for the one before it.
+constexpr int side_by_side = 4;
+
+// A matrix walked in storage order. Which channel a lane holds repeats after `period` elements, a whole number of
+// rows and of registers; blocks are whole periods, all but the last of one size.
+template <class T>
+struct Rows {
+    using V = vector_t<T>;
+    using S = scalar_t<T>;
+    static constexpr int64_t step = side_by_side * lanes<V>;
+
+    int64_t channels, size, period, block_size, blocks;
+
+    explicit Rows(const Array& x) : channels(x.shape[1]), size(x.size()) {
+        int64_t divisor = channels;
+        for (int64_t rest = step; rest != 0;) {
+            const int64_t next = divisor % rest;
+            divisor = rest;
+            rest = next;
+        }
+        period = channels / divisor * step;
+        constexpr int64_t wanted = 1 << 14;
+        block_size = wanted > period ? wanted / period * period : period;
+        blocks = (size + block_size - 1) / block_size;
+    }
+
+    int64_t begin(int64_t block) const { return block * block_size; }
+    int64_t end(int64_t block) const { return begin(block + 1) < size ? begin(block + 1) : size; }
+    int64_t rows(int64_t block) const { return (end(block) - begin(block)) / channels; }
+
+    // A number for each channel, repeated over a period.
+    template <class F>
+    void repeat(Buffer<S>& to, F&& value) const {
+        for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<S>(value(c));
+        repeat(to);
+    }
+    void repeat(Buffer<S>& to) const {
+        for (int64_t i = channels; i < period; ++i) to[i] = to[i - channels];
+    }
+
+    // Calls f(block) for all blocks, the last ones first: they are still in the caches of a walk before.
+    template <class F>
+    void each_block_again(int threads, F&& f) const {
+        parallel_for(blocks, size, threads, [&](int64_t block) { f(blocks - 1 - block); });
+    }
+
+    // Calls f(access, element, its place in the period) for each register of a block that begins at `place`.
+    template <class F>
+    void each_at(int64_t block, int64_t place, F&& f) const {
+        const int64_t last = end(block);
+        int64_t i = begin(block) + place;
+        for (; i + step <= last; i += period)
+            for (int k = 0; k < side_by_side; ++k) f(Whole{}, i + k * lanes<V>, k);
+        for (int k = 0; k < side_by_side && i + k * lanes<V> < last; ++k)
+            f(Part{last - i - k * lanes<V>}, i + k * lanes<V>, k);
+    }
+
+    // sums[c] = Σ over the rows of a block of what make(place)(access, element, register, terms) leaves in its `count`
+    // terms.
+    template <int count, class F>
+    void sum(int64_t block, double* sums, F&& make) const {
+        for (int64_t i = 0; i < count * channels; ++i) sums[i] = 0;
+        int64_t channel = 0;
+        for (int64_t place = 0; place < period; place += step) {
+            V totals[count][side_by_side] = {};
+            const auto f = make(place);
+            each_at(block, place, [&](auto access, int64_t i, int k) {
+                V terms[count];
+                f(access, i, k, terms);
+                for (int n = 0; n < count; ++n) totals[n][k] += access.keep(terms[n]);
+            });
+            for (int k = 0; k < side_by_side; ++k)
+                for (int lane = 0; lane < lanes<V>; ++lane) {
+                    for (int n = 0; n < count; ++n) sums[n * channels + channel] += totals[n][k][lane];
+                    channel = channel + 1 == channels ? 0 : channel + 1;
+                }
+        }
+    }
+
+    // A register within a block, and one that the tensor ends in.
+    struct Whole {
+        template <class P>
+        V read(const P* p) const {
+            return load(p);
+        }
+        template <class P>
+        void write(P* p, V v) const {
+            store(p, v);
+        }
+        V keep(V v) const { return v; }
+    };
+    struct Part {
+        int64_t count;
+        template <class P>
+        V read(const P* p) const {
+            return load(p, count, 0);
+        }
+        template <class P>
+        void write(P* p, V v) const {
+            store(p, v, count);
+        }
+        V keep(V v) const { return lane_numbers<V>() < static_cast<S>(count) ? v : V{}; }
+    };
+};
+
+template <class S>
+inline double at(Address numbers, int64_t i, double otherwise) {
+    return numbers.exists() ? static_cast<const S*>(numbers.data)[i] : otherwise;
+}
+
+// γ (x − μ) / √(σ² + ε) + β for the registers that are side by side from a place in the period on.
+template <class V>
+struct Affine {
+    using S = decltype(V{}[0] + 0);
+    V mean[side_by_side], scale[side_by_side], shift[side_by_side];
+
+    Affine(int64_t place, Buffer<S>& means, Buffer<S>& scales, Buffer<S>& shifts) {
+        for (int k = 0; k < side_by_side; ++k) {
+            mean[k] = load(means.data() + place + k * lanes<V>);
+            scale[k] = load(scales.data() + place + k * lanes<V>);
+            shift[k] = load(shifts.data() + place + k * lanes<V>);
+        }
+    }
+    V operator()(V x, int k) const { return (x - mean[k]) * scale[k] + shift[k]; }
+};
+
+// statistics: mean and biased variance, (2, channels); the running ones, of which the variance is unbiased, move
+// towards them. These, residual, weight and bias may be missing. All are dense.
+void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
+                        Address running_variance, Address residual, Address weight, Address bias,
+                        double momentum, double slope, double epsilon, int threads) {
+    with_storage(x.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using Walk = Rows<T>;
+        using S = typename Walk::S;
+        using V = typename Walk::V;
+        const Walk walk(x);
+        const int64_t channels = walk.channels;
+        const auto* in = static_cast<const T*>(x.data);
+        const auto* added = static_cast<const T*>(residual.data);
+        auto* out = static_cast<T*>(y.data);
+
+        // Squares about a block's first row, which no row is so far from that more cancels than the block is long
+        // (Samuelson's inequality); then each block's mean, and its squares about that.
+        Buffer<double> partial(walk.blocks * 2 * channels);
+        parallel_for(walk.blocks, walk.size, threads, [&](int64_t block) {
+            const T* first = in + walk.begin(block);
+            double* sums = partial.data() + block * 2 * channels;
+            Buffer<S> centre(walk.period);
+            for (int64_t c = 0; c < channels; c += lanes<V>)
+                store(centre.data() + c, load(first + c, channels - c, 0), channels - c);
+            walk.repeat(centre);
+            walk.template sum<2>(block, sums, [&](int64_t place) {
+                return [in, from = centre.data() + place](auto access, int64_t i, int k, V* terms) {
+                    const V d = access.read(in + i) - load(from + k * lanes<V>);
+                    terms[0] = d;
+                    terms[1] = d * d;
+                };
+            });
+            const auto rows = static_cast<double>(walk.rows(block));
+            for (int64_t c = 0; c < channels; ++c) {
+                const double shift = sums[c] / rows;
+                sums[channels + c] -= shift * sums[c];
+                sums[c] = centre[c] + shift;
+            }
+        });
+        auto* mean = static_cast<S*>(statistics.data);
+        auto* variance = mean + channels;
+        const auto all = static_cast<double>(walk.size / channels);
+        Buffer<double> exact(2 * channels);
+        for (int64_t i = 0; i < 2 * channels; ++i) exact[i] = 0;
+        for (int64_t block = 0; block < walk.blocks; ++block)
+            for (int64_t c = 0; c < channels; ++c)
+                exact[c] += static_cast<double>(walk.rows(block)) / all * partial[block * 2 * channels + c];
+        for (int64_t block = 0; block < walk.blocks; ++block)
+            for (int64_t c = 0; c < channels; ++c) {
+                const double* of_block = partial.data() + block * 2 * channels;
+                const double d = of_block[c] - exact[c];
+                exact[channels + c] +=
+                    of_block[channels + c] / all + static_cast<double>(walk.rows(block)) / all * d * d;
+            }
+        for (int64_t i = 0; i < 2 * channels; ++i) mean[i] = static_cast<S>(exact[i]);
+        const auto move = [=](Address running, int64_t c, double value) {
+            auto& old = static_cast<S*>(running.data)[c];
+            old = static_cast<S>(old + momentum * (value - old));
+        };
+        if (running_mean.exists())
+            for (int64_t c = 0; c < channels; ++c) {
+                move(running_mean, c, exact[c]);
+                move(running_variance, c, exact[channels + c] * all / (all - 1));
+            }
+
+        Buffer<S> centre(walk.period), scale(walk.period), shift(walk.period);
+        walk.repeat(centre, [&](int64_t c) { return mean[c]; });
+        walk.repeat(scale, [&](int64_t c) { return at<S>(weight, c, 1) / std::sqrt(variance[c] + epsilon); });
+        walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
+        const V below = broadcast<V>(slope);
+        const auto normalise = [&](auto adds) {
+            walk.each_block_again(threads, [&](int64_t block) {
+                for (int64_t place = 0; place < walk.period; place += Walk::step) {
+                    const Affine<V> affine(place, centre, scale, shift);
+                    walk.each_at(block, place, [=](auto access, int64_t i, int k) {
+                        V v = affine(access.read(in + i), k);
+                        if constexpr (decltype(adds)::value) v += access.read(added + i);
+                        access.write(out + i, v > 0 ? v : below * v);
+                    });
+                }
+            });
+        };
+        residual.exists() ? normalise(std::true_type{}) : normalise(std::false_type{});
+    });
+}
+
+// parameter_gradient: of weight and bias, (2, channels). y is given where something was added before the activation;
+// else the side of zero that it lies on is computed again, which takes less than reading it. residual_gradient is
+// missing where nobody needs it, or where there is no activation: it is the incoming gradient itself then.
+void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address parameter_gradient,
+                         Address y_gradient, Address y, Address statistics, Address weight, Address bias,
+                         double slope, double epsilon, int threads) {
+    with_storage(x.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using Walk = Rows<T>;
+        using S = typename Walk::S;
+        using V = typename Walk::V;
+        const Walk walk(x);
+        const int64_t channels = walk.channels;
+        const auto* in = static_cast<const T*>(x.data);
+        const auto* result = static_cast<const T*>(y.data);
+        const auto* upstream = static_cast<const T*>(y_gradient.data);
+        auto* out = static_cast<T*>(x_gradient.data);
+        auto* passed_on = static_cast<T*>(residual_gradient.data);
+        const auto* mean = static_cast<const S*>(statistics.data);
+        const auto* variance = mean + channels;
+        const V below = broadcast<V>(slope);
+        const auto inverse = [=](int64_t c) { return 1 / std::sqrt(variance[c] + epsilon); };
+
+        Buffer<S> centre(walk.period), scale(walk.period), shift(walk.period);
+        walk.repeat(centre, [&](int64_t c) { return mean[c]; });
+        walk.repeat(scale, [&](int64_t c) { return at<S>(weight, c, 1) * inverse(c); });
+        walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
+
+        // g(access, element, x, affine, register) is the gradient behind the activation.
+        const auto differentiate = [&](auto g, auto g_again) {
+            Buffer<double> partial(walk.blocks * 2 * channels);
+            parallel_for(walk.blocks, walk.size, threads, [&](int64_t block) {
+                walk.template sum<2>(block, partial.data() + block * 2 * channels, [&](int64_t place) {
+                    return [=, affine = Affine<V>(place, centre, scale, shift)](auto access, int64_t i, int k,
+                                                                                V* terms) {
+                        const V value = access.read(in + i);
+                        terms[1] = g(access, i, value, affine, k);
+                        terms[0] = terms[1] * (value - affine.mean[k]);
+                    };
+                });
+            });
+            Buffer<double> sums(2 * channels);
+            for (int64_t i = 0; i < 2 * channels; ++i) sums[i] = 0;
+            for (int64_t block = 0; block < walk.blocks; ++block)
+                for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += partial[block * 2 * channels + i];
+            auto* of_parameters = static_cast<S*>(parameter_gradient.data);
+            for (int64_t c = 0; c < channels; ++c) {
+                of_parameters[c] = static_cast<S>(sums[c] * inverse(c));
+                of_parameters[channels + c] = static_cast<S>(sums[channels + c]);
+            }
+            const auto rows = static_cast<double>(walk.size / channels);
+            Buffer<S> tilt(walk.period), level(walk.period);
+            walk.repeat(tilt, [&](int64_t c) { return scale[c] * sums[c] / rows * inverse(c) * inverse(c); });
+            walk.repeat(level, [&](int64_t c) { return scale[c] * sums[channels + c] / rows; });
+            walk.each_block_again(threads, [&](int64_t block) {
+                for (int64_t place = 0; place < walk.period; place += Walk::step) {
+                    const Affine<V> affine(place, centre, scale, shift), pull(place, centre, tilt, level);
+                    walk.each_at(block, place, [=](auto access, int64_t i, int k) {
+                        const V value = access.read(in + i);
+                        access.write(out + i, affine.scale[k] * g_again(access, i, value, affine, k) - pull(value, k));
+                    });
+                }
+            });
+        };
+        const auto plain = [=](auto access, int64_t i, V, const Affine<V>&, int) { return access.read(upstream + i); };
+        const auto recomputed = [=](auto access, int64_t i, V value, const Affine<V>& affine, int k) {
+            const V incoming = access.read(upstream + i);
+            return affine(value, k) > 0 ? incoming : below * incoming;
+        };
+        const auto saved = [=](auto access, int64_t i, V, const Affine<V>&, int) {
+            const V incoming = access.read(upstream + i);
+            return access.read(result + i) > 0 ? incoming : below * incoming;
+        };
+        const auto passing_on = [=](auto access, int64_t i, V value, const Affine<V>& affine, int k) {
+            const V gradient = saved(access, i, value, affine, k);
+            access.write(passed_on + i, gradient);
+            return gradient;
+        };
+        const auto passed = [=](auto access, int64_t i, V, const Affine<V>&, int) { return access.read(passed_on + i); };
+        if (slope == 1) differentiate(plain, plain);
+        else if (residual_gradient.exists()) differentiate(passing_on, passed);
+        else if (y.exists()) differentiate(saved, saved);
+        else differentiate(recomputed, recomputed);
+    });
+}
+
+}  // namespace dfad::DFAD_ISA

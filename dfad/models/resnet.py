@@ -19,7 +19,8 @@ class SubsamplingShortcut(nn.Module):
         self.padding = (0, 0, 0, 0, before, out_channels - in_channels - before)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.pad(features[:, :, ::2, ::2], self.padding)
+        # the gradient of a slice would not be channels-last, and slow down all that it is added to
+        return F.pad(F.avg_pool2d(features, kernel_size=1, stride=2), self.padding)
 
 
 def _projection_shortcut(in_channels: int, out_channels: int) -> nn.Module:

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from dfad import models
 from dfad.loading import load_weights
+from dfad.models.resnet import SubsamplingShortcut
 from dfad.models.taps import Outputs
 
 PARAMETERS = {
@@ -120,6 +121,21 @@ def test_compiles_as_one_graph(name):
     outputs, expected = compiled(images), network(images)
     assert_close(outputs.logits, expected.logits)
     assert_close(outputs.taps, expected.taps)
+
+
+def test_a_subsampling_shortcut_takes_every_second_pixel_and_keeps_the_memory_format():
+    shortcut = SubsamplingShortcut(2, 6)
+    for size in (8, 7):
+        features = torch.randn(3, 2, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+        result = shortcut(features)
+        assert torch.equal(result[:, 2:4], features[:, :, ::2, ::2])
+        assert not result[:, :2].any()
+        assert not result[:, 4:].any()
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        (gradient,) = torch.autograd.grad(result.square().sum(), features)
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(gradient[:, :, ::2, ::2], 2 * features[:, :, ::2, ::2])
+        assert gradient.count_nonzero() == features[:, :, ::2, ::2].numel()
 
 
 def test_lenet_takes_images_of_one_size():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.race import Rules, replayed
 from dfad.machine import machine
 from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.testing import CASES, OpCase, relative_error
@@ -183,105 +184,66 @@ def copying(bytes_moved: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-@pytest.fixture(scope="module")
-def copy_seconds(cold: Callable[[], None]) -> Callable[[int, str], float]:
-    """The fastest of 50 copies of so many bytes, measured once."""
-
-    @functools.cache
-    def fastest(bytes_moved: int, launch: str) -> float:
-        run = launched_as(launch, copying(bytes_moved))
-        times = []
-        for _ in range(50):
-            cold()
-            start = synchronized()
-            run()
-            times.append(synchronized() - start)
-        return min(times)
-
-    return fastest
-
-
-@pytest.fixture
-def measure(
-    benchmark: Any,
-    cold: Callable[[], None],
-    copy_seconds: Callable[[int, str], float],
-    request: pytest.FixtureRequest,
-) -> Callable[..., None]:
-    """Runs a contender for ``--seconds``, in 5 to 500 rounds."""
-    return functools.partial(_measure, benchmark, cold, copy_seconds, request.config.getoption("--seconds"))
-
-
-def _measure(
-    benchmark: Any,
-    cold: Callable[[], None],
-    copy_seconds: Callable[[int, str], float],
-    seconds: float,
-    task: str,
-    launch: str,
-    contender: str,
-    bytes_moved: int,
-    function: Callable[[], object],
-) -> None:
-    benchmark.group = f"{task}, {launch}"
-    benchmark.extra_info |= {"contender": contender, "bytes": bytes_moved, "machine": machine()}
-    run = launched_as(launch, function)
-    run()
-    start = synchronized()
-    run()
-    rounds = int(seconds / max(synchronized() - start, 1e-9))
-    benchmark.pedantic(run, setup=cold, rounds=max(5, min(rounds, 500)), warmup_rounds=2)
-    fastest = benchmark.stats.stats.min
-    benchmark.extra_info |= {
-        "gigabytes_per_second": bytes_moved / fastest / 1e9,
-        "share_of_copy_bandwidth": copy_seconds(bytes_moved, launch) / fastest,
-    }
-
-
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-each_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
 launched = pytest.mark.parametrize("launch", ["eager", "graph"] if DEVICE == "cuda" else ["eager"])
 
 
-@pytest.mark.benchmark(timer=synchronized)
+@pytest.mark.benchmark(timer=replayed)
 @pytest.mark.parametrize(
     ("task", "contender"),
     [
         pytest.param(task, name, id=f"{task.name}-{name}".replace(" ", "-"))
         for task in TASKS
-        for name in task.contenders
+        for name in (*task.contenders, "copy")
     ],
 )
 @each_dtype
 @launched
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_loss(task: Task, contender: str, dtype: torch.dtype, launch: str, direction: str, measure: Any) -> None:
-    loss = task.contenders[contender]
-    torch.compiler.reset()  # what was compiled for other sizes counts against a limit, past which nothing is
-    check(task, loss, dtype)
+def test_loss(
+    task: Task,
+    contender: str,
+    dtype: torch.dtype,
+    launch: str,
+    direction: str,
+    race: Any,
+    cold: Callable[[], None],
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Losses beside a copy of as many bytes."""
     student, teacher = inputs(task, dtype)
     forward, backward = task.case.bytes_moved(student, gradients=1)
-
-    def run() -> object:
-        if direction == "forward":
-            with torch.no_grad():
-                return loss(student, teacher)
-        return torch.autograd.grad(loss(student, teacher), student)
-
     bytes_moved = forward if direction == "forward" else forward + backward
-    name = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}"
-    measure(name, launch, contender, bytes_moved, run)
+    budget = request.config.getoption("--seconds")
 
+    def enter(name: str) -> Callable[[], object]:
+        if name == "copy":
+            return launched_as(launch, copying(bytes_moved))
+        loss = task.contenders[name]
+        torch.compiler.reset()  # what was compiled for other sizes counts against a limit, past which nothing is
+        check(task, loss, dtype)
 
-@pytest.mark.benchmark(timer=synchronized)
-@each_task
-@each_dtype
-@launched
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_copy(task: Task, dtype: torch.dtype, launch: str, direction: str, measure: Any) -> None:
-    """What it takes to move as many bytes."""
-    student, _ = inputs(task, dtype)
-    forward, backward = task.case.bytes_moved(student, gradients=1)
-    bytes_moved = forward if direction == "forward" else forward + backward
-    name = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}"
-    measure(name, launch, "copy", bytes_moved, copying(bytes_moved))
+        def run() -> object:
+            if direction == "forward":
+                with torch.no_grad():
+                    return loss(student, teacher)
+            return torch.autograd.grad(loss(student, teacher), student)
+
+        return launched_as(launch, run)
+
+    def rounds(run: Callable[[], object]) -> int:
+        start = synchronized()
+        run()
+        return max(5, min(int(budget / max(synchronized() - start, 1e-9)), 500))
+
+    group = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}, {launch}"
+    rules = Rules(rounds, synchronized, turns=5, warm_up=2, prepare=cold)
+    outcomes = race(group, enter, rules, always=("copy",))
+    fastest = min(outcomes[contender].seconds)
+    benchmark.extra_info |= {
+        "bytes": bytes_moved,
+        "gigabytes_per_second": bytes_moved / fastest / 1e9,
+        "share_of_copy_bandwidth": min(outcomes["copy"].seconds) / fastest,
+        "machine": machine(),
+    }

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from bench import records
+from bench.race import outcomes, race
 from dfad.machine import device_name, file_name, machine
+
+__all__ = ["outcomes", "race"]
 
 OURS = "ours"
 

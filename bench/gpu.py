@@ -171,7 +171,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
             yield benchmark(
                 f"{name}: {case}",
                 factor * seconds,
-                f"bench/bench_step.py -k '{case} and (test_round or test_floor) {left_out}'",
+                f"bench/bench_step.py -k '{case} and test_round {left_out}'",
                 f"bench/bench_step.py -k '{case} and test_round and (ours or published) and not compile'",
             )
 
@@ -207,7 +207,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     parts.append(benchmark("losses: others", 60, *[f"bench/bench_ops.py --seconds=0.1 -k 'not ({known})'"] * 2))
     parts += rounds("rounds with torch.compile", 5, "")
     few = "bench/bench_step.py -k 'digits and test_batchnorm_statistics'"
-    parts.append(benchmark("choices of a round", 90, "bench/bench_step.py -k 'not test_round and not test_floor'", few))
+    parts.append(benchmark("choices of a round", 90, "bench/bench_step.py -k 'not test_round'", few))
     if places.data:
         more = ("--arm", FULL)
         parts.append(campaign("student", f"student, {FULL}, longer", 700, places.data, *more, after="teacher"))

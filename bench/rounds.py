@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_ops import published_activation_boundary
+from bench.floor import Floor
 from dfad import models
 from dfad.config import (
     ActivationConfig,
@@ -188,6 +189,13 @@ def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool)
     return Distiller(teacher, student, config, image_shape=case.image_shape).run_round
 
 
+def make_distiller(case: Case, device: torch.device) -> Distiller:
+    """The case's, with neither graph nor compilation in the way of looking inside."""
+    teacher, student = case.networks()
+    config = case.config(device, engine=EngineConfig(cuda_graph="off"))
+    return Distiller(teacher, student, config, image_shape=case.image_shape)
+
+
 def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> Callable[[], object]:
     """The repaired round with torch.compile's own CUDA graphs around each network."""
     teacher, student = case.networks()
@@ -204,7 +212,7 @@ def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> C
 
 
 def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Callable[[], object]]]]:
-    """Names and makers of rounds, from the slowest idea to the fastest."""
+    """Names and makers of rounds, from the slowest idea to the fastest; and the floor of the fastest."""
     repaired = repaired_engine(device)
     with_losses = repaired
     with_folding = replace(with_losses, fold_batchnorm="on")
@@ -232,4 +240,5 @@ def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Cal
         names_and_makers.append(("repaired + reduce-overhead", lambda case: reduce_overhead(case, device, repaired)))
     for name, engine in steps:
         names_and_makers.append((name, partial(ours, device=device, engine=engine, fused=True)))
+    names_and_makers.append(("floor", lambda case: Floor(make_distiller(case, device))))
     return names_and_makers

@@ -70,7 +70,8 @@ def test_who_fails_is_out_and_the_others_go_on(fails_at):
     assert not outcomes["a"].details
 
 
-def test_each_test_reports_its_own(pytester):
+def test_each_test_reports_its_own(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark times nothing in a worker
     pytester.makeconftest("from bench.race import outcomes, race")
     pytester.makepyfile("""
         import pytest

@@ -66,8 +66,11 @@ class FusedBatchNorm(nn.Module):
 def fuse_batchnorm(network: nn.Module) -> None:
     """Let a network compute its BatchNorms so, in training mode; parameters, buffers and modules stay what they are.
 
-    Where a network cannot be traced, those of its children are fused that can.
+    Where a network cannot be traced, those of its children are fused that can. One with hooks is left as it is: they
+    belong to modules, which a graph has none of but PyTorch's.
     """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return
     try:
         with training(network):  # what depends on the mode is traced as it is there
             graph = trace(network)

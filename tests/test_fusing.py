@@ -207,6 +207,18 @@ def test_what_cannot_be_traced_is_fused_below(calls):
     assert calls == [(False, 0.0)] * 2
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called_as_ever(register, calls):
+    network = channels_last(models.resnet20())
+    seen = []
+    getattr(network.layer1[0], register)(lambda module, inputs, *output: seen.append(type(inputs[0])))
+    fuse_batchnorm(network)
+    for _ in range(2):
+        network(images())
+    assert seen == [Tensor, Tensor]
+    assert not calls
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_under_autocast_as_well(precision, calls):
     engine = Engine(EngineConfig(precision=precision), fused=True, device=torch.device("cpu"))

@@ -78,8 +78,9 @@ OWN = TrainConfig(
 
 
 def _cifar(name: str, classes: int) -> TrainConfig:
-    """DFQ's recipe (10 student steps a round, 80,000 in all at 256 images), and both regularizers in the form that helped
-    elsewhere; 256 PFLOP with ResNet-34 and ResNet-18, as a round's FLOPs are counted. The learning rates are DFAD's."""
+    """DFQ's recipe (10 student steps a round, 80,000 in all at 256 images), and both regularizers in the form that
+    helped elsewhere; 256 PFLOP with ResNet-34 and ResNet-18, as a round's FLOPs are counted. The learning rates are
+    DFAD's."""
     return TrainConfig(
         data=DataConfig(name=name),
         student=StudentConfig(factory="resnet18", kwargs={"num_classes": classes}),

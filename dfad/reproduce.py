@@ -47,7 +47,7 @@ class Reproduce:
     """
 
     comparison: Annotated[str, tyro.conf.Positional]
-    """Which: demo, digits, mnist, or cifar10-resnet20, which needs --teacher."""
+    """Which: demo, digits, mnist, mnist-whole, or cifar10-resnet20, which needs --teacher."""
 
     seeds: int = 5
     """Seeds 0 to this, less one, of every arm."""
@@ -95,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = located(command)
     folder = command.run_dir or Path("runs") / f"reproduce-{command.comparison}"
     runs = plan(comparison, command.seeds, folder)
+    measured_with = machine()  # before hours in which the checkout may move on
     results = execute(runs, command.processes)
-    record = {"comparison": command.comparison, **summarise(comparison, runs, results), "machine": machine()}
+    record = {"comparison": command.comparison, **summarise(comparison, runs, results), "machine": measured_with}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for path in filter(None, (folder / RECORD_FILE, command.output)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +269,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def judge(claim: Claim, arms: Mapping[str, Mapping[str, Any]], teacher_accuracy: float) -> dict[str, Any] | None:
-    """Whether a claim holds, and with which figures; None where an arm of it was not run.
+    """Whether a claim holds, and with which figures; None where an arm of it was not run, or one seed alone, which has
+    no standard error.
 
     Args:
         claim: about the last accuracies of arms.
@@ -285,6 +287,8 @@ def judge(claim: Claim, arms: Mapping[str, Mapping[str, Any]], teacher_accuracy:
         return {"text": text, "holds": ours["mean"] >= least}
     (theirs,) = others
     if isinstance(claim, Beats):
+        if min(len(ours["values"]), len(theirs["values"])) < 2:
+            return None
         difference = ours["mean"] - theirs["mean"]
         error = math.sqrt(sum(arm["std"] ** 2 / len(arm["values"]) for arm in (ours, theirs)))
         text = (

@@ -110,6 +110,18 @@ def test_several_processes_come_to_the_same(comparison, tmp_path, monkeypatch):
     assert timeless(apart) == timeless(together)
 
 
+def test_the_record_tells_the_commit_that_was_begun_with(comparison, tmp_path, monkeypatch):
+    commits = ["before", "after"]
+    monkeypatch.setattr(reproduce, "machine", lambda: {"commit": commits[0]})
+
+    def during(runs, processes):
+        commits.pop(0)
+        return [reproduce.run_once(run) for run in runs]
+
+    monkeypatch.setattr(reproduce, "execute", during)
+    assert run(tmp_path, "--arms", PLAIN)["machine"] == {"commit": "before"}
+
+
 def test_some_arms_alone(comparison, tmp_path):
     record = run(tmp_path, "--arms", FULL)
     assert list(record["arms"]) == [FULL]
@@ -163,6 +175,10 @@ def arm(*accuracies: float, curve: tuple[float, ...] = (), images: int = 100) ->
 def test_claims_are_judged(claim, ours, theirs, holds):
     verdict = judge(claim, {"a": ours, "b": theirs} if theirs else {"a": ours}, teacher_accuracy=0.95)
     assert verdict["holds"] is holds
+
+
+def test_one_seed_has_no_standard_error():
+    assert judge(Beats("a", "b"), {"a": arm(0.9), "b": arm(0.8)}, teacher_accuracy=0.95) is None
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

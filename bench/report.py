@@ -1,4 +1,4 @@
-"""``python -m bench.report``: README's figures and ``docs/results.md``, written from the records and from nothing else.
+"""``python -m bench.report``: README's figures, ``docs/results.md`` and the curves beside it, from the records alone.
 
 A record that is added to ``bench/results`` appears by itself: its benchmarks by the names of their groups, and every
 part of it that holds a ``teacher_accuracy`` as a row of accuracies.
@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.records import Record, load_all
 from dfad.commit import UNKNOWN
+from dfad.report import comparison_figure, save
 
 ROOT = Path(__file__).parents[1]
 README, ALL_RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -410,6 +411,9 @@ def main() -> None:
     records = load_all()
     README.write_text(readme(README.read_text(encoding="utf-8"), records), encoding="utf-8")
     ALL_RESULTS.write_text(results(records), encoding="utf-8")
+    for name, record in records.items():
+        if len(record.get("arms", ())) > 1:
+            save(comparison_figure(record), ALL_RESULTS.with_name(name).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ COMPARISONS = {
         claims=(*CLAIMS, Reaches(FULL, share_of_teacher=0.97)),
     ),
     "mnist": Comparison(
-        arms=arms(_of_rounds(PRESETS["mnist"], 400)),
+        arms=arms(_of_rounds(PRESETS["mnist"], 200)),
         teacher="mnist",
         ceiling=_student_on_real_data("mnist", PRESETS["mnist"]),
         claims=CLAIMS,

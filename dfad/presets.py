@@ -58,6 +58,7 @@ MNIST = TrainConfig(
     method=MethodConfig(
         rounds=2000,
         batch_size=64,
+        adversarial=0.1,
         activation=ActivationConfig(weight=0.1),
         interpolation=OWN_STEP,
         regularizers=RegularizerConfig(one_hot=0.1, diversity=1.0),

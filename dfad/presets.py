@@ -64,7 +64,9 @@ MNIST = TrainConfig(
         regularizers=RegularizerConfig(one_hot=0.1, diversity=1.0),
     ),
     optimizer=OptimizersConfig(
-        student=OptimizerConfig(lr=0.05, weight_decay=5e-4), generator=OptimizerConfig(name="adam", lr=3e-3)
+        student=OptimizerConfig(lr=0.05, weight_decay=5e-4),
+        # to the end: while the student settles, it still sees images of one generator after another
+        generator=OptimizerConfig(name="adam", lr=3e-3, schedule="constant"),
     ),
 )
 

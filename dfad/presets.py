@@ -56,7 +56,7 @@ MNIST = TrainConfig(
     student=StudentConfig(factory="lenet5_half"),
     generator=GeneratorConfig(noise_dim=100, width=16),
     method=MethodConfig(
-        rounds=2000,
+        rounds=2500,
         batch_size=64,
         adversarial=0.1,
         activation=ActivationConfig(weight=0.1),

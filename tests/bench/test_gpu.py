@@ -289,7 +289,7 @@ class TestRecord:
 class TestCommand:
     def test_without_a_gpu_it_tells_the_way_out(self, tmp_path):
         if torch.cuda.is_available():
-            pytest.skip("there is a GPU")
+            pytest.skip("tells what happens where there is no GPU, and here is one")
         with pytest.raises(SystemExit, match="sees no NVIDIA GPU here.*--rehearse"):
             gpu.main(["--state", str(tmp_path)])
 

@@ -38,11 +38,6 @@ VARIANTS = [Variant(*choice) for choice in itertools.product((False, True), (Fal
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
-@pytest.fixture
-def generator() -> Generator:
-    return Generator().manual_seed(5)
-
-
 def inputs_of(shape: tuple[int, ...], variant: Variant, dtype: torch.dtype, generator: Generator) -> Inputs:
     """Features' mean is not small beside their deviation."""
     x, residual = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))

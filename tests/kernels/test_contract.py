@@ -226,7 +226,7 @@ def run(threads):
 print(run(1), run(4))
 """
     if not os.path.isdir("/proc/self/task"):
-        pytest.skip("counts threads in /proc")
+        pytest.skip("counts threads in /proc, which this system does not have")
     assert _python(program, OMP_NUM_THREADS="1").split() == ["0", "3"]
 
 

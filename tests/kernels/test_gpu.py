@@ -106,7 +106,7 @@ def test_more_elements_than_32_bits_count() -> None:
     """Only the last elements differ from zero: a 32-bit offset would miss them."""
     free, _ = torch.cuda.mem_get_info()
     if free < 40 << 30:
-        pytest.skip("needs 40 GB of GPU memory")
+        pytest.skip(f"holds two tensors past 2³¹ elements in 40 GB of GPU memory; {free >> 30} GB are free")
     torch.use_deterministic_algorithms(False)  # no poisoning of so much memory
     samples, classes = 3, (1 << 31) // 3 // 8 * 8 + 8  # three rows end past 2³¹
     student = torch.zeros(samples, classes, dtype=torch.bfloat16, device="cuda")

@@ -190,9 +190,9 @@ def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool)
 
 
 def make_distiller(case: Case, device: torch.device) -> Distiller:
-    """The case's, with neither graph nor compilation in the way of looking inside."""
+    """The case's, with neither graph nor chains nor compilation in the way of looking inside."""
     teacher, student = case.networks()
-    config = case.config(device, engine=EngineConfig(cuda_graph="off"))
+    config = case.config(device, engine=EngineConfig(cuda_graph="off", fuse_convolutions="off"))
     return Distiller(teacher, student, config, image_shape=case.image_shape)
 
 

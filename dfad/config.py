@@ -297,6 +297,9 @@ class EngineConfig:
     fuse_batchnorm: Switch = "auto"
     """Each BatchNorm that learns computed with the addition and the activation behind it."""
 
+    fuse_convolutions: Switch = "auto"
+    """Its BatchNorm computed with the 3×3 convolution before it, too, by tiles in bfloat16."""
+
     merge_upsampling: Switch = "auto"
     """Each upsampling of the generator and the convolution behind it computed at once."""
 

@@ -15,6 +15,7 @@ from dfad.errors import ConfigurationError
 from dfad.fusing import fuse_batchnorm
 from dfad.graph import CapturedRound
 from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
+from dfad_kernels.convolution_chain import has_tiles
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Engine:
         self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
         self.compile = self._admit("compile", config.compile)
         self.fuse_batchnorm = self._admit("fuse_batchnorm", config.fuse_batchnorm, self._check_fuse_batchnorm)
+        self.fuse_convolutions = self._admit(
+            "fuse_convolutions", config.fuse_convolutions, self._check_fuse_convolutions
+        )
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
@@ -81,6 +85,14 @@ class Engine:
             raise Unavailable(f"its kernels are for CPUs, and the device is {self.device}")
         if self.compile:
             raise Unavailable("engine.compile is on, and fuses them in its own way")
+
+    def _check_fuse_convolutions(self) -> None:
+        if not self.fuse_batchnorm:
+            raise Unavailable("engine.fuse_batchnorm is off, or cannot run here, and it is built on that")
+        if self.dtype != torch.bfloat16:
+            raise Unavailable(f"its tiles are of bfloat16, and the precision is {self.precision}")
+        if not has_tiles():
+            raise Unavailable("the processor has no tiles (Intel AMX)")
 
     def _check_cuda_graph(self) -> None:
         if self.device.type != "cuda":
@@ -123,7 +135,7 @@ class Engine:
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
-            fuse_batchnorm(network)
+            fuse_batchnorm(network, with_convolutions=self.fuse_convolutions)
         if self.compile:
             network.compile(dynamic=False)
         return network

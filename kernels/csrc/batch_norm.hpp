@@ -24,7 +24,7 @@ struct Rows {
 
     int64_t channels, size, period, block_size, blocks;
 
-    explicit Rows(const Array& x) : channels(x.shape[1]), size(x.size()) {
+    Rows(int64_t rows, int64_t channels) : channels(channels), size(rows * channels) {
         int64_t divisor = channels;
         for (int64_t rest = step; rest != 0;) {
             const int64_t next = divisor % rest;
@@ -49,12 +49,6 @@ struct Rows {
     }
     void repeat(Buffer<S>& to) const {
         for (int64_t i = channels; i < period; ++i) to[i] = to[i - channels];
-    }
-
-    // Calls f(block) for all blocks, the last ones first: they are still in the caches of a walk before.
-    template <class F>
-    void each_block_again(int threads, F&& f) const {
-        parallel_for(blocks, size, threads, [&](int64_t block) { f(blocks - 1 - block); });
     }
 
     // Calls f(access, element, its place in the period) for each register of a block that begins at `place`.
@@ -137,8 +131,101 @@ struct Affine {
     V operator()(V x, int k) const { return (x - mean[k]) * scale[k] + shift[k]; }
 };
 
-// statistics: mean and biased variance, (2, channels); the running ones, of which the variance is unbiased, move
-// towards them. These, residual, weight and bias may be missing. All are dense.
+// Of a batch: mean and biased variance, (2, channels). The running ones, of which the variance is unbiased, may be
+// missing.
+struct BatchStatistics {
+    Address batch, running_mean, running_variance;
+    double momentum;
+
+    // Out of each block's mean and squares about it, (blocks, 2, channels); rows(block) is how many they are of.
+    template <class S, class F>
+    void merge(const double* partial, int64_t blocks, int64_t channels, F&& rows) const {
+        double all = 0;
+        for (int64_t block = 0; block < blocks; ++block) all += static_cast<double>(rows(block));
+        Buffer<double> exact(2 * channels);
+        for (int64_t i = 0; i < 2 * channels; ++i) exact[i] = 0;
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t c = 0; c < channels; ++c)
+                exact[c] += static_cast<double>(rows(block)) / all * partial[block * 2 * channels + c];
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t c = 0; c < channels; ++c) {
+                const double* of_block = partial + block * 2 * channels;
+                const double d = of_block[c] - exact[c];
+                exact[channels + c] += of_block[channels + c] / all + static_cast<double>(rows(block)) / all * d * d;
+            }
+        auto* mean = static_cast<S*>(batch.data);
+        for (int64_t i = 0; i < 2 * channels; ++i) mean[i] = static_cast<S>(exact[i]);
+        if (!running_mean.exists()) return;
+        for (int64_t c = 0; c < channels; ++c) {
+            move<S>(running_mean, c, exact[c]);
+            move<S>(running_variance, c, exact[channels + c] * all / (all - 1));
+        }
+    }
+
+private:
+    template <class S>
+    void move(Address running, int64_t c, double value) const {
+        auto& old = static_cast<S*>(running.data)[c];
+        old = static_cast<S>(old + momentum * (value - old));
+    }
+};
+
+// Sums about a centre as a mean and squares about that.
+template <class S>
+inline void about_mean(double* sums, const S* centre, int64_t channels, int64_t rows) {
+    for (int64_t c = 0; c < channels; ++c) {
+        const double shift = sums[c] / static_cast<double>(rows);
+        sums[channels + c] -= shift * sums[c];
+        sums[c] = static_cast<double>(centre[c]) + shift;
+    }
+}
+
+// What a BatchNorm multiplies by and adds, repeated over a walk's period.
+template <class Walk>
+struct Coefficients {
+    using S = typename Walk::S;
+    Buffer<S> centre, scale, shift;
+
+    // statistics: as of BatchStatistics::batch.
+    Coefficients(const Walk& walk, const S* statistics, Address weight, Address bias, double epsilon)
+        : centre(walk.period), scale(walk.period), shift(walk.period) {
+        walk.repeat(centre, [&](int64_t c) { return statistics[c]; });
+        walk.repeat(scale, [&](int64_t c) {
+            return at<S>(weight, c, 1) / std::sqrt(statistics[walk.channels + c] + epsilon);
+        });
+        walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
+    }
+    Affine<typename Walk::V> at_place(int64_t place) { return {place, centre, scale, shift}; }
+};
+
+// pre = γ (x − μ) / √(σ² + ε) + β + r and post = φ(pre); r and one of the two results may be missing.
+template <class T>
+void normalise(const Rows<T>& walk, Coefficients<Rows<T>>& coefficients, const T* x, const T* residual, T* pre, T* post,
+               double slope, int threads) {
+    using V = typename Rows<T>::V;
+    const V below = broadcast<V>(slope);
+    const auto run = [&](auto adds, auto keeps, auto activates) {
+        parallel_stretches(walk.blocks, walk.size, threads, Order::back, [&](int64_t block) {
+            for (int64_t place = 0; place < walk.period; place += Rows<T>::step) {
+                const auto affine = coefficients.at_place(place);
+                walk.each_at(block, place, [=](auto access, int64_t i, int k) {
+                    V v = affine(access.read(x + i), k);
+                    if constexpr (decltype(adds)::value) v += access.read(residual + i);
+                    if constexpr (decltype(keeps)::value) access.write(pre + i, v);
+                    if constexpr (decltype(activates)::value) access.write(post + i, v > 0 ? v : below * v);
+                });
+            }
+        });
+    };
+    const auto with_results = [&](auto adds) {
+        if (!pre) run(adds, std::false_type{}, std::true_type{});
+        else if (!post) run(adds, std::true_type{}, std::false_type{});
+        else run(adds, std::true_type{}, std::true_type{});
+    };
+    residual ? with_results(std::true_type{}) : with_results(std::false_type{});
+}
+
+// All are dense; residual, weight and bias may be missing.
 void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
                         Address running_variance, Address residual, Address weight, Address bias,
                         double momentum, double slope, double epsilon, int threads) {
@@ -147,16 +234,14 @@ void batch_norm_forward(Array x, Address y, Address statistics, Address running_
         using Walk = Rows<T>;
         using S = typename Walk::S;
         using V = typename Walk::V;
-        const Walk walk(x);
+        const Walk walk(x.shape[0], x.shape[1]);
         const int64_t channels = walk.channels;
         const auto* in = static_cast<const T*>(x.data);
-        const auto* added = static_cast<const T*>(residual.data);
-        auto* out = static_cast<T*>(y.data);
 
         // Squares about a block's first row, which no row is so far from that more cancels than the block is long
-        // (Samuelson's inequality); then each block's mean, and its squares about that.
+        // (Samuelson's inequality).
         Buffer<double> partial(walk.blocks * 2 * channels);
-        parallel_for(walk.blocks, walk.size, threads, [&](int64_t block) {
+        parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
             const T* first = in + walk.begin(block);
             double* sums = partial.data() + block * 2 * channels;
             Buffer<S> centre(walk.period);
@@ -170,59 +255,56 @@ void batch_norm_forward(Array x, Address y, Address statistics, Address running_
                     terms[1] = d * d;
                 };
             });
-            const auto rows = static_cast<double>(walk.rows(block));
-            for (int64_t c = 0; c < channels; ++c) {
-                const double shift = sums[c] / rows;
-                sums[channels + c] -= shift * sums[c];
-                sums[c] = centre[c] + shift;
-            }
+            about_mean(sums, centre.data(), channels, walk.rows(block));
         });
-        auto* mean = static_cast<S*>(statistics.data);
-        auto* variance = mean + channels;
-        const auto all = static_cast<double>(walk.size / channels);
-        Buffer<double> exact(2 * channels);
-        for (int64_t i = 0; i < 2 * channels; ++i) exact[i] = 0;
-        for (int64_t block = 0; block < walk.blocks; ++block)
-            for (int64_t c = 0; c < channels; ++c)
-                exact[c] += static_cast<double>(walk.rows(block)) / all * partial[block * 2 * channels + c];
-        for (int64_t block = 0; block < walk.blocks; ++block)
-            for (int64_t c = 0; c < channels; ++c) {
-                const double* of_block = partial.data() + block * 2 * channels;
-                const double d = of_block[c] - exact[c];
-                exact[channels + c] +=
-                    of_block[channels + c] / all + static_cast<double>(walk.rows(block)) / all * d * d;
-            }
-        for (int64_t i = 0; i < 2 * channels; ++i) mean[i] = static_cast<S>(exact[i]);
-        const auto move = [=](Address running, int64_t c, double value) {
-            auto& old = static_cast<S*>(running.data)[c];
-            old = static_cast<S>(old + momentum * (value - old));
-        };
-        if (running_mean.exists())
-            for (int64_t c = 0; c < channels; ++c) {
-                move(running_mean, c, exact[c]);
-                move(running_variance, c, exact[channels + c] * all / (all - 1));
-            }
-
-        Buffer<S> centre(walk.period), scale(walk.period), shift(walk.period);
-        walk.repeat(centre, [&](int64_t c) { return mean[c]; });
-        walk.repeat(scale, [&](int64_t c) { return at<S>(weight, c, 1) / std::sqrt(variance[c] + epsilon); });
-        walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
-        const V below = broadcast<V>(slope);
-        const auto normalise = [&](auto adds) {
-            walk.each_block_again(threads, [&](int64_t block) {
-                for (int64_t place = 0; place < walk.period; place += Walk::step) {
-                    const Affine<V> affine(place, centre, scale, shift);
-                    walk.each_at(block, place, [=](auto access, int64_t i, int k) {
-                        V v = affine(access.read(in + i), k);
-                        if constexpr (decltype(adds)::value) v += access.read(added + i);
-                        access.write(out + i, v > 0 ? v : below * v);
-                    });
-                }
-            });
-        };
-        residual.exists() ? normalise(std::true_type{}) : normalise(std::false_type{});
+        const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
+        moved.merge<S>(partial.data(), walk.blocks, channels, [&](int64_t block) { return walk.rows(block); });
+        Coefficients<Walk> coefficients(walk, static_cast<const S*>(statistics.data), weight, bias, epsilon);
+        normalise<T>(walk, coefficients, in, static_cast<const T*>(residual.data), nullptr, static_cast<T*>(y.data), slope,
+                     threads);
     });
 }
+
+// The gradient of what a BatchNorm is given: scale · g − tilt · (x − μ) − level, g being that of what it returns.
+template <class Walk>
+struct Gradient {
+    using S = typename Walk::S;
+    using V = typename Walk::V;
+    Buffer<S> tilt, level;
+
+    // Sums g(access, element, x, affine, register) of all elements, and tells the parameters their gradients,
+    // (2, channels).
+    template <class T, class G>
+    Gradient(const Walk& walk, Coefficients<Walk>& coefficients, const T* x, const S* statistics,
+             Address parameter_gradient, double epsilon, int threads, G&& g)
+        : tilt(walk.period), level(walk.period) {
+        const int64_t channels = walk.channels;
+        Buffer<double> partial(walk.blocks * 2 * channels);
+        parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
+            walk.template sum<2>(block, partial.data() + block * 2 * channels, [&](int64_t place) {
+                return [=, affine = coefficients.at_place(place)](auto access, int64_t i, int k, V* terms) {
+                    const V value = access.read(x + i);
+                    terms[1] = g(access, i, value, affine, k);
+                    terms[0] = terms[1] * (value - affine.mean[k]);
+                };
+            });
+        });
+        Buffer<double> sums(2 * channels);
+        for (int64_t i = 0; i < 2 * channels; ++i) sums[i] = 0;
+        for (int64_t block = 0; block < walk.blocks; ++block)
+            for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += partial[block * 2 * channels + i];
+        const auto inverse = [=](int64_t c) { return 1 / std::sqrt(statistics[channels + c] + epsilon); };
+        auto* of_parameters = static_cast<S*>(parameter_gradient.data);
+        for (int64_t c = 0; c < channels; ++c) {
+            of_parameters[c] = static_cast<S>(sums[c] * inverse(c));
+            of_parameters[channels + c] = static_cast<S>(sums[channels + c]);
+        }
+        const auto rows = static_cast<double>(walk.size / channels);
+        walk.repeat(tilt,
+                    [&](int64_t c) { return coefficients.scale[c] * sums[c] / rows * inverse(c) * inverse(c); });
+        walk.repeat(level, [&](int64_t c) { return coefficients.scale[c] * sums[channels + c] / rows; });
+    }
+};
 
 // parameter_gradient: of weight and bias, (2, channels). y is given where something was added before the activation;
 // else the side of zero that it lies on is computed again, which takes less than reading it. residual_gradient is
@@ -235,52 +317,23 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
         using Walk = Rows<T>;
         using S = typename Walk::S;
         using V = typename Walk::V;
-        const Walk walk(x);
-        const int64_t channels = walk.channels;
+        const Walk walk(x.shape[0], x.shape[1]);
         const auto* in = static_cast<const T*>(x.data);
         const auto* result = static_cast<const T*>(y.data);
         const auto* upstream = static_cast<const T*>(y_gradient.data);
         auto* out = static_cast<T*>(x_gradient.data);
         auto* passed_on = static_cast<T*>(residual_gradient.data);
-        const auto* mean = static_cast<const S*>(statistics.data);
-        const auto* variance = mean + channels;
+        const auto* batch = static_cast<const S*>(statistics.data);
         const V below = broadcast<V>(slope);
-        const auto inverse = [=](int64_t c) { return 1 / std::sqrt(variance[c] + epsilon); };
-
-        Buffer<S> centre(walk.period), scale(walk.period), shift(walk.period);
-        walk.repeat(centre, [&](int64_t c) { return mean[c]; });
-        walk.repeat(scale, [&](int64_t c) { return at<S>(weight, c, 1) * inverse(c); });
-        walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
+        Coefficients<Walk> coefficients(walk, batch, weight, bias, epsilon);
 
         // g(access, element, x, affine, register) is the gradient behind the activation.
         const auto differentiate = [&](auto g, auto g_again) {
-            Buffer<double> partial(walk.blocks * 2 * channels);
-            parallel_for(walk.blocks, walk.size, threads, [&](int64_t block) {
-                walk.template sum<2>(block, partial.data() + block * 2 * channels, [&](int64_t place) {
-                    return [=, affine = Affine<V>(place, centre, scale, shift)](auto access, int64_t i, int k,
-                                                                                V* terms) {
-                        const V value = access.read(in + i);
-                        terms[1] = g(access, i, value, affine, k);
-                        terms[0] = terms[1] * (value - affine.mean[k]);
-                    };
-                });
-            });
-            Buffer<double> sums(2 * channels);
-            for (int64_t i = 0; i < 2 * channels; ++i) sums[i] = 0;
-            for (int64_t block = 0; block < walk.blocks; ++block)
-                for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += partial[block * 2 * channels + i];
-            auto* of_parameters = static_cast<S*>(parameter_gradient.data);
-            for (int64_t c = 0; c < channels; ++c) {
-                of_parameters[c] = static_cast<S>(sums[c] * inverse(c));
-                of_parameters[channels + c] = static_cast<S>(sums[channels + c]);
-            }
-            const auto rows = static_cast<double>(walk.size / channels);
-            Buffer<S> tilt(walk.period), level(walk.period);
-            walk.repeat(tilt, [&](int64_t c) { return scale[c] * sums[c] / rows * inverse(c) * inverse(c); });
-            walk.repeat(level, [&](int64_t c) { return scale[c] * sums[channels + c] / rows; });
-            walk.each_block_again(threads, [&](int64_t block) {
+            Gradient<Walk> gradient(walk, coefficients, in, batch, parameter_gradient, epsilon, threads, g);
+            parallel_stretches(walk.blocks, walk.size, threads, Order::back, [&](int64_t block) {
                 for (int64_t place = 0; place < walk.period; place += Walk::step) {
-                    const Affine<V> affine(place, centre, scale, shift), pull(place, centre, tilt, level);
+                    const auto affine = coefficients.at_place(place);
+                    const Affine<V> pull(place, coefficients.centre, gradient.tilt, gradient.level);
                     walk.each_at(block, place, [=](auto access, int64_t i, int k) {
                         const V value = access.read(in + i);
                         access.write(out + i, affine.scale[k] * g_again(access, i, value, affine, k) - pull(value, k));

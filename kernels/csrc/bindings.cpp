@@ -18,6 +18,13 @@
 #include "kernels.hpp"
 #undef DFAD_ISA
 #endif
+#ifdef DFAD_AMX_LEVEL
+#define DFAD_ISA x86_64_amx
+#include "kernels.hpp"
+#undef DFAD_ISA
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace nb = nanobind;
 using dfad::Address;
@@ -102,6 +109,16 @@ void bind(nb::module_& module, const char* name, Function function) {
     module.def(name, function, nb::call_guard<nb::gil_scoped_release>());
 }
 
+#ifdef DFAD_AMX_LEVEL
+// Linux saves a thread's tiles only where a process has asked for them; the numbers are those of its asm/prctl.h.
+bool has_tiles() {
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 }  // namespace
 
 #define BIND_OPERATORS(module, isa)                                                                  \
@@ -110,7 +127,9 @@ void bind(nb::module_& module, const char* name, Function function) {
     bind(module, "interpolated_kl_div_forward", dfad::isa::interpolated_kl_div_forward);             \
     bind(module, "interpolated_kl_div_backward", dfad::isa::interpolated_kl_div_backward);           \
     bind(module, "batch_norm_forward", dfad::isa::batch_norm_forward);                               \
-    bind(module, "batch_norm_backward", dfad::isa::batch_norm_backward);
+    bind(module, "batch_norm_backward", dfad::isa::batch_norm_backward);                             \
+    bind(module, "convolution_batch_norm_forward", dfad::isa::convolution_batch_norm_forward);       \
+    bind(module, "convolution_batch_norm_backward", dfad::isa::convolution_batch_norm_backward);
 
 NB_MODULE(_cpu, module) {
     module.doc() =
@@ -129,6 +148,13 @@ NB_MODULE(_cpu, module) {
         isa.emplace_back("x86_64_v4");
         auto level = module.def_submodule("x86_64_v4");
         BIND_OPERATORS(level, x86_64_v4)
+    }
+#endif
+#ifdef DFAD_AMX_LEVEL
+    if (has_tiles()) {
+        isa.emplace_back("x86_64_amx");
+        auto level = module.def_submodule("x86_64_amx");
+        BIND_OPERATORS(level, x86_64_amx)
     }
 #endif
     module.attr("isa") = isa;

@@ -3,6 +3,7 @@
 
 #include "activation_boundary_loss.hpp"
 #include "batch_norm.hpp"
+#include "convolution_batch_norm.hpp"
 #include "elementwise.hpp"
 #include "interpolated_kl_div.hpp"
 

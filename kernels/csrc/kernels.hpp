@@ -21,4 +21,16 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
                          Address y_gradient, Address y, Address statistics, Address weight, Address bias,
                          double slope, double epsilon, int threads);
 
+void convolution_batch_norm_forward(Address x, Address kernel, Address y, Address pre, Address post, Address statistics,
+                                    Address running_mean, Address running_variance, Address residual,
+                                    Address weight, Address bias, int64_t count, int64_t height, int64_t width,
+                                    int64_t in, int64_t out, int64_t step, double momentum, double slope,
+                                    double epsilon, int threads);
+void convolution_batch_norm_backward(Address x, Address kernel, Address y, Address post, Address statistics,
+                                     Address weight, Address bias, Address pre_gradient, Address post_gradient,
+                                     Address second_post_gradient, Address behind_activation, Address x_gradient,
+                                     Address kernel_gradient, Address parameter_gradient, int64_t count,
+                                     int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                     double slope, double epsilon, int threads);
+
 }  // namespace dfad::DFAD_ISA

@@ -146,14 +146,14 @@ class _BatchNorm(torch.autograd.Function):
         negative_slope: float,
         kernels: str,
     ) -> Tensor:
-        x = _channels_last(x)
+        x = channels_last(x)
         y = torch.empty_like(x)
         statistics = x.new_empty((2, x.shape[1]), dtype=compute_dtype(x))
-        residual = None if residual is None else _channels_last(residual)
+        residual = None if residual is None else channels_last(residual)
         forward, ctx.kernel = cpp_functions(kernels, "batch_norm")
         forward(
             _rows(x),
-            *map(_address, (y, statistics, running_mean, running_variance, residual, weight, bias)),
+            *map(address, (y, statistics, running_mean, running_variance, residual, weight, bias)),
             *(momentum, negative_slope, epsilon, torch.get_num_threads()),
         )
         # where nothing was added or no activation follows y is not needed, and may be written by an addition in place
@@ -167,14 +167,14 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, y = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        y_gradient = _channels_last(y_gradient)
+        y_gradient = channels_last(y_gradient)
         x_gradient, parameter_gradient = torch.empty_like(x), torch.empty_like(statistics)
         # without an activation the residual's gradient is the incoming one
         residual_gradient = torch.empty_like(x) if needs_residual and y is not None else None
         ctx.kernel(
             _rows(x),
             *map(
-                _address, (x_gradient, residual_gradient, parameter_gradient, y_gradient, y, statistics, weight, bias)
+                address, (x_gradient, residual_gradient, parameter_gradient, y_gradient, y, statistics, weight, bias)
             ),
             *(*ctx.numbers, torch.get_num_threads()),
         )
@@ -187,7 +187,7 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-def _channels_last(features: Tensor) -> Tensor:
+def channels_last(features: Tensor) -> Tensor:
     """Dense features, channels last in memory; copied only if they are not."""
     if features.ndim == 4:
         return features.contiguous(memory_format=torch.channels_last)
@@ -199,6 +199,6 @@ def _rows(features: Tensor) -> Tensor:
     return features.detach().movedim(1, -1).reshape(-1, features.shape[1])
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     # a tensor's shape would take longer to ask for than many a map to normalise
     return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,254 @@
+// A 3×3 convolution with the BatchNorm, the addition and the activation behind it: y = conv(x),
+// pre = γ (y − μ) / √(σ² + ε) + β + r, post = φ(pre).
+#pragma once
+
+#include "batch_norm.hpp"
+#include "convolution.hpp"
+
+namespace dfad::DFAD_ISA {
+
+// Less than a tile's channels, as of images, are padded to one.
+inline int64_t padded(int64_t channels) { return channels < 16 ? 16 : channels; }
+
+// (rows, from) as (rows, to), the new columns zero, or the old ones left out.
+inline void widen(const float* in, int64_t rows, int64_t from, int64_t to, float* out) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < to; ++c) out[row * to + c] = c < from ? in[row * from + c] : 0;
+}
+
+// What both directions know of a convolution: x is (images, height, width, in), y every step-th pixel of it.
+struct Convolution {
+    int64_t count, height, width, in, out, step;
+
+    Images images() const { return {count, height, width, padded(in)}; }
+    Images results() const { return {count, height, width, out}; }
+    int64_t pixels() const { return height * width; }
+    int64_t result_pixels() const { return ((height + step - 1) / step) * ((width + step - 1) / step); }
+
+    void fill(Positions& positions, const bfloat16* x, int64_t first, int64_t images) const {
+        const bfloat16* from = x + first * pixels() * in;
+        if (in == padded(in))
+            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                std::memcpy(to, from + pixel * in, pixels * in * 2);
+            });
+        else
+            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                for (int64_t i = 0; i < pixels; ++i)
+                    std::memcpy(to + i * padded(in), from + (pixel + i) * in, in * 2);
+            });
+    }
+};
+
+// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) in float32. pre or post, residual, the running
+// statistics, weight and bias may be missing. Only y and what is normalised from it are bfloat16.
+void convolution_batch_norm_forward(Address x, Address kernel, Address y, Address pre, Address post, Address statistics,
+                                    Address running_mean, Address running_variance, Address residual,
+                                    Address weight, Address bias, int64_t count, int64_t height, int64_t width,
+                                    int64_t in, int64_t out, int64_t step, double momentum, double slope,
+                                    double epsilon, int threads) {
+    const Convolution convolution{count, height, width, in, out, step};
+    const Images images = convolution.images();
+    const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
+    const int64_t result_pixels = convolution.result_pixels();
+    Buffer<float> padded_kernel(out * taps * images.channels);
+    widen(static_cast<const float*>(kernel.data), out * taps, in, images.channels, padded_kernel.data());
+    Factors factors(images, images.channels, out);
+    factors.pack(padded_kernel.data());
+    Numbers numbers(images, step);
+    const auto images_in = [&](int64_t number) { return number + 1 < chunks ? chunk : count - number * chunk; };
+
+    struct Memory {
+        Tiles tiles;
+        Positions in;
+        Products products = new_products();
+        Buffer<float> sums;  // about a chunk's first pixel: (3, out), that, sum and sum of squares
+    };
+    Buffer<double> partial(chunks * 2 * out);
+    parallel_stretches(
+        chunks, count * convolution.pixels() * images.channels, threads, Order::forth,
+        [&] { return Memory{{}, {images, 1}, new_products(), Buffer<float>(3 * out)}; },
+        [&](int64_t number, Memory& memory) {
+            convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), number * chunk, images_in(number));
+            bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
+            const int32_t* pixel = numbers.data();
+            float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
+            convolve(memory.tiles, memory.in.data(), images_in(number) * images.plane(), factors, memory.products,
+                     [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
+                         for (int64_t c = 0; c < channels; c += lanes<floats>) {
+                             bfloat16* to = results + channel + c;
+                             floats about{}, total{}, total_squares{};
+                             if (q == 0) {
+                                 about = store_rounded(to, load(from + c));
+                                 store(centre + channel + c, about);
+                             } else {
+                                 about = load(centre + channel + c);
+                                 total = load(sum + channel + c);
+                                 total_squares = load(squares + channel + c);
+                             }
+                             for (int64_t i = 0; i < positions; ++i) {
+                                 if (pixel[q + i] < 0) continue;
+                                 const floats d =
+                                     store_rounded(to + pixel[q + i] * out, load(from + i * channels + c)) - about;
+                                 total += d;
+                                 total_squares += d * d;
+                             }
+                             store(sum + channel + c, total);
+                             store(squares + channel + c, total_squares);
+                         }
+                     });
+            double* of_chunk = partial.data() + number * 2 * out;
+            for (int64_t c = 0; c < 2 * out; ++c) of_chunk[c] = sum[c];
+            about_mean(of_chunk, centre, out, images_in(number) * result_pixels);
+        });
+
+    const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
+    moved.merge<float>(partial.data(), chunks, out, [&](int64_t number) { return images_in(number) * result_pixels; });
+    const Rows<bfloat16> walk(count * result_pixels, out);
+    Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(statistics.data), weight, bias, epsilon);
+    normalise<bfloat16>(walk, coefficients, static_cast<const bfloat16*>(y.data),
+                        static_cast<const bfloat16*>(residual.data), static_cast<bfloat16*>(pre.data),
+                        static_cast<bfloat16*>(post.data), slope, threads);
+}
+
+// Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
+// written: what all of them make behind the activation, which is the residual's gradient as well. It must be given
+// where anything was added or more than one gradient comes in; post then says where the activation passed.
+// x_gradient and kernel_gradient may be missing; parameter_gradient is of weight and bias, (2, out).
+void convolution_batch_norm_backward(Address x, Address kernel, Address y, Address post, Address statistics,
+                                     Address weight, Address bias, Address pre_gradient, Address post_gradient,
+                                     Address second_post_gradient, Address behind_activation, Address x_gradient,
+                                     Address kernel_gradient, Address parameter_gradient, int64_t count,
+                                     int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                     double slope, double epsilon, int threads) {
+    using Walk = Rows<bfloat16>;
+    const Convolution convolution{count, height, width, in, out, step};
+    const Images images = convolution.images();
+    const int64_t result_pixels = convolution.result_pixels();
+    const auto* results = static_cast<const bfloat16*>(y.data);
+    const auto* activated = static_cast<const bfloat16*>(post.data);
+    const auto* of_pre = static_cast<const bfloat16*>(pre_gradient.data);
+    const auto* of_post = static_cast<const bfloat16*>(post_gradient.data);
+    const auto* of_post_too = static_cast<const bfloat16*>(second_post_gradient.data);
+    auto* passed_on = static_cast<bfloat16*>(behind_activation.data);
+    const auto* batch = static_cast<const float*>(statistics.data);
+    const floats below = broadcast<floats>(slope);
+    const Walk walk(count * result_pixels, out);
+    Coefficients<Walk> coefficients(walk, batch, weight, bias, epsilon);
+
+    const int64_t chunk = images.chunk();
+    const int64_t block = round_up((count + 15) / 16, chunk), blocks = (count + block - 1) / block;
+    const int64_t weights = out * taps * images.channels;
+    Factors factors(images, out, images.channels);
+    if (x_gradient.exists()) {
+        Buffer<float> padded_kernel(weights);
+        widen(static_cast<const float*>(kernel.data), out * taps, in, images.channels, padded_kernel.data());
+        factors.pack_reversed(padded_kernel.data());
+    }
+    Numbers numbers(images, 1);
+    Buffer<float> partial(kernel_gradient.exists() ? blocks * weights : 1);
+    struct Memory {
+        Tiles tiles;
+        Positions in, upstream;
+        Products products;
+        KernelGradient kernel;
+    };
+
+    // again(element, y, channel) is the gradient behind the activation once more.
+    const auto convolve_back = [&](Gradient<Walk>& gradient, auto again) {
+        const auto differentiate = [&](bfloat16* to, int64_t from, int64_t pixels) {
+            for (int64_t i = 0; i < pixels * out;)
+                for (int64_t c = 0; c < out; c += lanes<floats>, i += lanes<floats>) {
+                    const floats value = load(results + from + i);
+                    const floats pull = (value - load(coefficients.centre.data() + c)) * load(gradient.tilt.data() + c);
+                    const floats g = again(from + i, value, c) * load(coefficients.scale.data() + c);
+                    store_rounded(to + i, g - pull - load(gradient.level.data() + c));
+                }
+        };
+        parallel_stretches(
+            blocks, count * convolution.pixels() * images.channels, threads, Order::back,
+            [&] { return Memory{{}, {images, 1}, {convolution.results(), step}, new_products(), {images, out}}; },
+            [&](int64_t number, Memory& memory) {
+                for (int64_t first = number * block; first < count && first < (number + 1) * block; first += chunk) {
+                    const int64_t here = first + chunk < count ? chunk : count - first;
+                    const int64_t positions = here * images.plane();
+                    memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                        differentiate(to, (first * result_pixels + pixel) * out, pixels);
+                    });
+                    if (x_gradient.exists()) {
+                        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
+                        const int32_t* pixel = numbers.data();
+                        convolve(memory.tiles, memory.upstream.data(), positions, factors, memory.products,
+                                 [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
+                                     for (int64_t i = 0; i < rows; ++i) {
+                                         if (pixel[q + i] < 0) continue;
+                                         bfloat16* p = to + pixel[q + i] * in + channel;
+                                         if (in >= 16) {
+                                             store_rounded(p, from + i * channels, channels);
+                                         } else {
+                                             bfloat16 all[16];
+                                             store_rounded(all, from + i * channels, 16);
+                                             std::memcpy(p, all, in * 2);
+                                         }
+                                     }
+                                 });
+                    }
+                    if (!kernel_gradient.exists()) continue;
+                    convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), first, here);
+                    memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
+                                      partial.data() + number * weights, first == number * block);
+                }
+            });
+    };
+
+    const auto differentiate = [&](auto g, auto again) {
+        Gradient<Walk> gradient(walk, coefficients, results, batch, parameter_gradient, epsilon, threads, g);
+        convolve_back(gradient, again);
+    };
+    const auto plain = [=](auto access, int64_t i, floats, const Affine<floats>&, int) { return access.read(of_pre + i); };
+    const auto plain_again = [=](int64_t i, floats, int64_t) { return load(of_pre + i); };
+    const auto recomputed = [=](auto access, int64_t i, floats value, const Affine<floats>& affine, int k) {
+        const floats incoming = access.read(of_post + i);
+        return affine(value, k) > 0 ? incoming : below * incoming;
+    };
+    const auto recomputed_again = [=, &coefficients](int64_t i, floats value, int64_t c) {
+        const floats incoming = load(of_post + i);
+        const floats pre = (value - load(coefficients.centre.data() + c)) * load(coefficients.scale.data() + c) +
+                           load(coefficients.shift.data() + c);
+        return pre > 0 ? incoming : below * incoming;
+    };
+    const auto passed_again = [=](int64_t i, floats, int64_t) { return load(passed_on + i); };
+    const auto met = [&](auto has_pre, auto has_two) {
+        differentiate(
+            [=](auto access, int64_t i, floats, const Affine<floats>&, int) {
+                floats incoming = access.read(of_post + i);
+                if constexpr (decltype(has_two)::value) incoming += access.read(of_post_too + i);
+                floats g = access.read(activated + i) > 0 ? incoming : below * incoming;
+                if constexpr (decltype(has_pre)::value) g += access.read(of_pre + i);
+                access.write(passed_on + i, g);
+                return g;
+            },
+            passed_again);
+    };
+    if (!passed_on) of_post ? differentiate(recomputed, recomputed_again) : differentiate(plain, plain_again);
+    else if (of_pre && of_post_too) met(std::true_type{}, std::true_type{});
+    else if (of_pre) met(std::true_type{}, std::false_type{});
+    else if (of_post_too) met(std::false_type{}, std::true_type{});
+    else met(std::false_type{}, std::false_type{});
+
+    if (!kernel_gradient.exists()) return;
+    Buffer<float> sums(images.channels == in ? 1 : weights);
+    auto* gradient = images.channels == in ? static_cast<float*>(kernel_gradient.data) : sums.data();
+    constexpr int64_t at_once = 1 << 12;
+    parallel_for((weights + at_once - 1) / at_once, blocks * weights, threads, [&](int64_t part) {
+        const int64_t end = (part + 1) * at_once < weights ? (part + 1) * at_once : weights;
+        for (int64_t i = part * at_once; i < end; i += lanes<floats>) {
+            floats total{};
+            for (int64_t b = 0; b < blocks; ++b) total += load(partial.data() + b * weights + i);
+            store(gradient + i, total);
+        }
+    });
+    if (images.channels != in)
+        widen(sums.data(), out * taps, images.channels, in, static_cast<float*>(kernel_gradient.data));
+}
+
+}  // namespace dfad::DFAD_ISA

@@ -5,14 +5,61 @@
 
 namespace dfad::DFAD_ISA {
 
+// What a thread has let go of, for when it asks for as much again: between two calls of a kernel the system would take
+// memory back, and clear it page by page when it is touched the next time.
+class Spares {
+public:
+    ~Spares() {
+        for (Spare& spare : spares_) release(spare.data);
+    }
+    // At least `bytes`, which becomes what was given.
+    void* take(int64_t& bytes) {
+        for (Spare& spare : spares_)
+            if (spare.bytes >= bytes && spare.bytes <= 2 * bytes) {
+                void* data = spare.data;
+                bytes = spare.bytes;
+                spare = {};
+                return data;
+            }
+        return ::operator new(bytes, alignment);
+    }
+    void give(void* data, int64_t bytes) {
+#if !defined(__SANITIZE_ADDRESS__)  // which watches what was let go of
+        Spare& oldest = spares_[next_];
+        next_ = (next_ + 1) % count;
+        release(oldest.data);
+        oldest = {data, bytes};
+#else
+        static_cast<void>(bytes);
+        release(data);
+#endif
+    }
+
+private:
+    struct Spare {
+        void* data = nullptr;
+        int64_t bytes = 0;
+    };
+    static constexpr std::align_val_t alignment{64};
+    static constexpr int count = 16;
+
+    static void release(void* data) { ::operator delete(data, alignment); }
+
+    Spare spares_[count];
+    int next_ = 0;
+};
+
+inline thread_local Spares spares;
+
 // Uninitialised memory aligned for vectors. Not std::vector: its functions would be shared between the
 // objects of all instruction sets, and the linker could keep the one that an older processor cannot run.
 template <class T>
 class Buffer {
 public:
-    explicit Buffer(int64_t size)
-        : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{64}))) {}
-    ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+    explicit Buffer(int64_t size) : bytes_(size * static_cast<int64_t>(sizeof(T))) {
+        data_ = static_cast<T*>(spares.take(bytes_));
+    }
+    ~Buffer() { spares.give(data_, bytes_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 
@@ -20,6 +67,7 @@ public:
     T* data() { return data_; }
 
 private:
+    int64_t bytes_;
     T* data_;
 };
 

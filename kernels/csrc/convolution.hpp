@@ -22,11 +22,20 @@ constexpr int taps = 9;
 using pairs = vector_of<uint32_t, 64>::type;
 
 inline pairs interleave(const bfloat16* even, const bfloat16* odd) {
+#if defined(__AVX512BW__)
+    alignas(64) static constexpr uint16_t places[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even))),
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1);
+    return bit_cast<pairs>(_mm512_permutexvar_epi16(_mm512_load_si512(places), both));
+#else
     using halves = vector_of<uint16_t, 32>::type;
     halves e, o;
     std::memcpy(&e, even, sizeof e);
     std::memcpy(&o, odd, sizeof o);
     return __builtin_convertvector(e, pairs) | __builtin_convertvector(o, pairs) << 16;
+#endif
 }
 
 inline void transpose(pairs (&rows)[16]) {
@@ -84,10 +93,12 @@ struct Images {
     // How far a tap's pixel is from the pixel of the result, at most and exactly.
     int64_t reach() const { return pitch() + 1; }
     int64_t distance(int64_t tap) const { return (tap / 3 - 1) * pitch() + tap % 3 - 1; }
-    // How many are worked on at a time: enough for long loops, few enough for the caches.
+    // How many are worked on at a time: enough for long loops, few enough for the caches, and an even share for each
+    // of any usual number of threads.
     int64_t chunk() const {
-        const int64_t wanted = 1024 / plane();
-        return wanted < 1 ? 1 : wanted > count ? count : wanted;
+        int64_t chunks = 1;
+        while (chunks < count && (count + chunks - 1) / chunks * plane() > 1280) chunks *= 2;
+        return (count + chunks - 1) / chunks;
     }
 };
 
@@ -103,7 +114,15 @@ public:
           before_(round_up(images.reach(), 2)),
           size_((before_ + round_up(images.chunk() * images.plane(), 64) + before_ + 2) * images.channels),
           buffer_(size_) {
-        std::memset(buffer_.data(), 0, size_ * 2);
+        const int64_t c = images_.channels;
+        if (step_ > 1) std::memset(buffer_.data(), 0, size_ * 2);
+        else
+            for (int64_t row = -1; row < images_.chunk() * (images_.height + 1); ++row) {
+                const bool all = row < 0 || row % (images_.height + 1) == images_.height;
+                zero((row * images_.pitch() + (all ? 0 : images_.width)) * c, (row + 1) * images_.pitch() * c);
+            }
+        zero(-before_ * c, -images_.pitch() * c);
+        zero(images_.chunk() * images_.plane() * c, size_ - before_ * c);
     }
 
     bfloat16* data() { return buffer_.data() + before_ * images_.channels; }
@@ -124,31 +143,49 @@ public:
                         write(to + column * c, pixel++, 1);
                 }
             }
-        bfloat16* end = data() + count * images_.plane() * c;
-        std::memset(end, 0, (buffer_.data() + size_ - end) * 2);
+        // what images before left
+        zero(count * images_.plane() * c, images_.chunk() * images_.plane() * c);
     }
 
 private:
+    void zero(int64_t first, int64_t last) {
+        if (first < last) std::memset(data() + first, 0, (last - first) * 2);
+    }
+
     Images images_;
     int64_t step_, before_, size_;
     Buffer<bfloat16> buffer_;
 };
 
-// Where a position's result belongs: the number of its pixel in the chunk, -1 if nowhere.
-class Numbers {
+// Which positions are pixels of the result.
+class Pixels {
 public:
-    Numbers(const Images& images, int64_t step) : numbers_(images.chunk() * images.plane()) {
-        for (int64_t q = 0; q < images.chunk() * images.plane(); ++q) numbers_[q] = -1;
+    Pixels(const Images& images, int64_t step) : at_(images.chunk() * images.plane()) {
+        for (int64_t q = 0; q < images.chunk() * images.plane(); ++q) at_[q] = {0, 0};
         int32_t next = 0;
         for (int64_t n = 0; n < images.chunk(); ++n)
             for (int64_t row = 0; row < images.height; row += step)
                 for (int64_t column = 0; column < images.width; column += step)
-                    numbers_[n * images.plane() + row * images.pitch() + column] = next++;
+                    at_[n * images.plane() + row * images.pitch() + column] = {
+                        next++, static_cast<int32_t>(step == 1 ? images.width - column : 1)};
     }
-    const int32_t* data() { return numbers_.data(); }
+    // Calls f(i, pixel, pixels) for neighbours among `count` positions from q on that are neighbours in the result as
+    // well: the first one is position q + i, and number `pixel` of the chunk.
+    template <class F>
+    void each(int64_t q, int64_t count, F&& f) {
+        for (int64_t i = 0; i < count;) {
+            const auto [pixel, rest] = at_[q + i];
+            const int64_t pixels = rest < count - i ? rest : count - i;
+            if (pixels) f(i, static_cast<int64_t>(pixel), pixels);
+            i += pixels ? pixels : 1;
+        }
+    }
 
 private:
-    Buffer<int32_t> numbers_;
+    struct Run {
+        int32_t pixel, rest;  // of the row that it begins or is within; none where there is no pixel
+    };
+    Buffer<Run> at_;
 };
 
 // A convolution's weights as right factors, and how far from the result's position their left factors are. A left

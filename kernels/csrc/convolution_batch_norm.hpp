@@ -11,7 +11,7 @@ namespace dfad::DFAD_ISA {
 inline int64_t padded(int64_t channels) { return channels < 16 ? 16 : channels; }
 
 // (rows, from) as (rows, to), the new columns zero, or the old ones left out.
-inline void widen(const float* in, int64_t rows, int64_t from, int64_t to, float* out) {
+inline void resize(const float* in, int64_t rows, int64_t from, int64_t to, float* out) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t c = 0; c < to; ++c) out[row * to + c] = c < from ? in[row * from + c] : 0;
 }
@@ -25,6 +25,29 @@ struct Convolution {
     int64_t pixels() const { return height * width; }
     int64_t result_pixels() const { return ((height + step - 1) / step) * ((width + step - 1) / step); }
 
+    // Calls f with a kernel for as many channels as an image's are padded to.
+    template <class F>
+    void with_padded(Address kernel, F&& f) const {
+        const auto* weights = static_cast<const float*>(kernel.data);
+        if (in == padded(in)) return f(weights);
+        Buffer<float> all(out * taps * padded(in));
+        resize(weights, out * taps, in, padded(in), all.data());
+        f(static_cast<const float*>(all.data()));
+    }
+
+    // Writes (pixels, channels) of an image, or as many of them as it has.
+    void store(bfloat16* to, const float* from, int64_t pixels, int64_t channels) const {
+        for (int64_t i = 0; i < pixels; ++i, to += in, from += channels) {
+            if (in == padded(in)) {
+                store_rounded(to, from, channels);
+            } else {
+                bfloat16 all[16];
+                store_rounded(all, from, 16);
+                std::memcpy(to, all, in * 2);
+            }
+        }
+    }
+
     void fill(Positions& positions, const bfloat16* x, int64_t first, int64_t images) const {
         const bfloat16* from = x + first * pixels() * in;
         if (in == padded(in))
@@ -33,6 +56,7 @@ struct Convolution {
             });
         else
             positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                std::memset(to, 0, pixels * padded(in) * 2);
                 for (int64_t i = 0; i < pixels; ++i)
                     std::memcpy(to + i * padded(in), from + (pixel + i) * in, in * 2);
             });
@@ -50,11 +74,9 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
     const Images images = convolution.images();
     const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
     const int64_t result_pixels = convolution.result_pixels();
-    Buffer<float> padded_kernel(out * taps * images.channels);
-    widen(static_cast<const float*>(kernel.data), out * taps, in, images.channels, padded_kernel.data());
     Factors factors(images, images.channels, out);
-    factors.pack(padded_kernel.data());
-    Numbers numbers(images, step);
+    convolution.with_padded(kernel, [&](const float* weights) { factors.pack(weights); });
+    Pixels result(images, step);
     const auto images_in = [&](int64_t number) { return number + 1 < chunks ? chunk : count - number * chunk; };
 
     struct Memory {
@@ -70,7 +92,6 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
         [&](int64_t number, Memory& memory) {
             convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), number * chunk, images_in(number));
             bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
-            const int32_t* pixel = numbers.data();
             float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
             convolve(memory.tiles, memory.in.data(), images_in(number) * images.plane(), factors, memory.products,
                      [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
@@ -85,13 +106,14 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
                                  total = load(sum + channel + c);
                                  total_squares = load(squares + channel + c);
                              }
-                             for (int64_t i = 0; i < positions; ++i) {
-                                 if (pixel[q + i] < 0) continue;
-                                 const floats d =
-                                     store_rounded(to + pixel[q + i] * out, load(from + i * channels + c)) - about;
-                                 total += d;
-                                 total_squares += d * d;
-                             }
+                             result.each(q, positions, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                                 for (int64_t k = 0; k < pixels; ++k) {
+                                     const floats sums = load(from + (i + k) * channels + c);
+                                     const floats d = store_rounded(to + (pixel + k) * out, sums) - about;
+                                     total += d;
+                                     total_squares += d * d;
+                                 }
+                             });
                              store(sum + channel + c, total);
                              store(squares + channel + c, total_squares);
                          }
@@ -139,12 +161,8 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
     const int64_t block = round_up((count + 15) / 16, chunk), blocks = (count + block - 1) / block;
     const int64_t weights = out * taps * images.channels;
     Factors factors(images, out, images.channels);
-    if (x_gradient.exists()) {
-        Buffer<float> padded_kernel(weights);
-        widen(static_cast<const float*>(kernel.data), out * taps, in, images.channels, padded_kernel.data());
-        factors.pack_reversed(padded_kernel.data());
-    }
-    Numbers numbers(images, 1);
+    if (x_gradient.exists()) convolution.with_padded(kernel, [&](const float* all) { factors.pack_reversed(all); });
+    Pixels every(images, 1);
     Buffer<float> partial(kernel_gradient.exists() ? blocks * weights : 1);
     struct Memory {
         Tiles tiles;
@@ -153,16 +171,18 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
         KernelGradient kernel;
     };
 
-    // again(element, y, channel) is the gradient behind the activation once more.
+    // again(element, normalised) is the gradient behind the activation once more.
     const auto convolve_back = [&](Gradient<Walk>& gradient, auto again) {
         const auto differentiate = [&](bfloat16* to, int64_t from, int64_t pixels) {
-            for (int64_t i = 0; i < pixels * out;)
-                for (int64_t c = 0; c < out; c += lanes<floats>, i += lanes<floats>) {
-                    const floats value = load(results + from + i);
-                    const floats pull = (value - load(coefficients.centre.data() + c)) * load(gradient.tilt.data() + c);
-                    const floats g = again(from + i, value, c) * load(coefficients.scale.data() + c);
-                    store_rounded(to + i, g - pull - load(gradient.level.data() + c));
+            for (int64_t c = 0; c < out; c += lanes<floats>) {
+                const floats scale = load(coefficients.scale.data() + c), tilt = load(gradient.tilt.data() + c);
+                const floats centre = load(coefficients.centre.data() + c), level = load(gradient.level.data() + c);
+                const floats shift = load(coefficients.shift.data() + c);
+                for (int64_t i = c; i < pixels * out; i += out) {
+                    const floats d = load(results + from + i) - centre;
+                    store_rounded(to + i, again(from + i, d * scale + shift) * scale - d * tilt - level);
                 }
+            }
         };
         parallel_stretches(
             blocks, count * convolution.pixels() * images.channels, threads, Order::back,
@@ -176,20 +196,12 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
                     });
                     if (x_gradient.exists()) {
                         bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
-                        const int32_t* pixel = numbers.data();
                         convolve(memory.tiles, memory.upstream.data(), positions, factors, memory.products,
                                  [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
-                                     for (int64_t i = 0; i < rows; ++i) {
-                                         if (pixel[q + i] < 0) continue;
-                                         bfloat16* p = to + pixel[q + i] * in + channel;
-                                         if (in >= 16) {
-                                             store_rounded(p, from + i * channels, channels);
-                                         } else {
-                                             bfloat16 all[16];
-                                             store_rounded(all, from + i * channels, 16);
-                                             std::memcpy(p, all, in * 2);
-                                         }
-                                     }
+                                     every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                                         convolution.store(to + pixel * in + channel, from + i * channels, pixels,
+                                                           channels);
+                                     });
                                  });
                     }
                     if (!kernel_gradient.exists()) continue;
@@ -205,18 +217,16 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
         convolve_back(gradient, again);
     };
     const auto plain = [=](auto access, int64_t i, floats, const Affine<floats>&, int) { return access.read(of_pre + i); };
-    const auto plain_again = [=](int64_t i, floats, int64_t) { return load(of_pre + i); };
+    const auto plain_again = [=](int64_t i, floats) { return load(of_pre + i); };
     const auto recomputed = [=](auto access, int64_t i, floats value, const Affine<floats>& affine, int k) {
         const floats incoming = access.read(of_post + i);
         return affine(value, k) > 0 ? incoming : below * incoming;
     };
-    const auto recomputed_again = [=, &coefficients](int64_t i, floats value, int64_t c) {
+    const auto recomputed_again = [=](int64_t i, floats normalised) {
         const floats incoming = load(of_post + i);
-        const floats pre = (value - load(coefficients.centre.data() + c)) * load(coefficients.scale.data() + c) +
-                           load(coefficients.shift.data() + c);
-        return pre > 0 ? incoming : below * incoming;
+        return normalised > 0 ? incoming : below * incoming;
     };
-    const auto passed_again = [=](int64_t i, floats, int64_t) { return load(passed_on + i); };
+    const auto passed_again = [=](int64_t i, floats) { return load(passed_on + i); };
     const auto met = [&](auto has_pre, auto has_two) {
         differentiate(
             [=](auto access, int64_t i, floats, const Affine<floats>&, int) {
@@ -248,7 +258,7 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
         }
     });
     if (images.channels != in)
-        widen(sums.data(), out * taps, images.channels, in, static_cast<float*>(kernel_gradient.data));
+        resize(sums.data(), out * taps, images.channels, in, static_cast<float*>(kernel_gradient.data));
 }
 
 }  // namespace dfad::DFAD_ISA

@@ -150,12 +150,18 @@ inline void store_high_halfwords(void* p, words w) {
 #endif
 }
 
-// Both roundings are to nearest, ties to even.
+// Both roundings are to nearest, ties to even; the processor's own takes subnormal numbers for zero.
+#if defined(__AVX512BF16__)
+inline void store(bfloat16* p, floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+#else
 inline void store(bfloat16* p, floats v) {
     const words bits = bit_cast<words>(v);
     const words rounded = bits + 0x7fff + (bits >> 16 & 1);
     store_high_halfwords(p, v == v ? rounded : bits | 0x400000);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline void store(float16* p, floats v) {

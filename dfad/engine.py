@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from dfad.chaining import fuse_convolutions
 from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.errors import ConfigurationError
 from dfad.fusing import fuse_batchnorm
@@ -134,8 +135,10 @@ class Engine:
         network.to(self.device)
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
-            fuse_batchnorm(network, with_convolutions=self.fuse_convolutions)
+        if self.fuse_convolutions:
+            fuse_convolutions(network)
+        elif self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
+            fuse_batchnorm(network)
         if self.compile:
             network.compile(dynamic=False)
         return network

@@ -128,6 +128,8 @@ bool has_tiles() {
     bind(module, "interpolated_kl_div_backward", dfad::isa::interpolated_kl_div_backward);           \
     bind(module, "batch_norm_forward", dfad::isa::batch_norm_forward);                               \
     bind(module, "batch_norm_backward", dfad::isa::batch_norm_backward);                             \
+    bind(module, "frozen_convolution_forward", dfad::isa::frozen_convolution_forward);               \
+    bind(module, "frozen_convolution_backward", dfad::isa::frozen_convolution_backward);             \
     bind(module, "convolution_batch_norm_forward", dfad::isa::convolution_batch_norm_forward);       \
     bind(module, "convolution_batch_norm_backward", dfad::isa::convolution_batch_norm_backward);
 

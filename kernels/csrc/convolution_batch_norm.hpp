@@ -3,65 +3,9 @@
 #pragma once
 
 #include "batch_norm.hpp"
-#include "convolution.hpp"
+#include "frozen_convolution.hpp"
 
 namespace dfad::DFAD_ISA {
-
-// Less than a tile's channels, as of images, are padded to one.
-inline int64_t padded(int64_t channels) { return channels < 16 ? 16 : channels; }
-
-// (rows, from) as (rows, to), the new columns zero, or the old ones left out.
-inline void resize(const float* in, int64_t rows, int64_t from, int64_t to, float* out) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t c = 0; c < to; ++c) out[row * to + c] = c < from ? in[row * from + c] : 0;
-}
-
-// What both directions know of a convolution: x is (images, height, width, in), y every step-th pixel of it.
-struct Convolution {
-    int64_t count, height, width, in, out, step;
-
-    Images images() const { return {count, height, width, padded(in)}; }
-    Images results() const { return {count, height, width, out}; }
-    int64_t pixels() const { return height * width; }
-    int64_t result_pixels() const { return ((height + step - 1) / step) * ((width + step - 1) / step); }
-
-    // Calls f with a kernel for as many channels as an image's are padded to.
-    template <class F>
-    void with_padded(Address kernel, F&& f) const {
-        const auto* weights = static_cast<const float*>(kernel.data);
-        if (in == padded(in)) return f(weights);
-        Buffer<float> all(out * taps * padded(in));
-        resize(weights, out * taps, in, padded(in), all.data());
-        f(static_cast<const float*>(all.data()));
-    }
-
-    // Writes (pixels, channels) of an image, or as many of them as it has.
-    void store(bfloat16* to, const float* from, int64_t pixels, int64_t channels) const {
-        for (int64_t i = 0; i < pixels; ++i, to += in, from += channels) {
-            if (in == padded(in)) {
-                store_rounded(to, from, channels);
-            } else {
-                bfloat16 all[16];
-                store_rounded(all, from, 16);
-                std::memcpy(to, all, in * 2);
-            }
-        }
-    }
-
-    void fill(Positions& positions, const bfloat16* x, int64_t first, int64_t images) const {
-        const bfloat16* from = x + first * pixels() * in;
-        if (in == padded(in))
-            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
-                std::memcpy(to, from + pixel * in, pixels * in * 2);
-            });
-        else
-            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
-                std::memset(to, 0, pixels * padded(in) * 2);
-                for (int64_t i = 0; i < pixels; ++i)
-                    std::memcpy(to + i * padded(in), from + (pixel + i) * in, in * 2);
-            });
-    }
-};
 
 // Shapes: x (images, height, width, in); kernel (out, 3, 3, in) in float32. pre or post, residual, the running
 // statistics, weight and bias may be missing. Only y and what is normalised from it are bfloat16.

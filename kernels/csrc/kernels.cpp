@@ -5,6 +5,7 @@
 #include "batch_norm.hpp"
 #include "convolution_batch_norm.hpp"
 #include "elementwise.hpp"
+#include "frozen_convolution.hpp"
 #include "interpolated_kl_div.hpp"
 
 namespace dfad::DFAD_ISA {

@@ -21,6 +21,14 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
                          Address y_gradient, Address y, Address statistics, Address weight, Address bias,
                          double slope, double epsilon, int threads);
 
+void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
+                                int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                double slope, int threads);
+void frozen_convolution_backward(Address kernel, Address post, Address pre_gradient, Address post_gradient,
+                                 Address second_post_gradient, Address behind_activation, Address x_gradient,
+                                 int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                 double slope, int threads);
+
 void convolution_batch_norm_forward(Address x, Address kernel, Address y, Address pre, Address post, Address statistics,
                                     Address running_mean, Address running_variance, Address residual,
                                     Address weight, Address bias, int64_t count, int64_t height, int64_t width,

@@ -173,9 +173,7 @@ class _BatchNorm(torch.autograd.Function):
         residual_gradient = torch.empty_like(x) if needs_residual and y is not None else None
         ctx.kernel(
             _rows(x),
-            *map(
-                address, (x_gradient, residual_gradient, parameter_gradient, y_gradient, y, statistics, weight, bias)
-            ),
+            *map(address, (x_gradient, residual_gradient, parameter_gradient, y_gradient, y, statistics, weight, bias)),
             *(*ctx.numbers, torch.get_num_threads()),
         )
         weight_gradient, bias_gradient = parameter_gradient

@@ -46,6 +46,9 @@ class Link:
     keeps_post: bool = True
     """Likewise post."""
 
+    normalises: bool = True
+    """Whether there is a BatchNorm; without one pre is y + β + r, and nothing of it learns."""
+
 
 class Layer(NamedTuple):
     """The tensors and numbers of a link's convolution and BatchNorm, all float32."""
@@ -53,18 +56,22 @@ class Layer(NamedTuple):
     kernel: Tensor
     """``(out, in, 3, 3)``, channels last in memory."""
 
-    weight: Tensor | None
+    weight: Tensor | None = None
     """γ, ``(out,)``; 1 if None."""
 
-    bias: Tensor | None
+    bias: Tensor | None = None
     """β, likewise; 0 if None."""
 
-    running_mean: Tensor | None
+    running_mean: Tensor | None = None
     """``(out,)``, moved towards the batch's; stays where it is if None."""
 
-    running_variance: Tensor | None
+    running_variance: Tensor | None = None
     momentum: float = 0.1
     epsilon: float = 1e-5
+
+
+class Misfit(ValueError):
+    """What a chain was given is nothing that it can compute; nothing was."""
 
 
 def has_tiles() -> bool:
@@ -106,8 +113,7 @@ def convolution_chain(
         bfloat16 features, channels last in memory.
 
     Raises:
-        ValueError: if a shape or layout does not fit.
-        TypeError: if a dtype does not fit.
+        Misfit: if shapes, layouts or dtypes are not what they must be.
     """
     _check(links, layers, inputs)
     parameters = [tensor for layer in layers for tensor in layer[:3]]
@@ -119,38 +125,43 @@ def convolution_chain(
 
 def _check(links: Sequence[Link], layers: Sequence[Layer], inputs: Sequence[Tensor]) -> None:
     for x in inputs:
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"An input is {x.dtype}; a chain takes torch.bfloat16.")
-        if x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0:
-            raise ValueError(
-                f"An input's shape is {tuple(x.shape)}, on {x.device}; it must be (B, channels, height, width) on a "
-                "CPU, and hold something."
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0:
+            raise Misfit(
+                f"An input is {tuple(x.shape)}, {x.dtype}, on {x.device}; it must be (B, channels, height, width) in "
+                "torch.bfloat16 on a CPU, and hold something."
             )
     shapes: list[tuple[int, ...] | None] = [tuple(x.shape) for x in inputs]
     for number, (link, layer) in enumerate(zip(links, layers, strict=True)):
         if not admits(layer.kernel):
-            raise ValueError(
+            raise Misfit(
                 f"The kernel of link {number} is {tuple(layer.kernel.shape)}, {layer.kernel.dtype}; it must be "
                 "(out, in, 3, 3) in torch.float32, channels last in memory, in at most 16 or divisible by 32, out 16 "
                 "or divisible by 32."
             )
-        source = shapes[link.source] if link.source < len(shapes) else None
+        operands = [shapes[i] if i is not None and i < len(shapes) else None for i in (link.source, link.residual)]
+        source, residual = operands
         if source is None or source[1] != layer.kernel.shape[1]:
-            raise ValueError(
+            raise Misfit(
                 f"Link {number} convolves {source or 'a value that is none'} with a kernel for "
                 f"{layer.kernel.shape[1]} channels."
             )
         batch, _, height, width = source
         shape = batch, layer.kernel.shape[0], _strided(height, link.stride), _strided(width, link.stride)
-        if batch * shape[2] * shape[3] < 2:
-            raise ValueError(f"Link {number} has a single value per channel, which has no variance.")
-        if link.residual is not None and (link.residual >= len(shapes) or shapes[link.residual] != shape):
-            raise ValueError(f"Link {number} adds {shapes[link.residual]} to {shape}; they must be alike.")
+        if link.residual is not None and residual != shape:
+            raise Misfit(f"Link {number} adds {residual or 'a value that is none'} to {shape}; they must be alike.")
+        if link.normalises and batch * shape[2] * shape[3] < 2:
+            raise Misfit(f"Link {number} has a single value per channel, which has no variance.")
+        if not link.normalises and (
+            layer.kernel.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+        ):
+            raise Misfit(
+                f"Link {number} has no BatchNorm, but parameters that take gradients; give `parameter.detach()`."
+            )
         for tensor in layer[1:5]:
             if isinstance(tensor, Tensor) and (
                 tensor.shape != shape[1:2] or tensor.dtype != torch.float32 or not tensor.is_contiguous()
             ):
-                raise ValueError(
+                raise Misfit(
                     f"A parameter or statistic of link {number} is {tuple(tensor.shape)}, {tensor.dtype}; it must be "
                     f"({shape[1]},) in torch.float32, contiguous."
                 )
@@ -171,15 +182,19 @@ class _Chain(torch.autograd.Function):
         kernels: str,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        forward, ctx.kernel = cpp_functions(kernels, "convolution_batch_norm")
+        normalising, ctx.normalising_back = cpp_functions(kernels, "convolution_batch_norm")
+        frozen, ctx.frozen_back = cpp_functions(kernels, "frozen_convolution")
         threads = torch.get_num_threads()
-        first_parameter = len(tensors) - 3 * len(links)
-        values: list[Tensor | None] = [channels_last(x.detach()) for x in tensors[:first_parameter]]
-        results, batch_statistics, sizes = [], [], []
+        count = len(tensors) - 3 * len(links)
+        values: list[Tensor | None] = [channels_last(x.detach()) for x in tensors[:count]]
+        needed_until = {i: number for number, link in enumerate(links) for i in (link.source, link.residual)}
+        differentiates = any(ctx.needs_input_grad)
+        results: list[Tensor | None] = []
+        batch_statistics, sizes = [], []
         for number, (link, (running_mean, running_variance, momentum, epsilon)) in enumerate(
             zip(links, statistics, strict=True)
         ):
-            kernel, weight, bias = tensors[first_parameter + 3 * number : first_parameter + 3 * number + 3]
+            kernel, weight, bias = tensors[count + 3 * number : count + 3 * number + 3]
             x = values[link.source]
             assert x is not None
             batch, channels, height, width = x.shape
@@ -187,25 +202,34 @@ class _Chain(torch.autograd.Function):
             shape = batch, out, _strided(height, link.stride), _strided(width, link.stride)
             y, pre, post = (
                 torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last) if kept else None
-                for kept in (True, link.keeps_pre, link.keeps_post)
+                for kept in (link.normalises, link.keeps_pre, link.keeps_post)
             )
-            of_batch = torch.empty((2, out))
+            of_batch = torch.empty((2, out)) if link.normalises else None
             residual = None if link.residual is None else values[link.residual]
             size = batch, height, width, channels, out, link.stride
-            forward(
-                *map(address, (x, kernel, y, pre, post, of_batch)),
-                *map(address, (running_mean, running_variance, residual, weight, bias)),
-                *(*size, momentum, link.negative_slope, epsilon, threads),
-            )
+            if link.normalises:
+                normalising(
+                    *map(address, (x, kernel, y, pre, post, of_batch)),
+                    *map(address, (running_mean, running_variance, residual, weight, bias)),
+                    *(*size, momentum, link.negative_slope, epsilon, threads),
+                )
+            else:
+                frozen(*map(address, (x, kernel, pre, post, residual, bias)), *(*size, link.negative_slope, threads))
             values += [pre, post]
             results.append(y)
             batch_statistics.append(of_batch)
-            sizes.append((*size, link.negative_slope, epsilon))
-        ctx.links, ctx.outputs, ctx.sizes = links, outputs, sizes
-        sources = {link.source for link in links}
-        ctx.set_materialize_grads(False)
-        kept = [x if i in sources or i >= first_parameter else None for i, x in enumerate(values)]
-        ctx.save_for_backward(*tensors[first_parameter:], *results, *batch_statistics, *kept)
+            sizes.append((*size, link.negative_slope, epsilon) if link.normalises else (*size, link.negative_slope))
+            if not differentiates:  # the next ones can have the memory of what nobody needs any more
+                results[-1] = None
+                for i, last in needed_until.items():
+                    if last == number and i is not None and i not in outputs:
+                        values[i] = None
+        if differentiates:
+            ctx.links, ctx.outputs, ctx.sizes = links, outputs, sizes
+            ctx.set_materialize_grads(False)
+            sources = {link.source for link in links}
+            kept = [x if i in sources or i >= count else None for i, x in enumerate(values)]
+            ctx.save_for_backward(*tensors[count:], *results, *batch_statistics, *kept)
         return tuple(values[number] for number in outputs)  # type: ignore[misc]
 
     @staticmethod
@@ -227,31 +251,36 @@ class _Chain(torch.autograd.Function):
             link = ctx.links[number]
             kernel, weight, bias = parameters[3 * number : 3 * number + 3]
             needs_kernel, needs_weight, needs_bias = needs[inputs + 3 * number : inputs + 3 * number + 3]
-            of_pre = _met(gradients[inputs + 2 * number], 1)
-            of_post = _met(gradients[inputs + 2 * number + 1], 2)
+            of_pre, of_post = (_met(gradients[inputs + 2 * number + i], most) for i, most in ((0, 1), (1, 2)))
+            gradients[inputs + 2 * number : inputs + 2 * number + 2] = [], []  # whose memory the next ones can have
             if not of_pre and not of_post:
                 continue
-            y = results[number]
             # where nothing meets and nothing is passed on, what is behind the activation is computed as it is needed
             simple = not of_post or (link.residual is None and len(of_pre) + len(of_post) == 1)
-            behind = None if simple else torch.empty_like(y)
-            x = values[link.source]
+            behind = None if simple else torch.empty_like((of_pre + of_post)[0])
+            x, post = values[link.source], values[inputs + 2 * number + 1]
             x_gradient = torch.empty_like(x) if link.source >= inputs or needs[link.source] else None
-            kernel_gradient = torch.empty_like(kernel) if needs_kernel else None
-            parameter_gradient = torch.empty_like(batch_statistics[number])
-            ctx.kernel(
-                *map(address, (x, kernel, y, values[inputs + 2 * number + 1], batch_statistics[number], weight, bias)),
-                *map(address, (*of_pre, *[None] * (1 - len(of_pre)), *of_post, *[None] * (2 - len(of_post)))),
-                *map(address, (behind, x_gradient, kernel_gradient, parameter_gradient)),
-                *(*ctx.sizes[number], threads),
-            )
+            incoming = (*of_pre, *[None] * (1 - len(of_pre)), *of_post, *[None] * (2 - len(of_post)))
+            if link.normalises:
+                kernel_gradient = torch.empty_like(kernel) if needs_kernel else None
+                parameter_gradient = torch.empty_like(batch_statistics[number])
+                ctx.normalising_back(
+                    *map(address, (x, kernel, results[number], post, batch_statistics[number], weight, bias)),
+                    *map(address, (*incoming, behind, x_gradient, kernel_gradient, parameter_gradient)),
+                    *(*ctx.sizes[number], threads),
+                )
+                of_parameters[3 * number] = kernel_gradient
+                of_parameters[3 * number + 1] = parameter_gradient[0] if needs_weight else None
+                of_parameters[3 * number + 2] = parameter_gradient[1] if needs_bias else None
+            elif x_gradient is not None or behind is not None:
+                x_gradient = torch.empty_like(x) if x_gradient is None else x_gradient
+                ctx.frozen_back(
+                    *map(address, (kernel, post, *incoming, behind, x_gradient)), *(*ctx.sizes[number], threads)
+                )
             if x_gradient is not None:
                 gradients[link.source].append(x_gradient)
             if link.residual is not None:
                 gradients[link.residual].append(of_pre[0] if behind is None else behind)
-            of_parameters[3 * number] = kernel_gradient
-            of_parameters[3 * number + 1] = parameter_gradient[0] if needs_weight else None
-            of_parameters[3 * number + 2] = parameter_gradient[1] if needs_bias else None
         of_inputs = (_met(of_input, 1) for of_input in gradients[:inputs])
         return (None,) * 4 + tuple(g[0] if g else None for g in of_inputs) + tuple(of_parameters)
 

@@ -1,0 +1,170 @@
+// A 3×3 convolution that does not learn, with the addition and the activation behind it: pre = conv(x) + β + r,
+// post = φ(pre).
+#pragma once
+
+#include "convolution.hpp"
+#include "parallel.hpp"
+
+namespace dfad::DFAD_ISA {
+
+// Less than a tile's channels, as of images, are padded to one.
+inline int64_t padded(int64_t channels) { return channels < 16 ? 16 : channels; }
+
+// (rows, from) as (rows, to), the new columns zero, or the old ones left out.
+inline void resize(const float* in, int64_t rows, int64_t from, int64_t to, float* out) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < to; ++c) out[row * to + c] = c < from ? in[row * from + c] : 0;
+}
+
+// What both directions know of a convolution: x is (images, height, width, in), y every step-th pixel of it.
+struct Convolution {
+    int64_t count, height, width, in, out, step;
+
+    Images images() const { return {count, height, width, padded(in)}; }
+    Images results() const { return {count, height, width, out}; }
+    int64_t pixels() const { return height * width; }
+    int64_t result_pixels() const { return ((height + step - 1) / step) * ((width + step - 1) / step); }
+
+    // Calls f with a kernel for as many channels as an image's are padded to.
+    template <class F>
+    void with_padded(Address kernel, F&& f) const {
+        const auto* weights = static_cast<const float*>(kernel.data);
+        if (in == padded(in)) return f(weights);
+        Buffer<float> all(out * taps * padded(in));
+        resize(weights, out * taps, in, padded(in), all.data());
+        f(static_cast<const float*>(all.data()));
+    }
+
+    // Writes (pixels, channels) of an image, or as many of them as it has.
+    void store(bfloat16* to, const float* from, int64_t pixels, int64_t channels) const {
+        for (int64_t i = 0; i < pixels; ++i, to += in, from += channels) {
+            if (in == padded(in)) {
+                store_rounded(to, from, channels);
+            } else {
+                bfloat16 all[16];
+                store_rounded(all, from, 16);
+                std::memcpy(to, all, in * 2);
+            }
+        }
+    }
+
+    void fill(Positions& positions, const bfloat16* x, int64_t first, int64_t images) const {
+        const bfloat16* from = x + first * pixels() * in;
+        if (in == padded(in))
+            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                std::memcpy(to, from + pixel * in, pixels * in * 2);
+            });
+        else
+            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                std::memset(to, 0, pixels * padded(in) * 2);
+                for (int64_t i = 0; i < pixels; ++i)
+                    std::memcpy(to + i * padded(in), from + (pixel + i) * in, in * 2);
+            });
+    }
+};
+
+// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) and bias in float32. pre or post, residual and bias may
+// be missing. All else is bfloat16.
+void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
+                                int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                double slope, int threads) {
+    const Convolution convolution{count, height, width, in, out, step};
+    const Images images = convolution.images();
+    const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
+    Factors factors(images, images.channels, out);
+    convolution.with_padded(kernel, [&](const float* weights) { factors.pack(weights); });
+    Pixels result(images, step);
+    const floats below = broadcast<floats>(slope);
+    Buffer<float> shift(out);
+    for (int64_t c = 0; c < out; ++c) shift[c] = bias.exists() ? static_cast<const float*>(bias.data)[c] : 0;
+
+    struct Memory {
+        Tiles tiles;
+        Positions in;
+        Products products;
+    };
+    parallel_stretches(
+        chunks, count * convolution.pixels() * images.channels, threads, Order::forth,
+        [&] { return Memory{{}, {images, 1}, new_products()}; },
+        [&](int64_t number, Memory& memory) {
+            const int64_t here = number + 1 < chunks ? chunk : count - number * chunk;
+            convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), number * chunk, here);
+            const int64_t offset = number * chunk * convolution.result_pixels() * out;
+            const auto at_chunk = [&](Address a) {
+                return a.exists() ? static_cast<bfloat16*>(a.data) + offset : nullptr;
+            };
+            const bfloat16* added = at_chunk(residual);
+            bfloat16 *before = at_chunk(pre), *after = at_chunk(post);
+            convolve(memory.tiles, memory.in.data(), here * images.plane(), factors, memory.products,
+                     [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
+                         for (int64_t c = 0; c < channels; c += lanes<floats>) {
+                             const floats level = load(shift.data() + channel + c);
+                             result.each(q, positions, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                                 const int64_t to = pixel * out + channel + c;
+                                 for (int64_t k = 0; k < pixels; ++k) {
+                                     floats v = load(from + (i + k) * channels + c) + level;
+                                     if (added) v += load(added + to + k * out);
+                                     if (before) store_rounded(before + to + k * out, v);
+                                     if (after) store_rounded(after + to + k * out, v > 0 ? v : below * v);
+                                 }
+                             });
+                         }
+                     });
+        });
+}
+
+// Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
+// written: what they make behind the activation, which is the residual's gradient.
+void frozen_convolution_backward(Address kernel, Address post, Address pre_gradient, Address post_gradient,
+                                 Address second_post_gradient, Address behind_activation, Address x_gradient,
+                                 int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
+                                 double slope, int threads) {
+    const Convolution convolution{count, height, width, in, out, step};
+    const Images images = convolution.images();
+    const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
+    const auto* activated = static_cast<const bfloat16*>(post.data);
+    const auto* of_pre = static_cast<const bfloat16*>(pre_gradient.data);
+    const auto* of_post = static_cast<const bfloat16*>(post_gradient.data);
+    const auto* of_post_too = static_cast<const bfloat16*>(second_post_gradient.data);
+    auto* passed_on = static_cast<bfloat16*>(behind_activation.data);
+    Factors factors(images, out, images.channels);
+    convolution.with_padded(kernel, [&](const float* weights) { factors.pack_reversed(weights); });
+    Pixels every(images, 1);
+    const floats below = broadcast<floats>(slope);
+
+    struct Memory {
+        Tiles tiles;
+        Positions upstream;
+        Products products;
+    };
+    parallel_stretches(
+        chunks, count * convolution.pixels() * images.channels, threads, Order::back,
+        [&] { return Memory{{}, {convolution.results(), step}, new_products()}; },
+        [&](int64_t number, Memory& memory) {
+            const int64_t here = number + 1 < chunks ? chunk : count - number * chunk;
+            const int64_t first = number * chunk * convolution.result_pixels();
+            memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                const int64_t from = (first + pixel) * out;
+                for (int64_t i = 0; i < pixels * out; i += lanes<floats>) {
+                    floats g{};
+                    if (of_post) {
+                        g = load(of_post + from + i);
+                        if (of_post_too) g += load(of_post_too + from + i);
+                        g = load(activated + from + i) > 0 ? g : below * g;
+                    }
+                    if (of_pre) g += load(of_pre + from + i);
+                    store_rounded(to + i, g);
+                    if (passed_on) store_rounded(passed_on + from + i, g);
+                }
+            });
+            bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + number * chunk * convolution.pixels() * in;
+            convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+                     [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
+                         every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                             convolution.store(to + pixel * in + channel, from + i * channels, pixels, channels);
+                         });
+                     });
+        });
+}
+
+}  // namespace dfad::DFAD_ISA

@@ -21,7 +21,7 @@ from dfad.fusing import (
     without_identities,
 )
 from dfad.models.taps import trace
-from dfad_kernels.convolution_chain import Layer, Link, Misfit, admits, convolution_chain
+from dfad_kernels.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
 
 
 def fuse_convolutions(network: nn.Module) -> None:
@@ -47,28 +47,22 @@ def fuse_convolutions(network: nn.Module) -> None:
     replace_call(network, fused.__call__)  # a module itself would become a part of it
 
 
-class ConvolutionChain(nn.Module):
+class ChainedConvolutions(nn.Module):
     """Convolutions, each with what follows it, as one operation where it can be.
 
     Args:
-        links: what each one works on, as :func:`dfad_kernels.convolution_chain.convolution_chain` numbers it.
+        chain: what each one works on.
         convolutions: of the links.
         norms: likewise; None where there is none, and nothing learns.
-        outputs: the values that are returned.
     """
 
     def __init__(
-        self,
-        links: Sequence[Link],
-        convolutions: Sequence[nn.Conv2d],
-        norms: Sequence[FusedBatchNorm | None],
-        outputs: Sequence[int],
+        self, chain: ConvolutionChain, convolutions: Sequence[nn.Conv2d], norms: Sequence[FusedBatchNorm | None]
     ) -> None:
         super().__init__()
-        self.links = links
+        self.chain = chain
         self.convolutions = convolutions
         self.norms = norms
-        self.outputs = outputs
         self.frozen = [_frozen(convolution) for convolution in convolutions]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -77,11 +71,10 @@ class ConvolutionChain(nn.Module):
         if not in_bfloat16 or not all(norm.training and norm.momentum is not None for norm in norms):
             return self._one_by_one(inputs)
         try:
-            results = convolution_chain(self.links, self._layers(), [x.bfloat16() for x in inputs], self.outputs)
+            results = self.chain(self._layers(), [x.bfloat16() for x in inputs])
         except Misfit:
             return self._one_by_one(inputs)
-        for norm in norms:
-            count_batch(norm)
+        count_batch(*norms)
         return results
 
     def _layers(self) -> list[Layer]:
@@ -92,7 +85,7 @@ class ConvolutionChain(nn.Module):
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values: list[Tensor | None] = list(inputs)
-        for link, convolution, norm in zip(self.links, self.convolutions, self.norms, strict=True):
+        for link, convolution, norm in zip(self.chain.links, self.convolutions, self.norms, strict=True):
             y = convolution(values[link.source])
             residual = None if link.residual is None else values[link.residual]
             if norm is not None:
@@ -102,7 +95,7 @@ class ConvolutionChain(nn.Module):
             activates = norm is None or link.keeps_pre
             post = F.leaky_relu(y, link.negative_slope) if activates and link.keeps_post else y
             values += [y, post]
-        return tuple(values[number] for number in self.outputs)  # type: ignore[misc]
+        return tuple(values[number] for number in self.chain.outputs)  # type: ignore[misc]
 
 
 def _learning(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Layer:
@@ -245,11 +238,10 @@ def _replace(fused: fx.GraphModule, places: Sequence[_Place]) -> None:
                 numbers[node] = number
                 if any(user not in own for user in node.users):
                     outputs.append(node)
-    chain = ConvolutionChain(
-        links,
+    chain = ChainedConvolutions(
+        ConvolutionChain(links, len(inputs), [numbers[node] for node in outputs]),
         [convolution for convolution in convolutions if isinstance(convolution, nn.Conv2d)],
         [None if place.norm is None else _fused_norm(fused, place.norm) for place in places],
-        [numbers[node] for node in outputs],
     )
     name = f"chain_{places[0].convolution.name}"
     fused.add_submodule(name, chain)

@@ -65,10 +65,12 @@ def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | No
     return (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
 
 
-def count_batch(norm: nn.BatchNorm2d) -> None:
+def count_batch(*norms: nn.BatchNorm2d) -> None:
     """Count a batch that the running statistics were moved by."""
-    if norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    counters = [norm.num_batches_tracked for norm in norms if norm.track_running_stats]
+    counters = [counter for counter in counters if counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 def fuse_batchnorm(network: nn.Module, refine: Callable[[fx.GraphModule], None] = lambda fused: None) -> None:

@@ -272,11 +272,10 @@ struct Gradient {
     using V = typename Walk::V;
     Buffer<S> tilt, level;
 
-    // Sums g(access, element, x, affine, register) of all elements, and tells the parameters their gradients,
-    // (2, channels).
+    // Sums g(access, element, x, affine, register) of all elements, and tells the parameters their gradients.
     template <class T, class G>
     Gradient(const Walk& walk, Coefficients<Walk>& coefficients, const T* x, const S* statistics,
-             Address parameter_gradient, double epsilon, int threads, G&& g)
+             Address weight_gradient, Address bias_gradient, double epsilon, int threads, G&& g)
         : tilt(walk.period), level(walk.period) {
         const int64_t channels = walk.channels;
         Buffer<double> partial(walk.blocks * 2 * channels);
@@ -294,10 +293,9 @@ struct Gradient {
         for (int64_t block = 0; block < walk.blocks; ++block)
             for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += partial[block * 2 * channels + i];
         const auto inverse = [=](int64_t c) { return 1 / std::sqrt(statistics[channels + c] + epsilon); };
-        auto* of_parameters = static_cast<S*>(parameter_gradient.data);
         for (int64_t c = 0; c < channels; ++c) {
-            of_parameters[c] = static_cast<S>(sums[c] * inverse(c));
-            of_parameters[channels + c] = static_cast<S>(sums[channels + c]);
+            static_cast<S*>(weight_gradient.data)[c] = static_cast<S>(sums[c] * inverse(c));
+            static_cast<S*>(bias_gradient.data)[c] = static_cast<S>(sums[channels + c]);
         }
         const auto rows = static_cast<double>(walk.size / channels);
         walk.repeat(tilt,
@@ -306,11 +304,11 @@ struct Gradient {
     }
 };
 
-// parameter_gradient: of weight and bias, (2, channels). y is given where something was added before the activation;
+// y is given where something was added before the activation;
 // else the side of zero that it lies on is computed again, which takes less than reading it. residual_gradient is
 // missing where nobody needs it, or where there is no activation: it is the incoming gradient itself then.
-void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address parameter_gradient,
-                         Address y_gradient, Address y, Address statistics, Address weight, Address bias,
+void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address weight_gradient,
+                         Address bias_gradient, Address y_gradient, Address y, Address statistics, Address weight, Address bias,
                          double slope, double epsilon, int threads) {
     with_storage(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -329,7 +327,7 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
 
         // g(access, element, x, affine, register) is the gradient behind the activation.
         const auto differentiate = [&](auto g, auto g_again) {
-            Gradient<Walk> gradient(walk, coefficients, in, batch, parameter_gradient, epsilon, threads, g);
+            Gradient<Walk> gradient(walk, coefficients, in, batch, weight_gradient, bias_gradient, epsilon, threads, g);
             parallel_stretches(walk.blocks, walk.size, threads, Order::back, [&](int64_t block) {
                 for (int64_t place = 0; place < walk.period; place += Walk::step) {
                     const auto affine = coefficients.at_place(place);

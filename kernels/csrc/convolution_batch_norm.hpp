@@ -7,13 +7,50 @@
 
 namespace dfad::DFAD_ISA {
 
-// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) in float32. pre or post, residual, the running
-// statistics, weight and bias may be missing. Only y and what is normalised from it are bfloat16.
-void convolution_batch_norm_forward(Address x, Address kernel, Address y, Address pre, Address post, Address statistics,
+// What is convolved: x as it is, or, where statistics are given, what a BatchNorm and an activation make of it. Such an x
+// is a convolution's result that nobody else needs normalised, which saves writing and reading that.
+struct Source {
+    Address x, statistics, weight, bias;
+    double slope, epsilon;
+
+    // Calls f(fill), fill(convolution, positions, first image, images).
+    template <class F>
+    void with_fill(int64_t in, F&& f) const {
+        const auto* from = static_cast<const bfloat16*>(x.data);
+        if (!statistics.exists())
+            return f([=](const Convolution& convolution, Positions& positions, int64_t first, int64_t images) {
+                convolution.fill(positions, from, first, images);
+            });
+        const Rows<bfloat16> walk(1, in);
+        Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(statistics.data), weight, bias,
+                                                  epsilon);
+        const floats below = broadcast<floats>(slope);
+        f([=, &coefficients](const Convolution& convolution, Positions& positions, int64_t first, int64_t images) {
+            const bfloat16* of_chunk = from + first * convolution.pixels() * in;
+            positions.fill(images, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                for (int64_t c = 0; c < in; c += lanes<floats>) {
+                    const floats centre = load(coefficients.centre.data() + c);
+                    const floats scale = load(coefficients.scale.data() + c);
+                    const floats shift = load(coefficients.shift.data() + c);
+                    for (int64_t i = c; i < pixels * in; i += in) {
+                        const floats v = (load(of_chunk + pixel * in + i) - centre) * scale + shift;
+                        store_rounded(to + i, v > 0 ? v : below * v);
+                    }
+                }
+            });
+        });
+    }
+};
+
+// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) in float32. pre, post or both, residual, the running
+// statistics, weights and biases may be missing. Features are bfloat16, all else is float32.
+void convolution_batch_norm_forward(Address x, Address source_statistics, Address source_weight, Address source_bias,
+                                    Address kernel, Address y, Address pre, Address post, Address statistics,
                                     Address running_mean, Address running_variance, Address residual,
-                                    Address weight, Address bias, int64_t count, int64_t height, int64_t width,
-                                    int64_t in, int64_t out, int64_t step, double momentum, double slope,
-                                    double epsilon, int threads) {
+                                    Address weight, Address bias, double source_slope, double source_epsilon,
+                                    int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
+                                    int64_t step, double momentum, double slope, double epsilon, int threads) {
+    const Source source{x, source_statistics, source_weight, source_bias, source_slope, source_epsilon};
     const Convolution convolution{count, height, width, in, out, step};
     const Images images = convolution.images();
     const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
@@ -30,11 +67,12 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
         Buffer<float> sums;  // about a chunk's first pixel: (3, out), that, sum and sum of squares
     };
     Buffer<double> partial(chunks * 2 * out);
-    parallel_stretches(
+    const auto convolve_all = [&](auto fill) {
+      parallel_stretches(
         chunks, count * convolution.pixels() * images.channels, threads, Order::forth,
         [&] { return Memory{{}, {images, 1}, new_products(), Buffer<float>(3 * out)}; },
         [&](int64_t number, Memory& memory) {
-            convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), number * chunk, images_in(number));
+            fill(convolution, memory.in, number * chunk, images_in(number));
             bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
             float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
             convolve(memory.tiles, memory.in.data(), images_in(number) * images.plane(), factors, memory.products,
@@ -66,9 +104,12 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
             for (int64_t c = 0; c < 2 * out; ++c) of_chunk[c] = sum[c];
             about_mean(of_chunk, centre, out, images_in(number) * result_pixels);
         });
+    };
+    source.with_fill(in, convolve_all);
 
     const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
     moved.merge<float>(partial.data(), chunks, out, [&](int64_t number) { return images_in(number) * result_pixels; });
+    if (!pre.exists() && !post.exists()) return;
     const Rows<bfloat16> walk(count * result_pixels, out);
     Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(statistics.data), weight, bias, epsilon);
     normalise<bfloat16>(walk, coefficients, static_cast<const bfloat16*>(y.data),
@@ -79,13 +120,16 @@ void convolution_batch_norm_forward(Address x, Address kernel, Address y, Addres
 // Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
 // written: what all of them make behind the activation, which is the residual's gradient as well. It must be given
 // where anything was added or more than one gradient comes in; post then says where the activation passed.
-// x_gradient and kernel_gradient may be missing; parameter_gradient is of weight and bias, (2, out).
-void convolution_batch_norm_backward(Address x, Address kernel, Address y, Address post, Address statistics,
-                                     Address weight, Address bias, Address pre_gradient, Address post_gradient,
+// x_gradient and kernel_gradient may be missing; the former is of what is convolved, however it came to be.
+void convolution_batch_norm_backward(Address x, Address source_statistics, Address source_weight, Address source_bias,
+                                     Address kernel, Address y, Address post, Address statistics, Address weight,
+                                     Address bias, Address pre_gradient, Address post_gradient,
                                      Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                     Address kernel_gradient, Address parameter_gradient, int64_t count,
-                                     int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                     double slope, double epsilon, int threads) {
+                                     Address kernel_gradient, Address weight_gradient, Address bias_gradient,
+                                     double source_slope, double source_epsilon, int64_t count, int64_t height,
+                                     int64_t width, int64_t in, int64_t out, int64_t step, double slope,
+                                     double epsilon, int threads) {
+    const Source source{x, source_statistics, source_weight, source_bias, source_slope, source_epsilon};
     using Walk = Rows<bfloat16>;
     const Convolution convolution{count, height, width, in, out, step};
     const Images images = convolution.images();
@@ -128,7 +172,8 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
                 }
             }
         };
-        parallel_stretches(
+        source.with_fill(in, [&](auto fill) {
+          parallel_stretches(
             blocks, count * convolution.pixels() * images.channels, threads, Order::back,
             [&] { return Memory{{}, {images, 1}, {convolution.results(), step}, new_products(), {images, out}}; },
             [&](int64_t number, Memory& memory) {
@@ -149,15 +194,16 @@ void convolution_batch_norm_backward(Address x, Address kernel, Address y, Addre
                                  });
                     }
                     if (!kernel_gradient.exists()) continue;
-                    convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), first, here);
+                    fill(convolution, memory.in, first, here);
                     memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
                                       partial.data() + number * weights, first == number * block);
                 }
             });
+        });
     };
 
     const auto differentiate = [&](auto g, auto again) {
-        Gradient<Walk> gradient(walk, coefficients, results, batch, parameter_gradient, epsilon, threads, g);
+        Gradient<Walk> gradient(walk, coefficients, results, batch, weight_gradient, bias_gradient, epsilon, threads, g);
         convolve_back(gradient, again);
     };
     const auto plain = [=](auto access, int64_t i, floats, const Affine<floats>&, int) { return access.read(of_pre + i); };

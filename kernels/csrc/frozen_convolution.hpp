@@ -48,6 +48,7 @@ struct Convolution {
         }
     }
 
+    // An image's channels are padded with zeros.
     void fill(Positions& positions, const bfloat16* x, int64_t first, int64_t images) const {
         const bfloat16* from = x + first * pixels() * in;
         if (in == padded(in))

@@ -17,8 +17,8 @@ void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient
 void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
                         Address running_variance, Address residual, Address weight, Address bias,
                         double momentum, double slope, double epsilon, int threads);
-void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address parameter_gradient,
-                         Address y_gradient, Address y, Address statistics, Address weight, Address bias,
+void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address weight_gradient,
+                         Address bias_gradient, Address y_gradient, Address y, Address statistics, Address weight, Address bias,
                          double slope, double epsilon, int threads);
 
 void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
@@ -29,16 +29,19 @@ void frozen_convolution_backward(Address kernel, Address post, Address pre_gradi
                                  int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
                                  double slope, int threads);
 
-void convolution_batch_norm_forward(Address x, Address kernel, Address y, Address pre, Address post, Address statistics,
+void convolution_batch_norm_forward(Address x, Address source_statistics, Address source_weight, Address source_bias,
+                                    Address kernel, Address y, Address pre, Address post, Address statistics,
                                     Address running_mean, Address running_variance, Address residual,
-                                    Address weight, Address bias, int64_t count, int64_t height, int64_t width,
-                                    int64_t in, int64_t out, int64_t step, double momentum, double slope,
-                                    double epsilon, int threads);
-void convolution_batch_norm_backward(Address x, Address kernel, Address y, Address post, Address statistics,
-                                     Address weight, Address bias, Address pre_gradient, Address post_gradient,
+                                    Address weight, Address bias, double source_slope, double source_epsilon,
+                                    int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
+                                    int64_t step, double momentum, double slope, double epsilon, int threads);
+void convolution_batch_norm_backward(Address x, Address source_statistics, Address source_weight, Address source_bias,
+                                     Address kernel, Address y, Address post, Address statistics, Address weight,
+                                     Address bias, Address pre_gradient, Address post_gradient,
                                      Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                     Address kernel_gradient, Address parameter_gradient, int64_t count,
-                                     int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                     double slope, double epsilon, int threads);
+                                     Address kernel_gradient, Address weight_gradient, Address bias_gradient,
+                                     double source_slope, double source_epsilon, int64_t count, int64_t height,
+                                     int64_t width, int64_t in, int64_t out, int64_t step, double slope,
+                                     double epsilon, int threads);
 
 }  // namespace dfad::DFAD_ISA

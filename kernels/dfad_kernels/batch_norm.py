@@ -168,15 +168,27 @@ class _BatchNorm(torch.autograd.Function):
         x, statistics, weight, bias, y = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         y_gradient = channels_last(y_gradient)
-        x_gradient, parameter_gradient = torch.empty_like(x), torch.empty_like(statistics)
+        x_gradient, (weight_gradient, bias_gradient) = torch.empty_like(x), torch.empty_like(statistics).unbind()
         # without an activation the residual's gradient is the incoming one
         residual_gradient = torch.empty_like(x) if needs_residual and y is not None else None
         ctx.kernel(
             _rows(x),
-            *map(address, (x_gradient, residual_gradient, parameter_gradient, y_gradient, y, statistics, weight, bias)),
+            *map(
+                address,
+                (
+                    x_gradient,
+                    residual_gradient,
+                    weight_gradient,
+                    bias_gradient,
+                    y_gradient,
+                    y,
+                    statistics,
+                    weight,
+                    bias,
+                ),
+            ),
             *(*ctx.numbers, torch.get_num_threads()),
         )
-        weight_gradient, bias_gradient = parameter_gradient
         passed_on = y_gradient if residual_gradient is None else residual_gradient
         return (
             *(x_gradient if needs_x else None, None, None),

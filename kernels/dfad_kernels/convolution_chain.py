@@ -4,6 +4,8 @@ On CPUs that multiply bfloat16 by tiles (Intel AMX). A chain is one node of auto
 is dispatched, and where gradients meet in it they are added as they are read.
 """
 
+import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,6 +51,11 @@ class Link:
     normalises: bool = True
     """Whether there is a BatchNorm; without one pre is y + β + r, and nothing of it learns."""
 
+    def result(self, source: Sequence[int], kernel: Tensor) -> tuple[int, int, int, int]:
+        """The shape of y, of the source's."""
+        batch, _, height, width = source
+        return batch, kernel.shape[0], -(-height // self.stride), -(-width // self.stride)
+
 
 class Layer(NamedTuple):
     """The tensors and numbers of a link's convolution and BatchNorm, all float32."""
@@ -71,7 +78,7 @@ class Layer(NamedTuple):
 
 
 class Misfit(ValueError):
-    """What a chain was given is nothing that it can compute; nothing was."""
+    """What a chain was given is nothing that it can compute, and nothing of it was computed."""
 
 
 def has_tiles() -> bool:
@@ -91,198 +98,235 @@ def admits(kernel: Tensor) -> bool:
     )
 
 
-def convolution_chain(
-    links: Sequence[Link],
-    layers: Sequence[Layer],
-    inputs: Sequence[Tensor],
-    outputs: Sequence[int],
-    *,
-    kernels: str = "cpp",
-) -> tuple[Tensor, ...]:
-    """Values of a chain in training mode.
+class ConvolutionChain:
+    """Links that are computed together, in training mode where they normalise.
 
     Args:
         links: each one's source and residual are inputs or values of links before it.
-        layers: one for each link.
-        inputs: bfloat16 features ``(B, channels, height, width)`` on a CPU; channels last in memory, or they are copied
-            so.
-        outputs: numbers of the values to return.
-        kernels: which to run, as :func:`dfad_kernels.registration.load_kernels` names them.
-
-    Returns:
-        bfloat16 features, channels last in memory.
-
-    Raises:
-        Misfit: if shapes, layouts or dtypes are not what they must be.
+        inputs: how many.
+        outputs: numbers of the values that it returns.
     """
-    _check(links, layers, inputs)
-    parameters = [tensor for layer in layers for tensor in layer[:3]]
-    results: tuple[Tensor, ...] = _Chain.apply(
-        tuple(links), tuple(layer[3:] for layer in layers), tuple(outputs), kernels, *inputs, *parameters
-    )
-    return results
 
+    def __init__(self, links: Sequence[Link], inputs: int, outputs: Sequence[int]) -> None:
+        self.links = tuple(links)
+        self.inputs = inputs
+        self.outputs = tuple(outputs)
+        self.unwritten = self._find_unwritten()
+        """Of each link whether post is never written: a single convolution reads it, and normalises as it reads."""
+        self.makers: dict[int, int] = {inputs + 2 * i + 1: i for i, unwritten in enumerate(self.unwritten) if unwritten}
+        """The links of these values."""
+        self.last_reader = {i: number for number, link in enumerate(links) for i in (link.source, link.residual)}
+        self._known: tuple[list[torch.Size], list[Tensor | None], list[int]] | None = None
 
-def _check(links: Sequence[Link], layers: Sequence[Layer], inputs: Sequence[Tensor]) -> None:
-    for x in inputs:
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0:
-            raise Misfit(
-                f"An input is {tuple(x.shape)}, {x.dtype}, on {x.device}; it must be (B, channels, height, width) in "
-                "torch.bfloat16 on a CPU, and hold something."
-            )
-    shapes: list[tuple[int, ...] | None] = [tuple(x.shape) for x in inputs]
-    for number, (link, layer) in enumerate(zip(links, layers, strict=True)):
-        if not admits(layer.kernel):
-            raise Misfit(
-                f"The kernel of link {number} is {tuple(layer.kernel.shape)}, {layer.kernel.dtype}; it must be "
-                "(out, in, 3, 3) in torch.float32, channels last in memory, in at most 16 or divisible by 32, out 16 "
-                "or divisible by 32."
-            )
-        operands = [shapes[i] if i is not None and i < len(shapes) else None for i in (link.source, link.residual)]
-        source, residual = operands
-        if source is None or source[1] != layer.kernel.shape[1]:
-            raise Misfit(
-                f"Link {number} convolves {source or 'a value that is none'} with a kernel for "
-                f"{layer.kernel.shape[1]} channels."
-            )
-        batch, _, height, width = source
-        shape = batch, layer.kernel.shape[0], _strided(height, link.stride), _strided(width, link.stride)
-        if link.residual is not None and residual != shape:
-            raise Misfit(f"Link {number} adds {residual or 'a value that is none'} to {shape}; they must be alike.")
-        if link.normalises and batch * shape[2] * shape[3] < 2:
-            raise Misfit(f"Link {number} has a single value per channel, which has no variance.")
-        if not link.normalises and (
-            layer.kernel.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-        ):
-            raise Misfit(
-                f"Link {number} has no BatchNorm, but parameters that take gradients; give `parameter.detach()`."
-            )
-        for tensor in layer[1:5]:
-            if isinstance(tensor, Tensor) and (
-                tensor.shape != shape[1:2] or tensor.dtype != torch.float32 or not tensor.is_contiguous()
-            ):
+    def __call__(
+        self, layers: Sequence[Layer], inputs: Sequence[Tensor], *, kernels: str = "cpp"
+    ) -> tuple[Tensor, ...]:
+        """The values asked for: bfloat16 features, channels last in memory.
+
+        Args:
+            layers: one for each link.
+            inputs: bfloat16 features ``(B, channels, height, width)`` on a CPU; channels last in memory, or they are
+                copied so.
+            kernels: which to run, as :func:`dfad_kernels.registration.load_kernels` names them.
+
+        Raises:
+            Misfit: if shapes, layouts or dtypes are not what they must be.
+        """
+        for x in inputs:
+            if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0:
                 raise Misfit(
-                    f"A parameter or statistic of link {number} is {tuple(tensor.shape)}, {tensor.dtype}; it must be "
-                    f"({shape[1]},) in torch.float32, contiguous."
+                    f"An input is {tuple(x.shape)}, {x.dtype}, on {x.device}; it must be (B, channels, height, width) "
+                    "in torch.bfloat16 on a CPU, and hold something."
                 )
-        shapes += [shape if link.keeps_pre else None, shape if link.keeps_post else None]
+        tensors = [tensor for layer in layers for tensor in layer[:5]]
+        # what is the same as the last time was looked at then
+        known = [x.shape for x in inputs], tensors, [0 if t is None else t.data_ptr() for t in tensors]
+        last = self._known
+        if last is None or (known[0], known[2]) != (last[0], last[2]) or any(map(operator.is_not, tensors, last[1])):
+            self._check(layers, inputs)
+            self._known = known
+        parameters = [tensor for layer in layers for tensor in layer[:3]]
+        results: tuple[Tensor, ...] = _Chain.apply(
+            self, tuple(layer[3:] for layer in layers), kernels, *inputs, *parameters
+        )
+        return results
 
+    def _find_unwritten(self) -> list[bool]:
+        numbers = [self.inputs + 2 * number + 1 for number in range(len(self.links))]
+        read = Counter(link.source for link in self.links)
+        elsewhere = {*(link.residual for link in self.links), *self.outputs}
+        by_frozen = {link.source for link in self.links if not link.normalises}
+        return [
+            link.normalises
+            and link.residual is None  # or what the convolution gave would not tell where the activation passed
+            and not link.keeps_pre
+            and read[number] == 1
+            and number not in elsewhere | by_frozen
+            for number, link in zip(numbers, self.links, strict=True)
+        ]
 
-def _strided(size: int, stride: int) -> int:
-    return -(-size // stride)
+    def _check(self, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> None:
+        shapes: list[tuple[int, ...] | None] = [tuple(x.shape) for x in inputs]
+        if len(inputs) != self.inputs or len(layers) != len(self.links):
+            raise Misfit(
+                f"{len(inputs)} inputs and {len(layers)} layers are given; the chain has {self.inputs} inputs and "
+                f"{len(self.links)} links."
+            )
+        for number, (link, layer) in enumerate(zip(self.links, layers, strict=True)):
+            if not admits(layer.kernel):
+                raise Misfit(
+                    f"The kernel of link {number} is {tuple(layer.kernel.shape)}, {layer.kernel.dtype}; it must be "
+                    "(out, in, 3, 3) in torch.float32, channels last in memory, in at most 16 or divisible by 32, out "
+                    "16 or divisible by 32."
+                )
+            operands = [shapes[i] if i is not None and i < len(shapes) else None for i in (link.source, link.residual)]
+            source, residual = operands
+            if source is None or source[1] != layer.kernel.shape[1]:
+                raise Misfit(
+                    f"Link {number} convolves {source or 'a value that is none'} with a kernel for "
+                    f"{layer.kernel.shape[1]} channels."
+                )
+            shape = link.result(source, layer.kernel)
+            if link.residual is not None and residual != shape:
+                raise Misfit(f"Link {number} adds {residual or 'a value that is none'} to {shape}; make them alike.")
+            if link.normalises and shape[0] * shape[2] * shape[3] < 2:
+                raise Misfit(f"Link {number} has a single value per channel, which has no variance.")
+            if not link.normalises and any(tensor is not None and tensor.requires_grad for tensor in layer[:3]):
+                raise Misfit(f"Link {number} has no BatchNorm, so nothing of it learns; give `parameter.detach()`.")
+            for tensor in layer[1:5]:
+                if tensor is not None and (
+                    tensor.shape != shape[1:2] or tensor.dtype != torch.float32 or not tensor.is_contiguous()
+                ):
+                    raise Misfit(
+                        f"A parameter or statistic of link {number} is {tuple(tensor.shape)}, {tensor.dtype}; it must "
+                        f"be ({shape[1]},) in torch.float32, contiguous."
+                    )
+            shapes += [shape if link.keeps_pre else None, shape if link.keeps_post else None]
 
 
 class _Chain(torch.autograd.Function):
+    """The kernels of a chain's links, one after the other."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        links: tuple[Link, ...],
-        statistics: tuple[tuple[Any, ...], ...],
-        outputs: tuple[int, ...],
-        kernels: str,
-        *tensors: Any,
+        ctx: Any, chain: ConvolutionChain, statistics: tuple[tuple[Any, ...], ...], kernels: str, *tensors: Any
     ) -> tuple[Tensor, ...]:
         normalising, ctx.normalising_back = cpp_functions(kernels, "convolution_batch_norm")
         frozen, ctx.frozen_back = cpp_functions(kernels, "frozen_convolution")
         threads = torch.get_num_threads()
-        count = len(tensors) - 3 * len(links)
-        values: list[Tensor | None] = [channels_last(x.detach()) for x in tensors[:count]]
-        needed_until = {i: number for number, link in enumerate(links) for i in (link.source, link.residual)}
         differentiates = any(ctx.needs_input_grad)
+        inputs, parameters = tensors[: chain.inputs], tensors[chain.inputs :]
+        values: list[Tensor | None] = [channels_last(x.detach()) for x in inputs]
+        sources: list[tuple[Any, ...]] = []
+        numbers: list[tuple[Any, ...]] = []
         results: list[Tensor | None] = []
-        batch_statistics, sizes = [], []
+        batch_statistics: list[Tensor | None] = []
         for number, (link, (running_mean, running_variance, momentum, epsilon)) in enumerate(
-            zip(links, statistics, strict=True)
+            zip(chain.links, statistics, strict=True)
         ):
-            kernel, weight, bias = tensors[count + 3 * number : count + 3 * number + 3]
-            x = values[link.source]
-            assert x is not None
-            batch, channels, height, width = x.shape
-            out = kernel.shape[0]
-            shape = batch, out, _strided(height, link.stride), _strided(width, link.stride)
+            kernel, weight, bias = parameters[3 * number : 3 * number + 3]
+            maker = chain.makers.get(link.source)
+            source = values[link.source] if maker is None else results[maker]
+            assert source is not None
+            shape = link.result(source.shape, kernel)
+            unwritten = chain.unwritten[number]
             y, pre, post = (
                 torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last) if kept else None
-                for kept in (link.normalises, link.keeps_pre, link.keeps_post)
+                for kept in (link.normalises, link.keeps_pre, link.keeps_post and not unwritten)
             )
-            of_batch = torch.empty((2, out)) if link.normalises else None
+            of_batch = torch.empty((2, shape[1])) if link.normalises else None
             residual = None if link.residual is None else values[link.residual]
-            size = batch, height, width, channels, out, link.stride
+            batch, channels, height, width = source.shape
+            size = batch, height, width, channels, shape[1], link.stride
             if link.normalises:
-                normalising(
-                    *map(address, (x, kernel, y, pre, post, of_batch)),
-                    *map(address, (running_mean, running_variance, residual, weight, bias)),
-                    *(*size, momentum, link.negative_slope, epsilon, threads),
+                normalised = (
+                    (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
                 )
+                activated = (1.0, 1.0) if maker is None else numbers[maker][-2:]
+                normalising(
+                    *map(address, (source, *normalised, kernel, y, pre, post, of_batch)),
+                    *map(address, (running_mean, running_variance, residual, weight, bias)),
+                    *(*activated, *size, momentum, link.negative_slope, epsilon, threads),
+                )
+                numbers.append((*activated, *size, link.negative_slope, epsilon))
             else:
-                frozen(*map(address, (x, kernel, pre, post, residual, bias)), *(*size, link.negative_slope, threads))
+                frozen(*map(address, (source, kernel, pre, post, residual, bias)), *size, link.negative_slope, threads)
+                numbers.append((*size, link.negative_slope))
             values += [pre, post]
             results.append(y)
             batch_statistics.append(of_batch)
-            sizes.append((*size, link.negative_slope, epsilon) if link.normalises else (*size, link.negative_slope))
-            if not differentiates:  # the next ones can have the memory of what nobody needs any more
-                results[-1] = None
-                for i, last in needed_until.items():
-                    if last == number and i is not None and i not in outputs:
-                        values[i] = None
+            if not differentiates:  # the memory of what nobody needs any more is the next ones'
+                results[-1] = y if unwritten else None
+                for value, reader in chain.last_reader.items():
+                    if value is not None and reader == number and value not in chain.outputs:
+                        values[value] = None
+                        if value in chain.makers:
+                            results[chain.makers[value]] = None
         if differentiates:
-            ctx.links, ctx.outputs, ctx.sizes = links, outputs, sizes
+            ctx.chain, ctx.numbers = chain, numbers
             ctx.set_materialize_grads(False)
-            sources = {link.source for link in links}
-            kept = [x if i in sources or i >= count else None for i, x in enumerate(values)]
-            ctx.save_for_backward(*tensors[count:], *results, *batch_statistics, *kept)
-        return tuple(values[number] for number in outputs)  # type: ignore[misc]
+            ctx.save_for_backward(*parameters, *results, *batch_statistics, *values)
+        return tuple(values[number] for number in chain.outputs)  # type: ignore[misc]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         threads = torch.get_num_threads()
-        count = len(ctx.links)
+        chain: ConvolutionChain = ctx.chain
+        inputs, count = chain.inputs, len(chain.links)
         saved = ctx.saved_tensors
         parameters, results = saved[: 3 * count], saved[3 * count : 4 * count]
         batch_statistics, values = saved[4 * count : 5 * count], saved[5 * count :]
-        inputs = len(values) - 2 * count
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[3:]
         gradients: list[list[Tensor]] = [[] for _ in values]
-        for number, gradient in zip(ctx.outputs, output_gradients, strict=True):
+        for value, gradient in zip(chain.outputs, output_gradients, strict=True):
             if gradient is not None:
-                gradients[number].append(channels_last(gradient))
+                gradients[value].append(channels_last(gradient))
         of_parameters: list[Tensor | None] = [None] * (3 * count)
         for number in reversed(range(count)):
-            link = ctx.links[number]
+            link = chain.links[number]
             kernel, weight, bias = parameters[3 * number : 3 * number + 3]
-            needs_kernel, needs_weight, needs_bias = needs[inputs + 3 * number : inputs + 3 * number + 3]
-            of_pre, of_post = (_met(gradients[inputs + 2 * number + i], most) for i, most in ((0, 1), (1, 2)))
-            gradients[inputs + 2 * number : inputs + 2 * number + 2] = [], []  # whose memory the next ones can have
+            needed = needs[inputs + 3 * number :][:3]
+            pre, post = inputs + 2 * number, inputs + 2 * number + 1
+            of_pre, of_post = _met(gradients[pre], 1), _met(gradients[post], 2)
+            gradients[pre], gradients[post] = [], []  # whose memory is the next ones'
             if not of_pre and not of_post:
                 continue
             # where nothing meets and nothing is passed on, what is behind the activation is computed as it is needed
             simple = not of_post or (link.residual is None and len(of_pre) + len(of_post) == 1)
             behind = None if simple else torch.empty_like((of_pre + of_post)[0])
-            x, post = values[link.source], values[inputs + 2 * number + 1]
-            x_gradient = torch.empty_like(x) if link.source >= inputs or needs[link.source] else None
+            maker = chain.makers.get(link.source)
+            source = values[link.source] if maker is None else results[maker]
+            x_gradient = torch.empty_like(source) if link.source >= inputs or needs[link.source] else None
             incoming = (*of_pre, *[None] * (1 - len(of_pre)), *of_post, *[None] * (2 - len(of_post)))
             if link.normalises:
-                kernel_gradient = torch.empty_like(kernel) if needs_kernel else None
-                parameter_gradient = torch.empty_like(batch_statistics[number])
-                ctx.normalising_back(
-                    *map(address, (x, kernel, results[number], post, batch_statistics[number], weight, bias)),
-                    *map(address, (*incoming, behind, x_gradient, kernel_gradient, parameter_gradient)),
-                    *(*ctx.sizes[number], threads),
+                normalised = (
+                    (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
                 )
-                of_parameters[3 * number] = kernel_gradient
-                of_parameters[3 * number + 1] = parameter_gradient[0] if needs_weight else None
-                of_parameters[3 * number + 2] = parameter_gradient[1] if needs_bias else None
+                kernel_gradient = torch.empty_like(kernel) if needed[0] else None
+                weight_gradient, bias_gradient = torch.empty(kernel.shape[0]), torch.empty(kernel.shape[0])
+                ctx.normalising_back(
+                    *map(address, (source, *normalised, kernel, results[number], values[post])),
+                    *map(address, (batch_statistics[number], weight, bias, *incoming, behind)),
+                    *map(address, (x_gradient, kernel_gradient, weight_gradient, bias_gradient)),
+                    *(*ctx.numbers[number], threads),
+                )
+                of_link = kernel_gradient, weight_gradient, bias_gradient
+                of_parameters[3 * number : 3 * number + 3] = [
+                    gradient if need else None for gradient, need in zip(of_link, needed, strict=True)
+                ]
             elif x_gradient is not None or behind is not None:
-                x_gradient = torch.empty_like(x) if x_gradient is None else x_gradient
+                x_gradient = torch.empty_like(source) if x_gradient is None else x_gradient
                 ctx.frozen_back(
-                    *map(address, (kernel, post, *incoming, behind, x_gradient)), *(*ctx.sizes[number], threads)
+                    *map(address, (kernel, values[post], *incoming, behind, x_gradient)),
+                    *(*ctx.numbers[number], threads),
                 )
             if x_gradient is not None:
                 gradients[link.source].append(x_gradient)
             if link.residual is not None:
                 gradients[link.residual].append(of_pre[0] if behind is None else behind)
         of_inputs = (_met(of_input, 1) for of_input in gradients[:inputs])
-        return (None,) * 4 + tuple(g[0] if g else None for g in of_inputs) + tuple(of_parameters)
+        return (None, None, None, *(g[0] if g else None for g in of_inputs), *of_parameters)
 
 
 def _met(gradients: list[Tensor], most: int) -> list[Tensor]:

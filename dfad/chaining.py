@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from dfad.fusing import (
 )
 from dfad.models.taps import trace
 from dfad_kernels.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
+from dfad_kernels.subsampling import subsample
 
 
 def fuse_convolutions(network: nn.Module) -> None:
@@ -139,7 +141,9 @@ class _Place:
 
 
 def _chain(fused: fx.GraphModule) -> None:
-    """Replace convolutions, and what follows them, by chains."""
+    """Replace convolutions, and what follows them, by chains; and shortcuts without parameters by one operation."""
+    for node in list(fused.graph.nodes):
+        _subsample(fused, node)
     places: list[_Place] = []
     members: set[fx.Node] = set()
     for node in fused.graph.nodes:
@@ -192,6 +196,26 @@ def _place(fused: fx.GraphModule, convolution: fx.Node) -> _Place | None:
         post = None
     nodes = frozenset(node for node in (convolution, pre, post) if node is not None)
     return _Place(convolution, norm, residual, pre, post, 1.0 if post is None else slopes[post], nodes)
+
+
+def _subsample(fused: fx.GraphModule, pad: fx.Node) -> None:
+    """Replace a node that pads with channels of zeros what an average over one pixel gives."""
+    pool: Any = pad.args[0] if pad.target is F.pad else None
+    if not isinstance(pool, fx.Node) or pool.target is not F.avg_pool2d or len(pool.users) != 1:
+        return
+    padding: Any = pad.args[1] if len(pad.args) == 2 else None
+    constant = pad.kwargs.get("mode", "constant") == "constant" and not pad.kwargs.get("value")
+    stride: Any = pool.kwargs.get("stride")
+    if len(pool.args) != 1 or dict(pool.kwargs) != {"kernel_size": 1, "stride": stride} or not constant:
+        return
+    if not isinstance(stride, int) or not isinstance(padding, tuple) or len(padding) != 6:
+        return
+    if any(padding[:4]) or min(padding) < 0:
+        return
+    with fused.graph.inserting_before(pad):
+        pad.replace_all_uses_with(fused.graph.call_function(subsample, (pool.args[0], stride, *padding[4:])))
+    fused.graph.erase_node(pad)
+    fused.graph.erase_node(pool)
 
 
 def _fused_norm(fused: fx.GraphModule, node: fx.Node) -> FusedBatchNorm | None:

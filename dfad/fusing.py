@@ -67,8 +67,8 @@ def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | No
 
 def count_batch(*norms: nn.BatchNorm2d) -> None:
     """Count a batch that the running statistics were moved by."""
-    counters = [norm.num_batches_tracked for norm in norms if norm.track_running_stats]
-    counters = [counter for counter in counters if counter is not None]
+    tracked = (norm.num_batches_tracked for norm in norms if norm.track_running_stats)
+    counters = [counter for counter in tracked if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
 

@@ -131,7 +131,9 @@ bool has_tiles() {
     bind(module, "frozen_convolution_forward", dfad::isa::frozen_convolution_forward);               \
     bind(module, "frozen_convolution_backward", dfad::isa::frozen_convolution_backward);             \
     bind(module, "convolution_batch_norm_forward", dfad::isa::convolution_batch_norm_forward);       \
-    bind(module, "convolution_batch_norm_backward", dfad::isa::convolution_batch_norm_backward);
+    bind(module, "convolution_batch_norm_backward", dfad::isa::convolution_batch_norm_backward);     \
+    bind(module, "subsampling_forward", dfad::isa::subsampling_forward);                             \
+    bind(module, "subsampling_backward", dfad::isa::subsampling_backward);
 
 NB_MODULE(_cpu, module) {
     module.doc() =

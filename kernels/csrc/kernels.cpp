@@ -7,6 +7,7 @@
 #include "elementwise.hpp"
 #include "frozen_convolution.hpp"
 #include "interpolated_kl_div.hpp"
+#include "subsampling.hpp"
 
 namespace dfad::DFAD_ISA {
 

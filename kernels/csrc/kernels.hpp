@@ -44,4 +44,9 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
                                      int64_t width, int64_t in, int64_t out, int64_t step, double slope,
                                      double epsilon, int threads);
 
+void subsampling_forward(Address x, Address y, int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
+                         int64_t before, int64_t step, int64_t bytes, int threads);
+void subsampling_backward(Address x_gradient, Address y_gradient, int64_t count, int64_t height, int64_t width,
+                          int64_t in, int64_t out, int64_t before, int64_t step, int64_t bytes, int threads);
+
 }  // namespace dfad::DFAD_ISA

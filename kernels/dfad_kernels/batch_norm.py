@@ -171,22 +171,10 @@ class _BatchNorm(torch.autograd.Function):
         x_gradient, (weight_gradient, bias_gradient) = torch.empty_like(x), torch.empty_like(statistics).unbind()
         # without an activation the residual's gradient is the incoming one
         residual_gradient = torch.empty_like(x) if needs_residual and y is not None else None
+        gradients = x_gradient, residual_gradient, weight_gradient, bias_gradient
         ctx.kernel(
             _rows(x),
-            *map(
-                address,
-                (
-                    x_gradient,
-                    residual_gradient,
-                    weight_gradient,
-                    bias_gradient,
-                    y_gradient,
-                    y,
-                    statistics,
-                    weight,
-                    bias,
-                ),
-            ),
+            *map(address, (*gradients, y_gradient, y, statistics, weight, bias)),
             *(*ctx.numbers, torch.get_num_threads()),
         )
         passed_on = y_gradient if residual_gradient is None else residual_gradient

@@ -217,7 +217,6 @@ class _Chain(torch.autograd.Function):
         differentiates = any(ctx.needs_input_grad)
         inputs, parameters = tensors[: chain.inputs], tensors[chain.inputs :]
         values: list[Tensor | None] = [channels_last(x.detach()) for x in inputs]
-        sources: list[tuple[Any, ...]] = []
         numbers: list[tuple[Any, ...]] = []
         results: list[Tensor | None] = []
         batch_statistics: list[Tensor | None] = []

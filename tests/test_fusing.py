@@ -221,7 +221,7 @@ def test_hooks_are_called_as_ever(register, calls):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_under_autocast_as_well(precision, calls):
-    engine = Engine(EngineConfig(precision=precision), fused=True, device=torch.device("cpu"))
+    engine = Engine(EngineConfig(precision=precision, fuse_convolutions="off"), fused=True, device=torch.device("cpu"))
     torch.manual_seed(0)
     network = engine.place(models.resnet20())
     with engine.autocast():

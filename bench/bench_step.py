@@ -1,7 +1,7 @@
 """Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor.
 
 Below them, choices of how a round is built against their alternatives: mixed images apart from the others, BatchNorm
-statistics taken before the folding, BatchNorms computed with what follows them.
+statistics taken before the folding, BatchNorms computed with what follows them, and with the convolutions before them.
 """
 
 import time
@@ -16,10 +16,12 @@ from torch import nn
 
 from bench.race import Rules, replayed
 from bench.rounds import CASES, Case, contenders, make_distiller
+from dfad.chaining import fuse_convolutions
 from dfad.estimate import TensorMemory
 from dfad.folding import fold_batchnorm
-from dfad.fusing import FusedBatchNorm
+from dfad.fusing import FusedBatchNorm, fuse_batchnorm
 from dfad.losses import BatchNormStatisticsLoss
+from dfad.models.resnet import BasicBlock
 from dfad.models.taps import BatchNormTaps, with_taps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,3 +171,35 @@ def test_batchnorm_and_what_follows(
     task = f"BatchNorm, {'addition, ' if residual else ''}ReLU {'x'.join(map(str, shape))}"
     group = f"{task}, {str(dtype).removeprefix('torch.')}, forward+backward"
     race(group, enter, replace(RULES, rounds=lambda run: 100))
+
+
+@pytest.mark.skipif(ON_GPU, reason="is for CPUs")
+@pytest.mark.benchmark(timer=replayed)
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
+@pytest.mark.parametrize("contender", ["PyTorch", "BatchNorm", "convolution and BatchNorm"])
+def test_residual_blocks(channels: int, size: int, contender: str, race: Any) -> None:
+    """Forward and backward of a stage of ResNet-20 in bfloat16: three blocks; what is fused names the contender."""
+    x = torch.randn(64, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def enter(name: str) -> Callable[[], object]:
+        blocks = [BasicBlock(channels, channels, 1, nn.Identity()) for _ in range(3)]
+        stage = nn.Sequential(*blocks).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if name == "BatchNorm":
+            fuse_batchnorm(stage)
+        elif name == "convolution and BatchNorm":
+            fuse_convolutions(stage)
+        leaves = [x, *stage.parameters()]
+
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = stage(x)
+            torch.autograd.grad(y, leaves, upstream)
+
+        return run
+
+    race(
+        f"stage of ResNet-20 64x{channels}x{size}x{size}, forward+backward",
+        enter,
+        replace(RULES, rounds=lambda run: 50),
+    )

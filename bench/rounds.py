@@ -19,6 +19,7 @@ from dfad.config import (
     InterpolationConfig,
     MethodConfig,
     RegularizerConfig,
+    Switch,
 )
 from dfad.engine import has_bfloat16
 from dfad.models.connectors import Connectors
@@ -99,6 +100,7 @@ def repaired_engine(device: torch.device) -> EngineConfig:
         fused_optimizers="off",
         fold_batchnorm="off",
         fuse_batchnorm="off",
+        fuse_convolutions="off",
         merge_upsampling="off",
         cuda_graph="off",
     )
@@ -189,10 +191,10 @@ def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool)
     return Distiller(teacher, student, config, image_shape=case.image_shape).run_round
 
 
-def make_distiller(case: Case, device: torch.device) -> Distiller:
-    """The case's, with neither graph nor chains nor compilation in the way of looking inside."""
+def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distiller:
+    """The case's with all parts of the engine but the graph, and but for those that are named."""
     teacher, student = case.networks()
-    config = case.config(device, engine=EngineConfig(cuda_graph="off", fuse_convolutions="off"))
+    config = case.config(device, engine=EngineConfig(cuda_graph="off", **parts))
     return Distiller(teacher, student, config, image_shape=case.image_shape)
 
 
@@ -224,13 +226,17 @@ def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Cal
         ("losses, folding, merging", with_merging),
         ("losses, folding, merging, optimizers", with_optimizers),
     ]
-    # the last part is the one that the machine has of these two
-    best = (
-        replace(with_optimizers, cuda_graph="on")
-        if device.type == "cuda"
-        else replace(with_optimizers, fuse_batchnorm="on")
-    )
-    steps += [("ours", best), ("ours + torch.compile", replace(best, fuse_batchnorm="off", compile="on"))]
+    # the last parts are those that the machine has
+    if device.type == "cuda":
+        best = replace(with_optimizers, cuda_graph="on")
+    else:
+        with_batchnorm = replace(with_optimizers, fuse_batchnorm="on")
+        steps.append(("losses, folding, merging, optimizers, BatchNorm", with_batchnorm))
+        best = replace(with_batchnorm, fuse_convolutions="auto")
+    steps += [
+        ("ours", best),
+        ("ours + torch.compile", replace(with_optimizers, cuda_graph=best.cuda_graph, compile="on")),
+    ]
     names_and_makers: list[tuple[str, Callable[[Case], Callable[[], object]]]] = [
         ("published", lambda case: PublishedRound(case, device)),
         ("repaired", lambda case: ours(case, device, repaired, fused=False)),
@@ -240,5 +246,5 @@ def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Cal
         names_and_makers.append(("repaired + reduce-overhead", lambda case: reduce_overhead(case, device, repaired)))
     for name, engine in steps:
         names_and_makers.append((name, partial(ours, device=device, engine=engine, fused=True)))
-    names_and_makers.append(("floor", lambda case: Floor(make_distiller(case, device))))
+    names_and_makers.append(("floor", lambda case: Floor(make_distiller(case, device, fuse_convolutions="off"))))
     return names_and_makers

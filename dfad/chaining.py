@@ -1,7 +1,9 @@
 """3×3 convolutions and what follows them as chains, each one operation; on CPUs with tiles, in bfloat16."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,19 @@ def fuse_convolutions(network: nn.Module) -> None:
     replace_call(network, fused.__call__)  # a module itself would become a part of it
 
 
+_unchained = ContextVar("unchained", default=False)
+
+
+@contextmanager
+def unchained() -> Iterator[None]:
+    """For as long as it lasts each convolution is PyTorch's own, for those who count operations."""
+    token = _unchained.set(True)
+    try:
+        yield
+    finally:
+        _unchained.reset(token)
+
+
 class ChainedConvolutions(nn.Module):
     """Convolutions, each with what follows it, as one operation where it can be.
 
@@ -63,6 +78,9 @@ class ChainedConvolutions(nn.Module):
     ) -> None:
         super().__init__()
         self.chain = chain
+        residuals = {link.residual for link in chain.links}
+        self.added = [i for i in range(chain.inputs) if i in residuals]
+        """The inputs whose dtype decides the results', where PyTorch adds them."""
         self.convolutions = convolutions
         self.norms = norms
         self.frozen = [_frozen(convolution) for convolution in convolutions]
@@ -70,7 +88,12 @@ class ChainedConvolutions(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         norms = [fused.norm for fused in self.norms if fused is not None]
         in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if not in_bfloat16 or not all(norm.training and norm.momentum is not None for norm in norms):
+        if (
+            not in_bfloat16
+            or _unchained.get()
+            or any(inputs[i].dtype != torch.bfloat16 for i in self.added)
+            or not all(norm.training and norm.momentum is not None for norm in norms)
+        ):
             return self._one_by_one(inputs)
         try:
             results = self.chain(self._layers(), [x.bfloat16() for x in inputs])

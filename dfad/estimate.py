@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfad.chaining import unchained
 from dfad.graph import WARM_UP_ROUNDS
 from dfad.trainer import Distiller
 
@@ -76,7 +77,7 @@ def estimate(distiller: Distiller) -> Estimate:
         distiller: one that is not to be fitted any more.
     """
     device = distiller.device
-    with FlopCounterMode(display=False) as flops:
+    with unchained(), FlopCounterMode(display=False) as flops:
         distiller.round()
     peak_memory = _peak_memory(distiller)
     for _ in range(WARM_UP_ROUNDS):

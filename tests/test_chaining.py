@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfad import models
-from dfad.chaining import fuse_convolutions
+from dfad.chaining import fuse_convolutions, unchained
 from dfad.config import EngineConfig
 from dfad.engine import Engine
 from dfad.errors import ConfigurationError
@@ -53,7 +54,8 @@ def images(channels: int = 3, size: int = 16, batch: int = 6) -> Tensor:
 
 def after_a_step(network: nn.Module, x: Tensor, *, autocast: bool) -> dict[str, Tensor]:
     """What the network returns, its gradients and its buffers."""
-    x = x.clone().requires_grad_()
+    # what is added to a convolution's result is of its dtype, or the sum were none of bfloat16
+    x = (x.bfloat16() if autocast else x.bfloat16().float()).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = as_outputs(network(x))
     values = [outputs.logits, *outputs.taps]
@@ -188,8 +190,30 @@ class Overwriting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(x)
         y = self.conv(features)
-        features += 1
+        features.add_(1)
         return F.relu(y + features)
+
+
+def test_a_sum_in_float32_stays_one(computed):
+    network = channels_last(Residual("modules"))
+    fuse_convolutions(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images(16)).dtype == torch.float32
+        assert not computed
+        assert network(images(16).bfloat16()).dtype == torch.bfloat16
+    assert computed
+
+
+def test_operations_can_be_counted(computed):
+    network = channels_last(models.resnet20())
+    flops = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), unchained(), FlopCounterMode(display=False) as counter:
+            network(images()).logits.sum().backward()
+        flops.append(counter.get_total_flops())
+        fuse_convolutions(network)
+    assert flops[0] == flops[1]
+    assert not computed
 
 
 def test_what_is_overwritten_is_read_before(computed):

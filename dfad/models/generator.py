@@ -29,18 +29,14 @@ class UpsampledConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, *, merged: bool) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.merged = merged
-        self.meeting: Tensor
-        ones = torch.eye(4)[:, :3] + torch.eye(4)[:, 1:]
-        self.register_buffer("meeting", torch.kron(ones, ones), persistent=False)
-        """``(16, 9)``: which weights meet at an element of the merged kernel."""
 
     def forward(self, features: Tensor) -> Tensor:
         """``(B, in_channels, height, width)`` to ``(B, out_channels, 2 height, 2 width)``."""
         if not self.merged:
             return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
-        # as a transposed convolution scatters the weights: back to front, each at two columns and two rows
-        spread = self.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(1, 2)
-        kernel = (self.meeting @ spread).unflatten(1, (4, 4)).permute(3, 0, 1, 2)
+        kernel = self.weight.transpose(0, 1).flip(2, 3)  # as a transposed convolution scatters it
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))  # an input pixel is two columns of the upsampled
+        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # and two rows
         return F.conv_transpose2d(features, kernel, stride=2, padding=1)
 
 

@@ -265,42 +265,54 @@ void batch_norm_forward(Array x, Address y, Address statistics, Address running_
     });
 }
 
+// Gradients of a BatchNorm's parameters, of sums Σ g (x − μ) and Σ g in blocks, (blocks, 2, channels).
+template <class S>
+inline void parameter_gradients(double* partial, int64_t blocks, int64_t channels, const S* statistics, double epsilon,
+                                Address weight_gradient, Address bias_gradient) {
+    for (int64_t block = 1; block < blocks; ++block)
+        for (int64_t i = 0; i < 2 * channels; ++i) partial[i] += partial[block * 2 * channels + i];
+    for (int64_t c = 0; c < channels; ++c) {
+        const double inverse = 1 / std::sqrt(statistics[channels + c] + epsilon);
+        static_cast<S*>(weight_gradient.data)[c] = static_cast<S>(partial[c] * inverse);
+        static_cast<S*>(bias_gradient.data)[c] = static_cast<S>(partial[channels + c]);
+    }
+}
+
+// The same of all elements' g(access, element, x, affine, register).
+template <class T, class G>
+inline void sum_gradients(const Rows<T>& walk, Coefficients<Rows<T>>& coefficients, const T* x,
+                          const scalar_t<T>* statistics, double epsilon, Address weight_gradient,
+                          Address bias_gradient, int threads, G&& g) {
+    using V = typename Rows<T>::V;
+    Buffer<double> partial(walk.blocks * 2 * walk.channels);
+    parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
+        walk.template sum<2>(block, partial.data() + block * 2 * walk.channels, [&](int64_t place) {
+            return [=, affine = coefficients.at_place(place)](auto access, int64_t i, int k, V* terms) {
+                const V value = access.read(x + i);
+                terms[1] = g(access, i, value, affine, k);
+                terms[0] = terms[1] * (value - affine.mean[k]);
+            };
+        });
+    });
+    parameter_gradients(partial.data(), walk.blocks, walk.channels, statistics, epsilon, weight_gradient,
+                        bias_gradient);
+}
+
 // The gradient of what a BatchNorm is given: scale · g − tilt · (x − μ) − level, g being that of what it returns.
 template <class Walk>
 struct Gradient {
     using S = typename Walk::S;
-    using V = typename Walk::V;
     Buffer<S> tilt, level;
 
-    // Sums g(access, element, x, affine, register) of all elements, and tells the parameters their gradients.
-    template <class T, class G>
-    Gradient(const Walk& walk, Coefficients<Walk>& coefficients, const T* x, const S* statistics,
-             Address weight_gradient, Address bias_gradient, double epsilon, int threads, G&& g)
+    Gradient(const Walk& walk, Coefficients<Walk>& coefficients, const S* statistics, double epsilon,
+             Address weight_gradient, Address bias_gradient)
         : tilt(walk.period), level(walk.period) {
-        const int64_t channels = walk.channels;
-        Buffer<double> partial(walk.blocks * 2 * channels);
-        parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
-            walk.template sum<2>(block, partial.data() + block * 2 * channels, [&](int64_t place) {
-                return [=, affine = coefficients.at_place(place)](auto access, int64_t i, int k, V* terms) {
-                    const V value = access.read(x + i);
-                    terms[1] = g(access, i, value, affine, k);
-                    terms[0] = terms[1] * (value - affine.mean[k]);
-                };
-            });
+        const auto rows = static_cast<double>(walk.size / walk.channels);
+        walk.repeat(tilt, [&](int64_t c) {
+            const double inverse = 1 / std::sqrt(statistics[walk.channels + c] + epsilon);
+            return coefficients.scale[c] * at<S>(weight_gradient, c, 0) / rows * inverse;
         });
-        Buffer<double> sums(2 * channels);
-        for (int64_t i = 0; i < 2 * channels; ++i) sums[i] = 0;
-        for (int64_t block = 0; block < walk.blocks; ++block)
-            for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += partial[block * 2 * channels + i];
-        const auto inverse = [=](int64_t c) { return 1 / std::sqrt(statistics[channels + c] + epsilon); };
-        for (int64_t c = 0; c < channels; ++c) {
-            static_cast<S*>(weight_gradient.data)[c] = static_cast<S>(sums[c] * inverse(c));
-            static_cast<S*>(bias_gradient.data)[c] = static_cast<S>(sums[channels + c]);
-        }
-        const auto rows = static_cast<double>(walk.size / channels);
-        walk.repeat(tilt,
-                    [&](int64_t c) { return coefficients.scale[c] * sums[c] / rows * inverse(c) * inverse(c); });
-        walk.repeat(level, [&](int64_t c) { return coefficients.scale[c] * sums[channels + c] / rows; });
+        walk.repeat(level, [&](int64_t c) { return coefficients.scale[c] * at<S>(bias_gradient, c, 0) / rows; });
     }
 };
 
@@ -327,7 +339,8 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
 
         // g(access, element, x, affine, register) is the gradient behind the activation.
         const auto differentiate = [&](auto g, auto g_again) {
-            Gradient<Walk> gradient(walk, coefficients, in, batch, weight_gradient, bias_gradient, epsilon, threads, g);
+            sum_gradients<T>(walk, coefficients, in, batch, epsilon, weight_gradient, bias_gradient, threads, g);
+            Gradient<Walk> gradient(walk, coefficients, batch, epsilon, weight_gradient, bias_gradient);
             parallel_stretches(walk.blocks, walk.size, threads, Order::back, [&](int64_t block) {
                 for (int64_t place = 0; place < walk.period; place += Walk::step) {
                     const auto affine = coefficients.at_place(place);

@@ -2,6 +2,8 @@
 // pre = γ (y − μ) / √(σ² + ε) + β + r, post = φ(pre).
 #pragma once
 
+#include <optional>
+
 #include "batch_norm.hpp"
 #include "frozen_convolution.hpp"
 
@@ -21,9 +23,8 @@ struct Source {
             return f([=](const Convolution& convolution, Positions& positions, int64_t first, int64_t images) {
                 convolution.fill(positions, from, first, images);
             });
-        const Rows<bfloat16> walk(1, in);
-        Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(statistics.data), weight, bias,
-                                                  epsilon);
+        Coefficients<Rows<bfloat16>> coefficients(Rows<bfloat16>(1, in), static_cast<const float*>(statistics.data),
+                                                  weight, bias, epsilon);
         const floats below = broadcast<floats>(slope);
         f([=, &coefficients](const Convolution& convolution, Positions& positions, int64_t first, int64_t images) {
             const bfloat16* of_chunk = from + first * convolution.pixels() * in;
@@ -120,12 +121,15 @@ void convolution_batch_norm_forward(Address x, Address source_statistics, Addres
 // Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
 // written: what all of them make behind the activation, which is the residual's gradient as well. It must be given
 // where anything was added or more than one gradient comes in; post then says where the activation passed.
-// x_gradient and kernel_gradient may be missing; the former is of what is convolved, however it came to be.
+// x_gradient and kernel_gradient may be missing; the former is of what is convolved, however it came to be. Where a
+// BatchNorm made that, of whose result nobody else has a gradient, its parameters' gradients are summed on the way; its
+// own call is then told that its parameters' gradients are given.
 void convolution_batch_norm_backward(Address x, Address source_statistics, Address source_weight, Address source_bias,
                                      Address kernel, Address y, Address post, Address statistics, Address weight,
                                      Address bias, Address pre_gradient, Address post_gradient,
                                      Address second_post_gradient, Address behind_activation, Address x_gradient,
                                      Address kernel_gradient, Address weight_gradient, Address bias_gradient,
+                                     Address source_weight_gradient, Address source_bias_gradient, bool summed,
                                      double source_slope, double source_epsilon, int64_t count, int64_t height,
                                      int64_t width, int64_t in, int64_t out, int64_t step, double slope,
                                      double epsilon, int threads) {
@@ -152,15 +156,67 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     if (x_gradient.exists()) convolution.with_padded(kernel, [&](const float* all) { factors.pack_reversed(all); });
     Pixels every(images, 1);
     Buffer<float> partial(kernel_gradient.exists() ? blocks * weights : 1);
+    std::optional<Coefficients<Walk>> source_coefficients;
+    if (source_weight_gradient.exists())
+        source_coefficients.emplace(Walk(1, in), static_cast<const float*>(source_statistics.data), source_weight,
+                                    source_bias, source_epsilon);
+    Buffer<double> source_partial(blocks * 2 * in);
     struct Memory {
         Tiles tiles;
         Positions in, upstream;
         Products products;
         KernelGradient kernel;
+        Buffer<float> sums;  // of the source's gradient: (2, in)
+    };
+
+    // What reached the upstream positions goes back through the convolution.
+    const auto write_plainly = [&](Memory& memory, int64_t, int64_t first, int64_t here) {
+        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
+        convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+                 [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
+                     every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                         convolution.store(to + pixel * in + channel, from + i * channels, pixels, channels);
+                     });
+                 });
+    };
+    const auto write_and_sum = [&](Memory& memory, int64_t number, int64_t first, int64_t here) {
+        const int64_t offset = first * convolution.pixels() * in;
+        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + offset;
+        const bfloat16* of_source = static_cast<const bfloat16*>(x.data) + offset;
+        const floats below_source = broadcast<floats>(source_slope);
+        float *tilted = memory.sums.data(), *level = tilted + in;
+        convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+                 [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
+                     for (int64_t c = 0; c < channels; c += lanes<floats>) {
+                         floats total_tilted{}, total{};
+                         if (q > 0) {
+                             total_tilted = load(tilted + channel + c);
+                             total = load(level + channel + c);
+                         }
+                         const floats centre = load(source_coefficients->centre.data() + channel + c);
+                         const floats scale = load(source_coefficients->scale.data() + channel + c);
+                         const floats shift = load(source_coefficients->shift.data() + channel + c);
+                         every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                             for (int64_t k = 0; k < pixels; ++k) {
+                                 const int64_t place = (pixel + k) * in + channel + c;
+                                 const floats incoming = store_rounded(to + place, load(from + (i + k) * channels + c));
+                                 const floats d = load(of_source + place) - centre;
+                                 const floats g = d * scale + shift > 0 ? incoming : below_source * incoming;
+                                 total += g;
+                                 total_tilted += g * d;
+                             }
+                         });
+                         store(tilted + channel + c, total_tilted);
+                         store(level + channel + c, total);
+                     }
+                 });
+        double* of_block = source_partial.data() + number * 2 * in;
+        for (int64_t i = 0; i < 2 * in; ++i) of_block[i] = tilted[i] + (first == number * block ? 0 : of_block[i]);
     };
 
     // again(element, normalised) is the gradient behind the activation once more.
-    const auto convolve_back = [&](Gradient<Walk>& gradient, auto again) {
+    const auto convolve_back = [&](auto again, auto write_gradient) {
+        Gradient<Walk> gradient(walk, coefficients, batch, epsilon, weight_gradient, bias_gradient);
         const auto differentiate = [&](bfloat16* to, int64_t from, int64_t pixels) {
             for (int64_t c = 0; c < out; c += lanes<floats>) {
                 const floats scale = load(coefficients.scale.data() + c), tilt = load(gradient.tilt.data() + c);
@@ -175,7 +231,7 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
         source.with_fill(in, [&](auto fill) {
           parallel_stretches(
             blocks, count * convolution.pixels() * images.channels, threads, Order::back,
-            [&] { return Memory{{}, {images, 1}, {convolution.results(), step}, new_products(), {images, out}}; },
+            [&] { return Memory{{}, {images, 1}, {convolution.results(), step}, new_products(), {images, out}, Buffer<float>(2 * in)}; },
             [&](int64_t number, Memory& memory) {
                 for (int64_t first = number * block; first < count && first < (number + 1) * block; first += chunk) {
                     const int64_t here = first + chunk < count ? chunk : count - first;
@@ -183,16 +239,7 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
                     memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
                         differentiate(to, (first * result_pixels + pixel) * out, pixels);
                     });
-                    if (x_gradient.exists()) {
-                        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
-                        convolve(memory.tiles, memory.upstream.data(), positions, factors, memory.products,
-                                 [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
-                                     every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
-                                         convolution.store(to + pixel * in + channel, from + i * channels, pixels,
-                                                           channels);
-                                     });
-                                 });
-                    }
+                    if (x_gradient.exists()) write_gradient(memory, number, first, here);
                     if (!kernel_gradient.exists()) continue;
                     fill(convolution, memory.in, first, here);
                     memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
@@ -203,8 +250,10 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     };
 
     const auto differentiate = [&](auto g, auto again) {
-        Gradient<Walk> gradient(walk, coefficients, results, batch, weight_gradient, bias_gradient, epsilon, threads, g);
-        convolve_back(gradient, again);
+        if (!summed)
+            sum_gradients<bfloat16>(walk, coefficients, results, batch, epsilon, weight_gradient, bias_gradient, threads,
+                                    g);
+        source_coefficients ? convolve_back(again, write_and_sum) : convolve_back(again, write_plainly);
     };
     const auto plain = [=](auto access, int64_t i, floats, const Affine<floats>&, int) { return access.read(of_pre + i); };
     const auto plain_again = [=](int64_t i, floats) { return load(of_pre + i); };
@@ -235,6 +284,9 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     else if (of_post_too) met(std::false_type{}, std::true_type{});
     else met(std::false_type{}, std::false_type{});
 
+    if (source_coefficients)
+        parameter_gradients(source_partial.data(), blocks, in, static_cast<const float*>(source_statistics.data),
+                            source_epsilon, source_weight_gradient, source_bias_gradient);
     if (!kernel_gradient.exists()) return;
     Buffer<float> sums(images.channels == in ? 1 : weights);
     auto* gradient = images.channels == in ? static_cast<float*>(kernel_gradient.data) : sums.data();

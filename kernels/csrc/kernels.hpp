@@ -40,6 +40,7 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
                                      Address bias, Address pre_gradient, Address post_gradient,
                                      Address second_post_gradient, Address behind_activation, Address x_gradient,
                                      Address kernel_gradient, Address weight_gradient, Address bias_gradient,
+                                     Address source_weight_gradient, Address source_bias_gradient, bool summed,
                                      double source_slope, double source_epsilon, int64_t count, int64_t height,
                                      int64_t width, int64_t in, int64_t out, int64_t step, double slope,
                                      double epsilon, int threads);

@@ -282,6 +282,7 @@ class _Chain(torch.autograd.Function):
             if gradient is not None:
                 gradients[value].append(channels_last(gradient))
         of_parameters: list[Tensor | None] = [None] * (3 * count)
+        of_norms: dict[int, tuple[Tensor, ...]] = {}  # of links whose readers have summed them
         for number in reversed(range(count)):
             link = chain.links[number]
             kernel, weight, bias = parameters[3 * number : 3 * number + 3]
@@ -303,14 +304,17 @@ class _Chain(torch.autograd.Function):
                     (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
                 )
                 kernel_gradient = torch.empty_like(kernel) if needed[0] else None
-                weight_gradient, bias_gradient = torch.empty(kernel.shape[0]), torch.empty(kernel.shape[0])
+                of_norm = of_norms.get(number) or _of_norm(kernel.shape[0])
+                of_source: tuple[Tensor | None, ...] = (None, None)
+                if maker is not None:
+                    of_source = of_norms[maker] = _of_norm(source.shape[1])
                 ctx.normalising_back(
                     *map(address, (source, *normalised, kernel, results[number], values[post])),
                     *map(address, (batch_statistics[number], weight, bias, *incoming, behind)),
-                    *map(address, (x_gradient, kernel_gradient, weight_gradient, bias_gradient)),
-                    *(*ctx.numbers[number], threads),
+                    *map(address, (x_gradient, kernel_gradient, *of_norm, *of_source)),
+                    *(number in of_norms, *ctx.numbers[number], threads),
                 )
-                of_link = kernel_gradient, weight_gradient, bias_gradient
+                of_link = kernel_gradient, *of_norm
                 of_parameters[3 * number : 3 * number + 3] = [
                     gradient if need else None for gradient, need in zip(of_link, needed, strict=True)
                 ]
@@ -326,6 +330,11 @@ class _Chain(torch.autograd.Function):
                 gradients[link.residual].append(of_pre[0] if behind is None else behind)
         of_inputs = (_met(of_input, 1) for of_input in gradients[:inputs])
         return (None, None, None, *(g[0] if g else None for g in of_inputs), *of_parameters)
+
+
+def _of_norm(channels: int) -> tuple[Tensor, Tensor]:
+    """Room for gradients of a BatchNorm's weight and bias."""
+    return torch.empty(channels), torch.empty(channels)
 
 
 def _met(gradients: list[Tensor], most: int) -> list[Tensor]:

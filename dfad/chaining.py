@@ -46,6 +46,8 @@ def fuse_convolutions(network: nn.Module) -> None:
     fused = fx.GraphModule(network, graph, type(network).__name__)
     without_identities(fused)
     _chain(fused)
+    if not any(isinstance(module, ChainedConvolutions) for module in fused.children()):
+        return
     fused.graph.lint()
     fused.recompile()
     replace_call(network, fused.__call__)  # a module itself would become a part of it

@@ -260,8 +260,8 @@ void batch_norm_forward(Array x, Address y, Address statistics, Address running_
         const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
         moved.merge<S>(partial.data(), walk.blocks, channels, [&](int64_t block) { return walk.rows(block); });
         Coefficients<Walk> coefficients(walk, static_cast<const S*>(statistics.data), weight, bias, epsilon);
-        normalise<T>(walk, coefficients, in, static_cast<const T*>(residual.data), nullptr, static_cast<T*>(y.data), slope,
-                     threads);
+        normalise<T>(walk, coefficients, in, static_cast<const T*>(residual.data), nullptr, static_cast<T*>(y.data),
+                     slope, threads);
     });
 }
 
@@ -320,8 +320,8 @@ struct Gradient {
 // else the side of zero that it lies on is computed again, which takes less than reading it. residual_gradient is
 // missing where nobody needs it, or where there is no activation: it is the incoming gradient itself then.
 void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address weight_gradient,
-                         Address bias_gradient, Address y_gradient, Address y, Address statistics, Address weight, Address bias,
-                         double slope, double epsilon, int threads) {
+                         Address bias_gradient, Address y_gradient, Address y, Address statistics,
+                         Address weight, Address bias, double slope, double epsilon, int threads) {
     with_storage(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using Walk = Rows<T>;

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "buffer.hpp"
+#include "parallel.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
 
@@ -230,7 +231,8 @@ struct Factors {
                     const int64_t from_channel = channel(k) + 2 * (second ? row - 8 : row);
                     pairs r{};
                     if (!second || has_second(k)) {
-                        const float* from = kernel + (from_channel * taps + taps - 1 - tap(k) - second) * out + block * 16;
+                        const int64_t reversed = taps - 1 - tap(k) - second;
+                        const float* from = kernel + (from_channel * taps + reversed) * out + block * 16;
                         store_rounded(even, from, 16);
                         store_rounded(odd, from + taps * out, 16);
                         r = interleave(even, odd);
@@ -245,10 +247,67 @@ constexpr int64_t product_size = 1024;
 using Products = Buffer<float>;
 inline Products new_products() { return Products(2 * product_size); }
 
-// Calls emit(position, positions, sums, channel, width) with (positions, width) sums, from a channel on.
+// Results of 16 channels out of 16, for images whose rows are whole tiles: four rows at a time, for which each left
+// factor is read once where it would be read for three taps.
 template <class F>
-inline void convolve(Tiles& tiles, const bfloat16* in, int64_t positions, Factors& factors, Products& products,
-                     F&& emit) {
+inline void convolve_by_rows(Tiles& tiles, const bfloat16* in, const Images& images, int64_t count, Factors& factors,
+                             int64_t block, Products& products, F&& emit) {
+    const int64_t pitch = images.pitch(), row = pitch * 16;
+    int64_t previous = -1;
+    const auto finish = [&](const float* sums) {
+        if (previous < 0) return;
+        for (int64_t i = 0; i < 4; ++i) emit(previous + i * pitch, 16, sums + i * 256, block * 16, 16);
+    };
+    float *to = products.data(), *other = to + product_size;
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t top = 0; top < images.height; top += 4)
+            for (int64_t column = 0; column < images.width; column += tile_rows) {
+                const int64_t q = n * images.plane() + top * pitch + column;
+                tiles.zero<0>();
+                tiles.zero<1>();
+                tiles.zero<2>();
+                tiles.zero<3>();
+                for (int64_t side = 0; side < 2; ++side) {
+                    const bfloat16* from = in + q * 16 + factors.distance[side];
+                    tiles.load<5>(factors.tile(block, side), 64);
+                    tiles.load<6>(factors.tile(block, 2 + side), 64);
+                    tiles.load<7>(factors.tile(block, 4 + side), 64);
+                    tiles.load<4>(from, 32);
+                    tiles.multiply<0, 4, 5>();
+                    tiles.load<4>(from + row, 32);
+                    tiles.multiply<0, 4, 6>();
+                    tiles.multiply<1, 4, 5>();
+                    tiles.load<4>(from + 2 * row, 32);
+                    tiles.multiply<0, 4, 7>();
+                    tiles.multiply<1, 4, 6>();
+                    tiles.multiply<2, 4, 5>();
+                    tiles.load<4>(from + 3 * row, 32);
+                    tiles.multiply<1, 4, 7>();
+                    tiles.multiply<2, 4, 6>();
+                    tiles.multiply<3, 4, 5>();
+                    tiles.load<4>(from + 4 * row, 32);
+                    tiles.multiply<2, 4, 7>();
+                    tiles.multiply<3, 4, 6>();
+                    tiles.load<4>(from + 5 * row, 32);
+                    tiles.multiply<3, 4, 7>();
+                }
+                finish(other);
+                tiles.store<0>(to, 64);
+                tiles.store<1>(to + 256, 64);
+                tiles.store<2>(to + 512, 64);
+                tiles.store<3>(to + 768, 64);
+                previous = q;
+                std::swap(to, other);
+            }
+    finish(other);
+}
+
+// Calls emit(position, positions, sums, channel, width) with (positions, width) sums, from a channel on; each channel's
+// first call is for position 0.
+template <class F>
+inline void convolve(Tiles& tiles, const bfloat16* in, const Images& images, int64_t count, Factors& factors,
+                     Products& products, F&& emit) {
+    const int64_t positions = count * images.plane();
     const int64_t channels = factors.in, stride = 2 * channels, rows = tile_rows * channels;
     const int64_t* distance = factors.distance.data();
     // compute(q, to) leaves the sums of `height` positions from q on
@@ -303,6 +362,8 @@ inline void convolve(Tiles& tiles, const bfloat16* in, int64_t positions, Factor
         });
     }
     if (block == factors.out / 16) return;
+    if (channels == 16 && images.width % tile_rows == 0 && images.height % 4 == 0)
+        return convolve_by_rows(tiles, in, images, count, factors, block, products, emit);
     const bfloat16* weights = factors.tile(block, 0);
     run(block, 16, 64, [&](int64_t q) {
         zero();
@@ -420,5 +481,18 @@ private:
     int64_t out_, before_, pitch_, pairs_;
     Buffer<bfloat16> pairs_of_[2], upstream_;
 };
+
+// Sums of as many blocks: total[i] = Σ partial[block, i]; `size` is a multiple of a register's lanes.
+inline void sum_blocks(Buffer<float>& partial, int64_t blocks, int64_t size, float* total, int threads) {
+    constexpr int64_t at_once = 1 << 12;
+    parallel_for((size + at_once - 1) / at_once, blocks * size, threads, [&](int64_t part) {
+        const int64_t end = (part + 1) * at_once < size ? (part + 1) * at_once : size;
+        for (int64_t i = part * at_once; i < end; i += lanes<floats>) {
+            floats sum{};
+            for (int64_t block = 0; block < blocks; ++block) sum += load(partial.data() + block * size + i);
+            store(total + i, sum);
+        }
+    });
+}
 
 }  // namespace dfad::DFAD_ISA

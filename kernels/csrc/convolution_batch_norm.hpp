@@ -9,8 +9,8 @@
 
 namespace dfad::DFAD_ISA {
 
-// What is convolved: x as it is, or, where statistics are given, what a BatchNorm and an activation make of it. Such an x
-// is a convolution's result that nobody else needs normalised, which saves writing and reading that.
+// What is convolved: x as it is, or, where statistics are given, what a BatchNorm and an activation make of it. Such
+// an x is a convolution's result that nobody else needs normalised, which saves writing and reading that.
 struct Source {
     Address x, statistics, weight, bias;
     double slope, epsilon;
@@ -64,47 +64,53 @@ void convolution_batch_norm_forward(Address x, Address source_statistics, Addres
     struct Memory {
         Tiles tiles;
         Positions in;
-        Products products = new_products();
+        Products products;
         Buffer<float> sums;  // about a chunk's first pixel: (3, out), that, sum and sum of squares
     };
     Buffer<double> partial(chunks * 2 * out);
     const auto convolve_all = [&](auto fill) {
-      parallel_stretches(
-        chunks, count * convolution.pixels() * images.channels, threads, Order::forth,
-        [&] { return Memory{{}, {images, 1}, new_products(), Buffer<float>(3 * out)}; },
-        [&](int64_t number, Memory& memory) {
-            fill(convolution, memory.in, number * chunk, images_in(number));
-            bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
-            float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
-            convolve(memory.tiles, memory.in.data(), images_in(number) * images.plane(), factors, memory.products,
-                     [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
-                         for (int64_t c = 0; c < channels; c += lanes<floats>) {
-                             bfloat16* to = results + channel + c;
-                             floats about{}, total{}, total_squares{};
-                             if (q == 0) {
-                                 about = store_rounded(to, load(from + c));
-                                 store(centre + channel + c, about);
-                             } else {
-                                 about = load(centre + channel + c);
-                                 total = load(sum + channel + c);
-                                 total_squares = load(squares + channel + c);
-                             }
-                             result.each(q, positions, [&](int64_t i, int64_t pixel, int64_t pixels) {
-                                 for (int64_t k = 0; k < pixels; ++k) {
-                                     const floats sums = load(from + (i + k) * channels + c);
-                                     const floats d = store_rounded(to + (pixel + k) * out, sums) - about;
-                                     total += d;
-                                     total_squares += d * d;
+        parallel_stretches(
+            chunks, count * convolution.pixels() * images.channels, threads, Order::forth,
+            [&] { return Memory{{}, {images, 1}, new_products(), Buffer<float>(3 * out)}; },
+            [&](int64_t number, Memory& memory) {
+                fill(convolution, memory.in, number * chunk, images_in(number));
+                bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
+                float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
+                convolve(memory.tiles, memory.in.data(), images, images_in(number), factors, memory.products,
+                         [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
+                             for (int64_t c = 0; c < channels; c += lanes<floats>) {
+                                 bfloat16* to = results + channel + c;
+                                 floats about{}, total[2] = {}, total_squares[2] = {};
+                                 if (q == 0) {
+                                     about = store_rounded(to, load(from + c));
+                                     store(centre + channel + c, about);
+                                 } else {
+                                     about = load(centre + channel + c);
+                                     total[0] = load(sum + channel + c);
+                                     total_squares[0] = load(squares + channel + c);
                                  }
-                             });
-                             store(sum + channel + c, total);
-                             store(squares + channel + c, total_squares);
-                         }
-                     });
-            double* of_chunk = partial.data() + number * 2 * out;
-            for (int64_t c = 0; c < 2 * out; ++c) of_chunk[c] = sum[c];
-            about_mean(of_chunk, centre, out, images_in(number) * result_pixels);
-        });
+                                 result.each(q, positions, [&](int64_t i, int64_t pixel, int64_t pixels) {
+                                     const auto add = [&](int64_t k, int at) {
+                                         const floats sums = load(from + (i + k) * channels + c);
+                                         const floats d = store_rounded(to + (pixel + k) * out, sums) - about;
+                                         total[at] += d;
+                                         total_squares[at] += d * d;
+                                     };
+                                     // two sums side by side, so that no addition waits for the one before it
+                                     for (int64_t k = 0; k + 1 < pixels; k += 2) {
+                                         add(k, 0);
+                                         add(k + 1, 1);
+                                     }
+                                     if (pixels % 2) add(pixels - 1, 0);
+                                 });
+                                 store(sum + channel + c, total[0] + total[1]);
+                                 store(squares + channel + c, total_squares[0] + total_squares[1]);
+                             }
+                         });
+                double* of_chunk = partial.data() + number * 2 * out;
+                for (int64_t c = 0; c < 2 * out; ++c) of_chunk[c] = sum[c];
+                about_mean(of_chunk, centre, out, images_in(number) * result_pixels);
+            });
     };
     source.with_fill(in, convolve_all);
 
@@ -168,11 +174,15 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
         KernelGradient kernel;
         Buffer<float> sums;  // of the source's gradient: (2, in)
     };
+    const auto new_memory = [&] {
+        return Memory{{},           {images, 1},     {convolution.results(), step},
+                      new_products(), {images, out}, Buffer<float>(2 * in)};
+    };
 
     // What reached the upstream positions goes back through the convolution.
     const auto write_plainly = [&](Memory& memory, int64_t, int64_t first, int64_t here) {
         bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
-        convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+        convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                  [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
                      every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
                          convolution.store(to + pixel * in + channel, from + i * channels, pixels, channels);
@@ -185,29 +195,34 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
         const bfloat16* of_source = static_cast<const bfloat16*>(x.data) + offset;
         const floats below_source = broadcast<floats>(source_slope);
         float *tilted = memory.sums.data(), *level = tilted + in;
-        convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+        convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                  [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
                      for (int64_t c = 0; c < channels; c += lanes<floats>) {
-                         floats total_tilted{}, total{};
+                         floats total_tilted[2] = {}, total[2] = {};
                          if (q > 0) {
-                             total_tilted = load(tilted + channel + c);
-                             total = load(level + channel + c);
+                             total_tilted[0] = load(tilted + channel + c);
+                             total[0] = load(level + channel + c);
                          }
                          const floats centre = load(source_coefficients->centre.data() + channel + c);
                          const floats scale = load(source_coefficients->scale.data() + channel + c);
                          const floats shift = load(source_coefficients->shift.data() + channel + c);
                          every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
-                             for (int64_t k = 0; k < pixels; ++k) {
+                             const auto add = [&](int64_t k, int at) {
                                  const int64_t place = (pixel + k) * in + channel + c;
                                  const floats incoming = store_rounded(to + place, load(from + (i + k) * channels + c));
                                  const floats d = load(of_source + place) - centre;
                                  const floats g = d * scale + shift > 0 ? incoming : below_source * incoming;
-                                 total += g;
-                                 total_tilted += g * d;
+                                 total[at] += g;
+                                 total_tilted[at] += g * d;
+                             };
+                             for (int64_t k = 0; k + 1 < pixels; k += 2) {
+                                 add(k, 0);
+                                 add(k + 1, 1);
                              }
+                             if (pixels % 2) add(pixels - 1, 0);
                          });
-                         store(tilted + channel + c, total_tilted);
-                         store(level + channel + c, total);
+                         store(tilted + channel + c, total_tilted[0] + total_tilted[1]);
+                         store(level + channel + c, total[0] + total[1]);
                      }
                  });
         double* of_block = source_partial.data() + number * 2 * in;
@@ -229,33 +244,34 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
             }
         };
         source.with_fill(in, [&](auto fill) {
-          parallel_stretches(
-            blocks, count * convolution.pixels() * images.channels, threads, Order::back,
-            [&] { return Memory{{}, {images, 1}, {convolution.results(), step}, new_products(), {images, out}, Buffer<float>(2 * in)}; },
-            [&](int64_t number, Memory& memory) {
-                for (int64_t first = number * block; first < count && first < (number + 1) * block; first += chunk) {
-                    const int64_t here = first + chunk < count ? chunk : count - first;
-                    const int64_t positions = here * images.plane();
-                    memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
-                        differentiate(to, (first * result_pixels + pixel) * out, pixels);
-                    });
-                    if (x_gradient.exists()) write_gradient(memory, number, first, here);
-                    if (!kernel_gradient.exists()) continue;
-                    fill(convolution, memory.in, first, here);
-                    memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
-                                      partial.data() + number * weights, first == number * block);
-                }
-            });
+            parallel_stretches(
+                blocks, count * convolution.pixels() * images.channels, threads, Order::back,
+                new_memory,
+                [&](int64_t number, Memory& memory) {
+                    const int64_t last = (number + 1) * block < count ? (number + 1) * block : count;
+                    for (int64_t first = number * block; first < last; first += chunk) {
+                        const int64_t here = first + chunk < last ? chunk : last - first;
+                        const int64_t positions = here * images.plane();
+                        memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
+                            differentiate(to, (first * result_pixels + pixel) * out, pixels);
+                        });
+                        if (x_gradient.exists()) write_gradient(memory, number, first, here);
+                        if (!kernel_gradient.exists()) continue;
+                        fill(convolution, memory.in, first, here);
+                        memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
+                                          partial.data() + number * weights, first == number * block);
+                    }
+                });
         });
     };
 
     const auto differentiate = [&](auto g, auto again) {
         if (!summed)
-            sum_gradients<bfloat16>(walk, coefficients, results, batch, epsilon, weight_gradient, bias_gradient, threads,
-                                    g);
+            sum_gradients<bfloat16>(walk, coefficients, results, batch, epsilon, weight_gradient, bias_gradient,
+                                    threads, g);
         source_coefficients ? convolve_back(again, write_and_sum) : convolve_back(again, write_plainly);
     };
-    const auto plain = [=](auto access, int64_t i, floats, const Affine<floats>&, int) { return access.read(of_pre + i); };
+    const auto plain = [=](auto access, int64_t i, floats, const auto&, int) { return access.read(of_pre + i); };
     const auto plain_again = [=](int64_t i, floats) { return load(of_pre + i); };
     const auto recomputed = [=](auto access, int64_t i, floats value, const Affine<floats>& affine, int k) {
         const floats incoming = access.read(of_post + i);
@@ -290,15 +306,7 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     if (!kernel_gradient.exists()) return;
     Buffer<float> sums(images.channels == in ? 1 : weights);
     auto* gradient = images.channels == in ? static_cast<float*>(kernel_gradient.data) : sums.data();
-    constexpr int64_t at_once = 1 << 12;
-    parallel_for((weights + at_once - 1) / at_once, blocks * weights, threads, [&](int64_t part) {
-        const int64_t end = (part + 1) * at_once < weights ? (part + 1) * at_once : weights;
-        for (int64_t i = part * at_once; i < end; i += lanes<floats>) {
-            floats total{};
-            for (int64_t b = 0; b < blocks; ++b) total += load(partial.data() + b * weights + i);
-            store(gradient + i, total);
-        }
-    });
+    sum_blocks(partial, blocks, weights, gradient, threads);
     if (images.channels != in)
         resize(sums.data(), out * taps, images.channels, in, static_cast<float*>(kernel_gradient.data));
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "convolution.hpp"
-#include "parallel.hpp"
 
 namespace dfad::DFAD_ISA {
 
@@ -96,7 +95,7 @@ void frozen_convolution_forward(Address x, Address kernel, Address pre, Address 
             };
             const bfloat16* added = at_chunk(residual);
             bfloat16 *before = at_chunk(pre), *after = at_chunk(post);
-            convolve(memory.tiles, memory.in.data(), here * images.plane(), factors, memory.products,
+            convolve(memory.tiles, memory.in.data(), images, here, factors, memory.products,
                      [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
                          for (int64_t c = 0; c < channels; c += lanes<floats>) {
                              const floats level = load(shift.data() + channel + c);
@@ -159,7 +158,7 @@ void frozen_convolution_backward(Address kernel, Address post, Address pre_gradi
                 }
             });
             bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + number * chunk * convolution.pixels() * in;
-            convolve(memory.tiles, memory.upstream.data(), here * images.plane(), factors, memory.products,
+            convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                      [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
                          every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
                              convolution.store(to + pixel * in + channel, from + i * channels, pixels, channels);

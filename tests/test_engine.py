@@ -232,7 +232,7 @@ class TestWhatTheMachineAdmits:
     def test_without_fused_every_part_is_off(self, caplog):
         with caplog.at_level(logging.INFO, logger="dfad"):
             engine = Engine(EngineConfig(), fused=False, device=CPU)
-        assert not any(getattr(engine, part) for part in (*PARTS, "cuda_graph", "compile"))
+        assert not any(getattr(engine, part) for part in (*PARTS, "fuse_convolutions", "cuda_graph", "compile"))
         assert engine.precision == "float32"
         assert not caplog.messages
 
@@ -361,6 +361,6 @@ def test_dry_forwards_do_not_touch_the_global_random_stream(teacher):
 
 
 def test_every_part_switched_off_alone_still_runs(teacher, config):
-    for part in PARTS:
+    for part in (*PARTS, "fuse_convolutions"):
         distiller = make(teacher, with_method(replace(config, engine=EngineConfig(**{part: "off"}))))
         assert torch.isfinite(distiller.round()["generator_loss"])

@@ -25,6 +25,7 @@ public:
     }
     void give(void* data, int64_t bytes) {
 #if !defined(__SANITIZE_ADDRESS__)  // which watches what was let go of
+        if (bytes > most_bytes) return release(data);
         Spare& oldest = spares_[next_];
         next_ = (next_ + 1) % count;
         release(oldest.data);
@@ -42,6 +43,7 @@ private:
     };
     static constexpr std::align_val_t alignment{64};
     static constexpr int count = 16;
+    static constexpr int64_t most_bytes = 1 << 22;
 
     static void release(void* data) { ::operator delete(data, alignment); }
 

@@ -94,6 +94,7 @@ def admits(kernel: Tensor) -> bool:
         and (in_channels <= 16 or in_channels % 32 == 0)
         and (out_channels == 16 or out_channels % 32 == 0)
         and kernel.dtype == torch.float32
+        and kernel.device.type == "cpu"
         and kernel.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -116,6 +117,9 @@ class ConvolutionChain:
         self.makers: dict[int, int] = {inputs + 2 * i + 1: i for i, unwritten in enumerate(self.unwritten) if unwritten}
         """The links of these values."""
         self.last_reader = {i: number for number, link in enumerate(links) for i in (link.source, link.residual)}
+        posts = range(inputs + 1, inputs + 2 * len(links), 2)
+        self.saved = {*posts, *(link.source for link in links)}
+        """The values that the backward pass reads."""
         self._known: tuple[list[torch.Size], list[Tensor | None], list[int]] | None = None
 
     def __call__(
@@ -175,9 +179,9 @@ class ConvolutionChain:
         for number, (link, layer) in enumerate(zip(self.links, layers, strict=True)):
             if not admits(layer.kernel):
                 raise Misfit(
-                    f"The kernel of link {number} is {tuple(layer.kernel.shape)}, {layer.kernel.dtype}; it must be "
-                    "(out, in, 3, 3) in torch.float32, channels last in memory, in at most 16 or divisible by 32, out "
-                    "16 or divisible by 32."
+                    f"The kernel of link {number} is {tuple(layer.kernel.shape)}, {layer.kernel.dtype}, on "
+                    f"{layer.kernel.device}; it must be (out, in, 3, 3) in torch.float32 on a CPU, channels last in "
+                    "memory, in at most 16 or divisible by 32, out 16 or divisible by 32."
                 )
             operands = [shapes[i] if i is not None and i < len(shapes) else None for i in (link.source, link.residual)]
             source, residual = operands
@@ -194,12 +198,16 @@ class ConvolutionChain:
             if not link.normalises and any(tensor is not None and tensor.requires_grad for tensor in layer[:3]):
                 raise Misfit(f"Link {number} has no BatchNorm, so nothing of it learns; give `parameter.detach()`.")
             for tensor in layer[1:5]:
-                if tensor is not None and (
-                    tensor.shape != shape[1:2] or tensor.dtype != torch.float32 or not tensor.is_contiguous()
-                ):
+                fits = tensor is None or (
+                    tensor.shape == shape[1:2]
+                    and tensor.dtype == torch.float32
+                    and tensor.device.type == "cpu"
+                    and tensor.is_contiguous()
+                )
+                if tensor is not None and not fits:
                     raise Misfit(
-                        f"A parameter or statistic of link {number} is {tuple(tensor.shape)}, {tensor.dtype}; it must "
-                        f"be ({shape[1]},) in torch.float32, contiguous."
+                        f"A parameter or statistic of link {number} is {tuple(tensor.shape)}, {tensor.dtype}, on "
+                        f"{tensor.device}; it must be ({shape[1]},) in torch.float32 on a CPU, contiguous."
                     )
             shapes += [shape if link.keeps_pre else None, shape if link.keeps_post else None]
 
@@ -264,7 +272,8 @@ class _Chain(torch.autograd.Function):
         if differentiates:
             ctx.chain, ctx.numbers = chain, numbers
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*parameters, *results, *batch_statistics, *values)
+            saved = (x if value in chain.saved else None for value, x in enumerate(values))
+            ctx.save_for_backward(*parameters, *results, *batch_statistics, *saved)
         return tuple(values[number] for number in chain.outputs)  # type: ignore[misc]
 
     @staticmethod

@@ -320,6 +320,17 @@ def test_an_output_without_a_gradient_is_left_out(generator: Generator) -> None:
         )
 
 
+def test_what_is_before_an_activation_may_be_overwritten(generator: Generator) -> None:
+    link = VARIANTS[4]
+    (x,), layer = inputs_of((4, 16, 16, 5, 5), link, generator), layer_of(link, 16, 16, generator)
+    x.requires_grad_()
+    gradients = []
+    for activate in (torch.relu, torch.relu_):
+        (pre,) = chain_of(link)([layer], [x])
+        gradients += torch.autograd.grad(activate(pre).float().square().sum(), x)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_a_second_derivative_raises_plainly(generator: Generator) -> None:
     (x,) = inputs_of((4, 16, 16, 5, 5), Link(0), generator)
     x.requires_grad_()
@@ -354,14 +365,16 @@ KERNEL = channels_last(torch.ones(16, 16, 3, 3))
         (Link(0), Layer(KERNEL), [X, X], "2 inputs and 1 layers are given; the chain has 1 inputs"),
         (Link(0), Layer(KERNEL[:, :, :1, :1]), [X], r"kernel of link 0 is \(16, 16, 1, 1\)"),
         (Link(0), Layer(KERNEL.contiguous()), [X], "channels last in memory"),
-        (Link(0), Layer(KERNEL.bfloat16()), [X], "torch.bfloat16; it must be"),
+        (Link(0), Layer(KERNEL.bfloat16()), [X], "torch.bfloat16, on cpu; it must be"),
+        (Link(0), Layer(KERNEL.to("meta")), [X], "torch.float32, on meta; it must be"),
+        (Link(0), Layer(KERNEL, torch.ones(16, device="meta")), [X], "statistic of link 0 is .* on meta"),
         (Link(0), Layer(channels_last(torch.ones(48, 16, 3, 3))), [X], "out 16 or divisible by 32"),
         (Link(0), Layer(channels_last(torch.ones(16, 8, 3, 3))), [X], "with a kernel for 8 channels"),
         (Link(1), Layer(KERNEL), [X], "convolves a value that is none"),
         (Link(0, residual=0, stride=2), Layer(KERNEL), [X], r"adds \(2, 16, 4, 4\) to \(2, 16, 2, 2\)"),
         (Link(0), Layer(KERNEL), [X[:1, :, :1, :1]], "no variance"),
         (Link(0), Layer(KERNEL, torch.ones(8)), [X], r"link 0 is \(8,\), torch.float32"),
-        (Link(0), Layer(KERNEL, bias=torch.ones(16).double()), [X], "torch.float64; it must be"),
+        (Link(0), Layer(KERNEL, bias=torch.ones(16).double()), [X], "torch.float64, on cpu; it must be"),
         (Link(0, normalises=False), Layer(KERNEL.clone().requires_grad_()), [X], "nothing of it learns"),
     ],
 )

@@ -101,6 +101,7 @@ def repaired_engine(device: torch.device) -> EngineConfig:
         fold_batchnorm="off",
         fuse_batchnorm="off",
         fuse_convolutions="off",
+        keep_memory="off",
         merge_upsampling="off",
         cuda_graph="off",
     )
@@ -232,7 +233,7 @@ def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Cal
     else:
         with_batchnorm = replace(with_optimizers, fuse_batchnorm="on")
         steps.append(("losses, folding, merging, optimizers, BatchNorm", with_batchnorm))
-        best = replace(with_batchnorm, fuse_convolutions="auto")
+        best = replace(with_batchnorm, fuse_convolutions="auto", keep_memory="auto")
     steps += [
         ("ours", best),
         ("ours + torch.compile", replace(with_optimizers, cuda_graph=best.cuda_graph, compile="on")),

@@ -303,6 +303,9 @@ class EngineConfig:
     merge_upsampling: Switch = "auto"
     """Each upsampling of the generator and the convolution behind it computed at once."""
 
+    keep_memory: Switch = "auto"
+    """What a round's tensors let go of kept for the next one's, on a CPU, instead of given back to the system."""
+
     cuda_graph: Switch = "auto"
     """The whole round captured as one CUDA graph."""
 

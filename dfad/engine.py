@@ -15,6 +15,7 @@ from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.errors import ConfigurationError
 from dfad.fusing import fuse_batchnorm
 from dfad.graph import CapturedRound
+from dfad.memory import keep_freed_memory
 from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad_kernels.convolution_chain import has_tiles
 
@@ -57,6 +58,7 @@ class Engine:
         self.fuse_convolutions = self._admit(
             "fuse_convolutions", config.fuse_convolutions, self._check_fuse_convolutions
         )
+        self.keep_memory = self._admit("keep_memory", config.keep_memory, self._check_keep_memory)
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
@@ -94,6 +96,12 @@ class Engine:
             raise Unavailable(f"its tiles are of bfloat16, and the precision is {self.precision}")
         if not has_tiles():
             raise Unavailable("the processor has no tiles (Intel AMX)")
+
+    def _check_keep_memory(self) -> None:
+        if self.device.type != "cpu":
+            raise Unavailable(f"PyTorch keeps the memory of {self.device} itself")
+        if not keep_freed_memory():
+            raise Unavailable("the C library has no mallopt")
 
     def _check_cuda_graph(self) -> None:
         if self.device.type != "cuda":

@@ -1,6 +1,8 @@
 """How a round runs: every part of the engine computes what plain PyTorch computes, and none waits for the device."""
 
 import logging
+import platform
+import subprocess
 import sys
 import types
 from collections import Counter
@@ -214,6 +216,23 @@ def test_that_test_would_notice_a_copy():
     assert copies.counts.total() == 1
 
 
+PAGE_FAULTS = """
+import resource, torch
+from dfad.memory import keep_freed_memory
+def faults():
+    tensors = [torch.ones(1 << 21) for _ in range(9)]  # more than the C library keeps of itself
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del tensors
+    tensors = [torch.ones(1 << 21) for _ in range(9)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+print(faults())
+assert keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
 class TestWhatTheMachineAdmits:
     def test_a_cuda_graph_that_is_asked_for_needs_a_gpu(self):
         with pytest.raises(
@@ -232,7 +251,9 @@ class TestWhatTheMachineAdmits:
     def test_without_fused_every_part_is_off(self, caplog):
         with caplog.at_level(logging.INFO, logger="dfad"):
             engine = Engine(EngineConfig(), fused=False, device=CPU)
-        assert not any(getattr(engine, part) for part in (*PARTS, "fuse_convolutions", "cuda_graph", "compile"))
+        assert not any(
+            getattr(engine, part) for part in (*PARTS, "fuse_convolutions", "keep_memory", "cuda_graph", "compile")
+        )
         assert engine.precision == "float32"
         assert not caplog.messages
 
@@ -240,6 +261,22 @@ class TestWhatTheMachineAdmits:
     def test_precisions_that_a_cpu_has_not(self, precision):
         with pytest.raises(ConfigurationError, match=f"engine.precision is {precision}"):
             Engine(EngineConfig(precision=precision), fused=True, device=CPU)
+
+    @pytest.mark.parametrize(
+        ("mallopt", "device", "words"),
+        [(True, "cuda", "PyTorch keeps the memory of cuda itself"), (False, "cpu", "the C library has no mallopt")],
+    )
+    def test_memory_that_cannot_be_kept(self, mallopt, device, words, monkeypatch):
+        monkeypatch.setattr("dfad.engine.keep_freed_memory", lambda: mallopt)
+        with pytest.raises(ConfigurationError, match=words):
+            Engine(EngineConfig(precision="float32", keep_memory="on"), fused=False, device=torch.device(device))
+
+    @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no mallopt")
+    def test_memory_is_kept(self):
+        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
+        given_back, kept = map(int, done.stdout.split())
+        assert given_back > 1000
+        assert kept < 100
 
     def test_apex_needs_a_gpu(self):
         with pytest.raises(ConfigurationError, match="runs on CUDA alone"):

@@ -397,7 +397,7 @@ BUNDLES = {
         --collapse.class_entropy 0.2 --collapse.pairwise_diversity 0.05""",
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
         --engine.fold_batchnorm on --engine.fuse_batchnorm on --engine.merge_upsampling on
-        --engine.fuse_convolutions off --engine.cuda_graph off --engine.compile off""",
+        --engine.fuse_convolutions off --engine.keep_memory on --engine.cuda_graph off --engine.compile off""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
         --method.activation.weight 0""",

@@ -352,6 +352,19 @@ class TestEngine:
         first, second = (self.rounds(config, "on", 3)[1].student.state_dict() for _ in range(2))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
+    def test_statistics_are_of_what_reaches_each_batchnorm(self, tiles, computed):
+        network, x = make_network(lambda: models.convnet(channels=(16, 32)), 16)
+        found = []
+        for switch in ("on", "off"):
+            engine = Engine(EngineConfig(precision="bfloat16", fuse_convolutions=switch), fused=True, device=CPU)
+            with engine.autocast(), torch.no_grad():
+                outputs, features = FrozenTeacher(network, engine).with_statistics(x)
+            found.append([outputs.logits, *features])
+            assert bool(computed) == (switch == "on")
+            computed.clear()
+        for on, off in zip(*found, strict=True):
+            torch.testing.assert_close(on.float(), off.float(), rtol=0.1, atol=0.1)
+
     def test_a_teacher_keeps_no_graph_of_its_own(self, tiles, computed):
         torch.manual_seed(0)
         engine = Engine(EngineConfig(precision="bfloat16"), fused=True, device=CPU)

@@ -189,6 +189,17 @@ private:
     Buffer<Run> at_;
 };
 
+// Calls add(i, side) for i below count, with sides that alternate: of two sums side by side, no addition waits for the
+// one before it.
+template <class F>
+inline void alternate(int64_t count, F&& add) {
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+        add(i, 0);
+        add(i + 1, 1);
+    }
+    if (count % 2) add(count - 1, 0);
+}
+
 // A convolution's weights as right factors, and how far from the result's position their left factors are. A left
 // factor's row is one tap of 32 channels, or two neighbouring taps of 16.
 struct Factors {

@@ -90,18 +90,12 @@ void convolution_batch_norm_forward(Address x, Address source_statistics, Addres
                                      total_squares[0] = load(squares + channel + c);
                                  }
                                  result.each(q, positions, [&](int64_t i, int64_t pixel, int64_t pixels) {
-                                     const auto add = [&](int64_t k, int at) {
+                                     alternate(pixels, [&](int64_t k, int side) {
                                          const floats sums = load(from + (i + k) * channels + c);
                                          const floats d = store_rounded(to + (pixel + k) * out, sums) - about;
-                                         total[at] += d;
-                                         total_squares[at] += d * d;
-                                     };
-                                     // two sums side by side, so that no addition waits for the one before it
-                                     for (int64_t k = 0; k + 1 < pixels; k += 2) {
-                                         add(k, 0);
-                                         add(k + 1, 1);
-                                     }
-                                     if (pixels % 2) add(pixels - 1, 0);
+                                         total[side] += d;
+                                         total_squares[side] += d * d;
+                                     });
                                  });
                                  store(sum + channel + c, total[0] + total[1]);
                                  store(squares + channel + c, total_squares[0] + total_squares[1]);
@@ -207,19 +201,14 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
                          const floats scale = load(source_coefficients->scale.data() + channel + c);
                          const floats shift = load(source_coefficients->shift.data() + channel + c);
                          every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
-                             const auto add = [&](int64_t k, int at) {
+                             alternate(pixels, [&](int64_t k, int side) {
                                  const int64_t place = (pixel + k) * in + channel + c;
                                  const floats incoming = store_rounded(to + place, load(from + (i + k) * channels + c));
                                  const floats d = load(of_source + place) - centre;
                                  const floats g = d * scale + shift > 0 ? incoming : below_source * incoming;
-                                 total[at] += g;
-                                 total_tilted[at] += g * d;
-                             };
-                             for (int64_t k = 0; k + 1 < pixels; k += 2) {
-                                 add(k, 0);
-                                 add(k + 1, 1);
-                             }
-                             if (pixels % 2) add(pixels - 1, 0);
+                                 total[side] += g;
+                                 total_tilted[side] += g * d;
+                             });
                          });
                          store(tilted + channel + c, total_tilted[0] + total_tilted[1]);
                          store(level + channel + c, total[0] + total[1]);

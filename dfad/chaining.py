@@ -85,7 +85,10 @@ class ChainedConvolutions(nn.Module):
         """The inputs whose dtype decides the results', where PyTorch adds them."""
         self.convolutions = convolutions
         self.norms = norms
-        self.frozen = [_frozen(convolution) for convolution in convolutions]
+        self.frozen = [
+            None if norm is not None else _frozen(convolution)
+            for convolution, norm in zip(convolutions, norms, strict=True)
+        ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         norms = [fused.norm for fused in self.norms if fused is not None]
@@ -106,7 +109,7 @@ class ChainedConvolutions(nn.Module):
 
     def _layers(self) -> list[Layer]:
         return [
-            frozen if norm is None else _learning(convolution, norm.norm)
+            frozen or _learning(convolution, norm)
             for convolution, norm, frozen in zip(self.convolutions, self.norms, self.frozen, strict=True)
         ]
 
@@ -125,7 +128,9 @@ class ChainedConvolutions(nn.Module):
         return tuple(values[number] for number in self.chain.outputs)  # type: ignore[misc]
 
 
-def _learning(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Layer:
+def _learning(convolution: nn.Conv2d, fused: FusedBatchNorm | None) -> Layer:
+    assert fused is not None
+    norm = fused.norm
     assert norm.momentum is not None
     return Layer(convolution.weight, norm.weight, norm.bias, *statistics_to_move(norm), norm.momentum, norm.eps)
 

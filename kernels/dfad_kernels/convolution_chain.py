@@ -246,9 +246,7 @@ class _Chain(torch.autograd.Function):
             batch, channels, height, width = source.shape
             size = batch, height, width, channels, shape[1], link.stride
             if link.normalises:
-                normalised = (
-                    (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
-                )
+                normalised = _normalisation(maker, batch_statistics, parameters)
                 activated = (1.0, 1.0) if maker is None else numbers[maker][-2:]
                 normalising(
                     *map(address, (source, *normalised, kernel, y, pre, post, of_batch)),
@@ -309,9 +307,7 @@ class _Chain(torch.autograd.Function):
             x_gradient = torch.empty_like(source) if link.source >= inputs or needs[link.source] else None
             incoming = (*of_pre, *[None] * (1 - len(of_pre)), *of_post, *[None] * (2 - len(of_post)))
             if link.normalises:
-                normalised = (
-                    (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
-                )
+                normalised = _normalisation(maker, batch_statistics, parameters)
                 kernel_gradient = torch.empty_like(kernel) if needed[0] else None
                 of_norm = of_norms.get(number) or _of_norm(kernel.shape[0])
                 of_source: tuple[Tensor | None, ...] = (None, None)
@@ -339,6 +335,13 @@ class _Chain(torch.autograd.Function):
                 gradients[link.residual].append(of_pre[0] if behind is None else behind)
         of_inputs = (_met(of_input, 1) for of_input in gradients[:inputs])
         return (None, None, None, *(g[0] if g else None for g in of_inputs), *of_parameters)
+
+
+def _normalisation(
+    maker: int | None, batch_statistics: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Statistics, weight and bias of the link whose result is normalised as it is read."""
+    return (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
 
 
 def _of_norm(channels: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any, Generic, NamedTuple, ParamSpec
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.dlpack import to_dlpack
 
 P = ParamSpec("P")
@@ -83,23 +83,23 @@ class FusedLoss(Generic[P]):
 
     def _register(self) -> None:
         name = f"{NAMESPACE}::{self.__name__}"
-        schema = torch.library.infer_schema(self._equation, mutates_args=())
+        schema = library.infer_schema(self._equation, mutates_args=())
         parameters = schema.removeprefix("(").removesuffix(") -> Tensor")
         tags = (torch.Tag.pt2_compliant_tag,)
-        torch.library.define(name, f"({parameters}) -> (Tensor loss, Tensor saved)", tags=tags)
-        torch.library.define(
+        library.define(name, f"({parameters}) -> (Tensor loss, Tensor saved)", tags=tags)
+        library.define(
             f"{name}_backward",
             f"(Tensor loss_gradient, Tensor saved, bool[] needed, {parameters}) -> Tensor[]",
             tags=tags,
         )
         for device, kernels in KERNELS.items():
-            torch.library.impl(name, device, functools.partial(self.run_forward, kernels))
-            torch.library.impl(f"{name}_backward", device, functools.partial(self.run_backward, kernels))
-        torch.library.register_fake(name, self._fake_loss)
-        torch.library.register_fake(f"{name}_backward", self._allocate_gradients)
-        torch.library.register_autograd(name, self._differentiate, setup_context=_save)
-        torch.library.register_autograd(f"{name}_backward", self._refuse_second_derivative, setup_context=_ignore)
-        torch.library.register_vmap(name, self._refuse_vmap)
+            library.impl(name, device, functools.partial(self.run_forward, kernels))
+            library.impl(f"{name}_backward", device, functools.partial(self.run_backward, kernels))
+        library.register_fake(name, self._fake_loss)
+        library.register_fake(f"{name}_backward", self._allocate_gradients)
+        library.register_autograd(name, self._differentiate, setup_context=_save)
+        library.register_autograd(f"{name}_backward", self._refuse_second_derivative, setup_context=_ignore)
+        library.register_vmap(name, self._refuse_vmap)
         self._forward_operator = getattr(torch.ops.dfad_kernels, self.__name__).default
         self._backward_operator = getattr(torch.ops.dfad_kernels, f"{self.__name__}_backward").default
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfad_kernels
@@ -67,7 +67,7 @@ def test_every_loss_has_all_its_parts() -> None:
 def test_opcheck(case: OpCase, reduction: str) -> None:
     operator = getattr(torch.ops.dfad_kernels, case.name).default
     for call in arguments(case, (4, 3, 2, 2), reduction):
-        torch.library.opcheck(operator, call)
+        library.opcheck(operator, call)
 
 
 @each_case

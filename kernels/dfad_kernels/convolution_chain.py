@@ -241,7 +241,7 @@ class _Chain(torch.autograd.Function):
                 torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last) if kept else None
                 for kept in (link.normalises, link.keeps_pre, link.keeps_post and not unwritten)
             )
-            of_batch = torch.empty((2, shape[1])) if link.normalises else None
+            of_batch = torch.empty((2, shape[1]), dtype=torch.float32) if link.normalises else None
             residual = None if link.residual is None else values[link.residual]
             batch, channels, height, width = source.shape
             size = batch, height, width, channels, shape[1], link.stride
@@ -346,7 +346,7 @@ def _normalisation(
 
 def _of_norm(channels: int) -> tuple[Tensor, Tensor]:
     """Room for gradients of a BatchNorm's weight and bias."""
-    return torch.empty(channels), torch.empty(channels)
+    return torch.empty(channels, dtype=torch.float32), torch.empty(channels, dtype=torch.float32)
 
 
 def _met(gradients: list[Tensor], most: int) -> list[Tensor]:

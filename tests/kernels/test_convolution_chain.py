@@ -255,6 +255,22 @@ def test_neither_runs_nor_threads_change_a_bit_nor_inputs(normalises: bool, gene
     torch.testing.assert_close(inputs, before, rtol=0, atol=0)
 
 
+def test_another_default_dtype_changes_nothing(generator: Generator) -> None:
+    inputs, layers = inputs_of((4, 16, 16, 5, 7), VARIANTS[0], generator), [layer_of(VARIANTS[0], 16, 16, generator)]
+    (expected,), _ = differentiate(chain_of(VARIANTS[0]), VARIANTS[:1], layers, inputs)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        x = inputs[0].detach().requires_grad_()
+        (y,) = chain_of(VARIANTS[0])(layers, [x])
+        y.float().sum().backward()
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(y.detach(), expected, rtol=0, atol=0)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 def test_other_layouts_are_taken_too(generator: Generator) -> None:
     link = VARIANTS[2]
     inputs, layers = inputs_of((4, 16, 16, 5, 7), link, generator), [layer_of(link, 16, 16, generator)]

@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
 .PHONY: demo test bench report gpu gpu-wheels lint sanitize clean
 

@@ -24,8 +24,8 @@ from dfad.fusing import (
     without_identities,
 )
 from dfad.models.taps import trace
-from dfad_kernels.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
-from dfad_kernels.subsampling import subsample
+from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
+from dfad_kernels.cpu.subsampling import subsample
 
 
 def fuse_convolutions(network: nn.Module) -> None:

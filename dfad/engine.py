@@ -17,7 +17,7 @@ from dfad.fusing import fuse_batchnorm
 from dfad.graph import CapturedRound
 from dfad.memory import keep_freed_memory
 from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
-from dfad_kernels.convolution_chain import has_tiles
+from dfad_kernels.cpu.convolution_chain import has_tiles
 
 log = logging.getLogger(__name__)
 

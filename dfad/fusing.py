@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from dfad.errors import ModelError
 from dfad.models.taps import trace
 from dfad.modes import training
-from dfad_kernels.batch_norm import batch_norm
+from dfad_kernels.cpu.batch_norm import batch_norm
 from dfad_kernels.registration import compute_dtype
 
 

@@ -21,8 +21,8 @@ from dfad.loading import as_outputs
 from dfad.models.taps import with_taps
 from dfad.modes import statistics_kept
 from dfad.trainer import Distiller
-from dfad_kernels.convolution_chain import ConvolutionChain, Link
-from dfad_kernels.subsampling import subsample
+from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Link
+from dfad_kernels.cpu.subsampling import subsample
 from tests.test_fusing import Residual as ThreeChannels
 
 CPU = torch.device("cpu")

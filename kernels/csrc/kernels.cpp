@@ -1,13 +1,13 @@
 // Compiled once for each instruction set.
 #include "kernels.hpp"
 
-#include "activation_boundary_loss.hpp"
-#include "batch_norm.hpp"
-#include "convolution_batch_norm.hpp"
+#include "losses/activation_boundary_loss.hpp"
+#include "batch_norm/batch_norm.hpp"
+#include "chains/convolution_batch_norm.hpp"
 #include "elementwise.hpp"
-#include "frozen_convolution.hpp"
-#include "interpolated_kl_div.hpp"
-#include "subsampling.hpp"
+#include "chains/frozen_convolution.hpp"
+#include "losses/interpolated_kl_div.hpp"
+#include "batch_norm/subsampling.hpp"
 
 namespace dfad::DFAD_ISA {
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from dfad_kernels.batch_norm import batch_norm, reference
+from dfad_kernels.cpu.batch_norm import batch_norm, reference
 from dfad_kernels.registration import compute_dtype, instruction_sets
 from dfad_kernels.testing import TOLERANCE, relative_error
 from tests.kernels.memory import guarded

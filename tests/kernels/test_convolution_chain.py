@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dfad_kernels.convolution_chain import TILES, ConvolutionChain, Layer, Link, Misfit, has_tiles
+from dfad_kernels.cpu.convolution_chain import TILES, ConvolutionChain, Layer, Link, Misfit, has_tiles
 from dfad_kernels.registration import instruction_sets
 from tests.kernels.memory import guarded
 

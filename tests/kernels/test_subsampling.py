@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from dfad_kernels.registration import instruction_sets
-from dfad_kernels.subsampling import subsample
+from dfad_kernels.cpu.subsampling import subsample
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 // post = φ(pre).
 #pragma once
 
-#include "convolution.hpp"
+#include "chains/convolution.hpp"
 
 namespace dfad::DFAD_ISA {
 

@@ -13,7 +13,7 @@
 #include "buffer.hpp"
 #include "parallel.hpp"
 #include "simd.hpp"
-#include "tiles.hpp"
+#include "chains/tiles.hpp"
 
 namespace dfad::DFAD_ISA {
 

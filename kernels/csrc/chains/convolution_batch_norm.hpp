@@ -4,8 +4,8 @@
 
 #include <optional>
 
-#include "batch_norm.hpp"
-#include "frozen_convolution.hpp"
+#include "batch_norm/batch_norm.hpp"
+#include "chains/frozen_convolution.hpp"
 
 namespace dfad::DFAD_ISA {
 

@@ -1,0 +1,1 @@
+"""Kernels for CPUs alone, each with its reference beside it."""

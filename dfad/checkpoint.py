@@ -4,35 +4,19 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from dfad.errors import RunFolderError
+from dfad.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at every moment its old or its new content is there, never a part.
-
-    Args:
-        path: the file.
-        write: called with a binary file to write to.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -83,12 +67,3 @@ def load(folder: Path) -> dict[str, Any] | None:
             "with --run_dir."
         )
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    # the rename itself must reach the disk
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

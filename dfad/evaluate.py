@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dfad import cli
-from dfad.checkpoint import write_atomically
 from dfad.cli import Action, Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
 from dfad.engine import choose_device
@@ -30,6 +29,7 @@ from dfad.evaluation import (
     top_k_accuracy,
 )
 from dfad.export import load_model
+from dfad.files import write_atomically
 from dfad.loading import build, load_weights
 from dfad.terminal import configure_logging
 

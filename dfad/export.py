@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dfad.checkpoint import write_atomically
 from dfad.errors import ModelError
+from dfad.files import write_atomically
 from dfad.loading import build, load_weights, read_weights
 
 MANIFEST = "manifest"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfad.checkpoint import write_atomically
 from dfad.export import save_model
+from dfad.files import write_atomically
 from dfad.modes import statistics_kept
 from dfad.seeds import stream_seed
 

@@ -17,11 +17,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dfad import checkpoint, cli, report
+from dfad import cli, report
 from dfad.comparisons import COMPARISONS, REAL_DATA, Beats, Claim, Comparison, Reaches
 from dfad.engine import choose_device
 from dfad.errors import ConfigurationError, nearest
 from dfad.evaluation import Evaluator
+from dfad.files import write_atomically
 from dfad.machine import machine
 from dfad.presets import TrainConfig
 from dfad.recipes import Recipe
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for path in filter(None, (folder / RECORD_FILE, command.output)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, lambda file: file.write(text.encode()))
     report.save(report.comparison_figure(record), folder / CURVES_FILE)
     Console().print(table(record))
     for claim in record["claims"]:
@@ -205,7 +206,7 @@ def _train_on_real_data(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     trainer, accuracy = teach(recipe, folder, resume=resume)
     images = recipe.epochs * trainer.steps_per_epoch * recipe.batch_size
     text = json.dumps({"accuracy": accuracy, "best_accuracy": None, "images": images, "teacher_queries": 0})
-    checkpoint.write_atomically(folder / RESULT_FILE, lambda file: file.write(text.encode()))
+    write_atomically(folder / RESULT_FILE, lambda file: file.write(text.encode()))
 
 
 def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

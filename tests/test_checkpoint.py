@@ -5,6 +5,7 @@ import torch
 
 from dfad import checkpoint
 from dfad.errors import RunFolderError
+from dfad.files import write_atomically
 
 
 def test_the_newest_is_loaded_and_the_previous_kept(tmp_path):
@@ -38,5 +39,5 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(tmp_path / checkpoint.NAME, fail)
+        write_atomically(tmp_path / checkpoint.NAME, fail)
     assert checkpoint.load(tmp_path) == {"value": 1}

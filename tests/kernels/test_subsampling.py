@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dfad_kernels.registration import instruction_sets
 from dfad_kernels.cpu.subsampling import subsample
+from dfad_kernels.registration import instruction_sets
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ report: $(VENV)/.dev
 # Where there is no GPU, a rehearsal in an environment of its own; where there is one, what the machine has.
 REHEARSE ?= $(if $(shell nvidia-smi -L 2>/dev/null),,1)
 gpu: $(if $(REHEARSE),$(VENV)/.dev)
-	REHEARSE=$(REHEARSE) PYTHON=$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) bench/gpu.sh
+	REHEARSE=$(REHEARSE) PYTHON=$(if $(REHEARSE),$(BIN)/python,$(PYTHON)) tools/gpu/gpu.sh
 
 # For a GPU machine without a network; WITH="PACKAGE …" adds what else it lacks.
 gpu-wheels: $(VENV)/.dev
-	$(BIN)/python -m bench.provision pack build/gpu/wheels $(if $(WITH),--with $(WITH))
-	$(BIN)/python -m dfad.commit
+	$(BIN)/python -m tools.gpu.provision pack build/gpu/wheels $(if $(WITH),--with $(WITH))
+	$(BIN)/python -m dfad.experiments.provenance
 
 # The base interpreter does not run the editable install's import hook, which would hide the sanitized extension.
 sanitize: $(VENV)/.dev

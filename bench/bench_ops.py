@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.race import Rules, replayed
-from dfad.machine import machine
+from dfad.experiments.provenance import machine
 from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.testing import CASES, OpCase, relative_error
 

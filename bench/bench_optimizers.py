@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dfad.config import OptimizerConfig
+from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad.errors import ConfigurationError
 from dfad.models import resnet18
-from dfad.optimizers import apex_optimizer, require_apex, torch_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

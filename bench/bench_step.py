@@ -16,10 +16,10 @@ from torch import nn
 
 from bench.race import Rules, replayed
 from bench.rounds import CASES, Case, contenders, make_distiller
-from dfad.chaining import fuse_convolutions
-from dfad.estimate import TensorMemory
-from dfad.folding import fold_batchnorm
-from dfad.fusing import FusedBatchNorm, fuse_batchnorm
+from dfad.distillation.estimate import TensorMemory
+from dfad.engine.fold_batchnorm import fold_batchnorm
+from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
+from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.losses import BatchNormStatisticsLoss
 from dfad.models.resnet import BasicBlock
 from dfad.models.taps import BatchNormTaps, with_taps

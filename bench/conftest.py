@@ -12,7 +12,7 @@ import pytest
 
 from bench import records
 from bench.race import outcomes, race
-from dfad.machine import device_name, file_name, machine
+from dfad.experiments.provenance import device_name, file_name, machine
 
 __all__ = ["outcomes", "race"]
 

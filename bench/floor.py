@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfad.trainer import Distiller
+from dfad.distillation.distiller import Distiller
 
 aten = torch.ops.aten
 COUNTED = {aten.convolution, aten.convolution_backward, aten.addmm, aten.mm}

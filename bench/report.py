@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Record, load_all
-from dfad.commit import UNKNOWN
-from dfad.report import comparison_figure, save
+from dfad.experiments.provenance import UNKNOWN
+from dfad.runs.report import comparison_figure, save
 
 ROOT = Path(__file__).parents[1]
 README, ALL_RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"

@@ -21,10 +21,10 @@ from dfad.config import (
     RegularizerConfig,
     Switch,
 )
+from dfad.distillation.distiller import Distiller
 from dfad.engine import has_bfloat16
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
-from dfad.trainer import Distiller
 
 BOTH_REGULARIZERS = {
     "activation": ActivationConfig(weight=1.0),

@@ -9,7 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from dfad.config import DistillConfig
-    from dfad.trainer import Distiller, Result, distill
+    from dfad.distillation.distiller import Distiller, Result, distill
 
 __all__ = ["DistillConfig", "Distiller", "Result", "distill"]
 
@@ -18,6 +18,7 @@ def __getattr__(name: str) -> Any:
     # on first use, so that `import dfad.losses` loads the losses alone
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dfad import config, trainer
+    from dfad import config
+    from dfad.distillation import distiller
 
-    return getattr(config if name == "DistillConfig" else trainer, name)
+    return getattr(config if name == "DistillConfig" else distiller, name)

@@ -55,3 +55,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the candidate closest to ``name``, or nothing where none is close."""
     matches = get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, without the full stop: what others wrote is often long."""
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -18,19 +18,14 @@ from torch import Tensor, nn
 from dfad import cli
 from dfad.cli import Action, Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
+from dfad.data.evaluation import predict
 from dfad.engine import choose_device
 from dfad.errors import ConfigurationError, ModelError
-from dfad.evaluation import (
-    agreement,
-    confusion_matrix,
-    expected_calibration_error,
-    predict,
-    teacher_divergence,
-    top_k_accuracy,
-)
-from dfad.export import load_model
 from dfad.files import write_atomically
-from dfad.loading import build, load_weights
+from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
+from dfad.models.factory import build
+from dfad.models.model_file import load_model
+from dfad.models.weights import load_weights
 from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)

@@ -14,16 +14,10 @@ from scipy.special import rel_entr
 from dfad import evaluate, models
 from dfad.data import DataConfig, open_dataset
 from dfad.errors import ConfigurationError, DataError, ModelError
-from dfad.evaluation import (
-    agreement,
-    confusion_matrix,
-    expected_calibration_error,
-    teacher_divergence,
-    top_k_accuracy,
-)
-from dfad.export import load_model, save_model
-from dfad.supervised import SupervisedTrainer
-from tests.test_teacher import QUICK
+from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
+from dfad.models.model_file import load_model, save_model
+from dfad.supervised.trainer import SupervisedTrainer
+from tests.supervised.test_teaching import QUICK
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dfad import models
+from dfad.assembly import build_student
+from dfad.distillation.distiller import Distiller
 from dfad.presets import PRESETS
-from dfad.train import build_student
-from dfad.trainer import Distiller
 from tests.conftest import with_method
 
 TEACHERS = {

@@ -16,9 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dfad import checkpoint, cli, train
+from dfad import cli, train
 from dfad.errors import DfadError
-from tests.test_loading import Exploit
+from dfad.runs import checkpoint
+from tests.models.test_loading import Exploit
 
 SMALL = [
     "--method.rounds=4",
@@ -401,8 +402,8 @@ BUNDLES = {
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
         --method.activation.weight 0""",
-    "files": """--config settings.yaml --teacher.factory tests.test_loading:Plain --teacher.kwargs {"channels":1}
-        --teacher.checkpoint teacher.pt --teacher.taps conv --student.factory tests.test_loading:Plain
+    "files": """--config settings.yaml --teacher.factory tests.models.test_loading:Plain --teacher.kwargs {"channels":1}
+        --teacher.checkpoint teacher.pt --teacher.taps conv --student.factory tests.models.test_loading:Plain
         --student.kwargs {"channels":1} --student.checkpoint teacher.pt --student.taps norm
         --method.regularizers.batchnorm 0 --no_evaluate""",
     "data": """--evaluate --data.name digits --data.root . --data.download --data.backend native --data.image_size 8
@@ -431,7 +432,7 @@ def test_a_dry_run_writes_nothing(command):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_every_flag_is_run(bundle, command):
     Path("settings.yaml").write_text("recording: {log_every: 2}\n")
-    torch.save(train.build("tests.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
+    torch.save(train.build("tests.models.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
     done = command(*SMALL, "--method.rounds=2", *BUNDLES[bundle].split(), "--run_dir=run")
     assert done.exit_code == 0, done.stderr
     assert (Path("run") / "curves.png").exists()

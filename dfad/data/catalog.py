@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from dfad.data.cifar import read_cifar
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset
-from dfad.data.digits import read_digits
-from dfad.data.external import read_huggingface, read_torchvision
-from dfad.data.folder import read_folder
-from dfad.data.idx import read_mnist
-from dfad.data.svhn import read_svhn
-from dfad.data.webdataset import read_webdataset
+from dfad.data.formats.cifar import read_cifar
+from dfad.data.formats.digits import read_digits
+from dfad.data.formats.external import read_huggingface, read_torchvision
+from dfad.data.formats.folder import read_folder
+from dfad.data.formats.idx import read_mnist
+from dfad.data.formats.svhn import read_svhn
+from dfad.data.formats.webdataset import read_webdataset
 from dfad.errors import DataError, nearest
 
 READERS: dict[str, Callable[[DataConfig], Dataset]] = {

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from bench import records, report
-from dfad import commit
+from dfad.experiments import provenance
 
 GROUP = "activation boundary, taps 8x64x32x32, float32, forward+backward, graph"
 MACHINE = {
@@ -160,7 +160,7 @@ def test_records_share_their_machines(tmp_path, record):
 class TestCommit:
     @pytest.fixture
     def checkout(self, tmp_path):
-        for name in commit.CODE:
+        for name in provenance.CODE:
             place = tmp_path / name
             if "." in name:
                 place.write_text("text")
@@ -182,15 +182,15 @@ class TestCommit:
         head = self.git(checkout, "rev-parse", "HEAD")
         (checkout / "bench" / "results").mkdir()
         (checkout / "bench" / "results" / "record.json").write_text("{}")
-        assert commit.commit.__wrapped__(checkout) == head
+        assert provenance.commit.__wrapped__(checkout) == head
         (checkout / "dfad" / "code.py").write_text("changed")
-        assert commit.commit.__wrapped__(checkout) == f"{head} + changes"
+        assert provenance.commit.__wrapped__(checkout) == f"{head} + changes"
 
     def test_travels_without_history_as_long_as_the_code_is_the_same(self, checkout):
         commit_file = checkout / "commit"
-        commit_file.write_text(f"0123 + changes of {commit.code_hash(checkout)}")
-        assert commit.commit.__wrapped__(checkout, commit_file) == "0123 + changes"
+        commit_file.write_text(f"0123 + changes of {provenance.code_hash(checkout)}")
+        assert provenance.commit.__wrapped__(checkout, commit_file) == "0123 + changes"
         (checkout / "kernels" / "code.py").write_text("changed")
-        assert commit.commit.__wrapped__(checkout, commit_file) == commit.UNKNOWN
+        assert provenance.commit.__wrapped__(checkout, commit_file) == provenance.UNKNOWN
         commit_file.unlink()
-        assert commit.commit.__wrapped__(checkout, commit_file) == commit.UNKNOWN
+        assert provenance.commit.__wrapped__(checkout, commit_file) == provenance.UNKNOWN

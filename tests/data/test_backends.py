@@ -10,7 +10,7 @@ from dfad.data.native import NativeBackend
 from dfad.errors import DataError
 
 from .conftest import folder_files, mnist_files, picture, tar, write
-from .test_webdataset import shard
+from .formats.test_webdataset import shard
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from dfad.data import DataConfig, open_dataset
 from dfad.errors import DataError
 
 from .conftest import below, cifar_files, folder_files, mnist_files, tar, write
-from .test_svhn import save
-from .test_webdataset import shard
+from .formats.test_svhn import save
+from .formats.test_webdataset import shard
 
 
 def cifar_archive(root):

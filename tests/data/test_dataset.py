@@ -32,7 +32,9 @@ def small(**changes):
 
 
 def test_the_trainer_has_no_way_to_data():
-    program = "import sys, dfad.trainer; print([name for name in sys.modules if name.startswith('dfad.data')])"
+    program = (
+        "import sys, dfad.distillation.distiller; print([name for name in sys.modules if name.startswith('dfad.data')])"
+    )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 

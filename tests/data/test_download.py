@@ -7,8 +7,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dfad.data import DataConfig, idx, open_dataset
+from dfad.data import DataConfig, open_dataset
 from dfad.data.download import Remote, fetch
+from dfad.data.formats import idx
 from dfad.errors import DataError
 
 from .conftest import mnist_files, write

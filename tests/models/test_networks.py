@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dfad import models
-from dfad.loading import load_weights
 from dfad.models.resnet import SubsamplingShortcut
 from dfad.models.taps import Outputs
+from dfad.models.weights import load_weights
 
 PARAMETERS = {
     "lenet5": 61_706,

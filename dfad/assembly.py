@@ -1,0 +1,81 @@
+"""From a configuration to teacher, student and distiller."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dfad.config import DistillConfig, TeacherConfig
+from dfad.data.evaluation import Evaluator
+from dfad.distillation.distiller import Distiller
+from dfad.errors import ModelError
+from dfad.models.factory import build
+from dfad.models.model_file import load_model
+from dfad.models.weights import load_weights
+from dfad.seeds import stream_seed
+from dfad.supervised.cache import cached_teacher
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network and what its file tells of its images."""
+
+    network: nn.Module
+    image_shape: tuple[int, int, int] | None = None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """The teacher of a configuration: a file of this project, a factory with weights, or a recipe's.
+
+    Raises:
+        ModelError: if it cannot be built, or has no weights.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint is None and config.recipe:
+        checkpoint = cached_teacher(config.recipe)
+    if checkpoint is None:
+        raise ModelError(
+            "There is no trained teacher. Give --teacher.checkpoint FILE, with --teacher.factory "
+            "package.module:callable where the file was not written by this project, or --teacher.recipe NAME."
+        )
+    if config.factory:
+        network = build(config.factory, config.kwargs, config.taps)
+        load_weights(network, checkpoint)
+        return Teacher(network, normalisation=(config.mean, config.std))
+    network, manifest = load_model(checkpoint)
+    normalisation = (manifest.get("mean", ()), manifest.get("std", ()))
+    return Teacher(network, tuple(manifest["image_shape"]), normalisation)
+
+
+def build_student(config: DistillConfig) -> nn.Module:
+    """The student of a configuration, its random weights drawn from the configuration's seed.
+
+    Raises:
+        ModelError: if it cannot be built.
+    """
+    if not config.student.factory:
+        raise ModelError(
+            "There is no student. Give --student.factory package.module:callable or a name of dfad.models."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config.seed, "student"))
+        student = build(config.student.factory, config.student.kwargs, config.student.taps)
+    if config.student.checkpoint:
+        load_weights(student, config.student.checkpoint)
+    return student
+
+
+def build_distiller(
+    teacher: Teacher, student: nn.Module, config: DistillConfig, evaluate: Evaluator | None = None
+) -> Distiller:
+    """The distiller of a configuration, told what the teacher's file tells; see there for what it raises."""
+    return Distiller(
+        teacher.network,
+        student,
+        config,
+        image_shape=teacher.image_shape,
+        normalisation=teacher.normalisation,
+        evaluate=evaluate,
+    )

@@ -1,0 +1,515 @@
+"""The round as a story: student steps on generated images, then the generator against the student."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfad import functional
+from dfad.cli import require_unchanged, saved_settings, to_yaml
+from dfad.config import DistillConfig
+from dfad.distillation.collapse import CollapseGuard
+from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.distillation.selection import AgreementBank
+from dfad.engine import Engine, choose_device
+from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
+from dfad.errors import ConfigurationError, DivergenceError, Interrupted, ModelError, RunFolderError
+from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
+from dfad.models.connectors import Connectors
+from dfad.models.generator import Generator
+from dfad.models.probing import as_outputs, dry_forward, image_shape_of
+from dfad.models.taps import Outputs, has_batchnorm
+from dfad.modes import evaluating, frozen, statistics_kept
+from dfad.runs import checkpoint, report
+from dfad.runs.interruption import StopRequest, stop_requests
+from dfad.runs.recorder import MetricBuffer, Recorder, create_folder
+from dfad.seeds import stream_seed
+from dfad_kernels import kernel_name
+
+log = logging.getLogger(__name__)
+
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a distillation came to."""
+
+    rounds: int
+    images: int
+    """Generated images that a network was trained on."""
+    teacher_queries: int
+    """Images that the teacher was asked about in training."""
+    seconds: float
+    """Of the rounds of this process, recording and selection included."""
+    rounds_per_second: float
+    agreement: float | None
+    """Of the last student with the teacher on the bank of generated images."""
+    best_agreement: float | None
+    best_round: int | None
+    accuracy: float | None
+    """Of the last student on the evaluation set, where one is given."""
+    best_accuracy: float | None
+    """Of the student with the best agreement: chosen without labels."""
+
+
+class Distiller:
+    """Distils a student from a frozen teacher without any data.
+
+    Args:
+        teacher: a trained classifier; copied, never changed.
+        student: trained in place.
+        config: everything else.
+        image_shape: ``(channels, height, width)`` of the teacher's images; found by dry forwards where not given.
+        normalisation: mean and standard deviation per channel that its images were normalised with, which the pictures
+            of a run undo; the configuration's where not given.
+        evaluate: accuracy of a network on real data; reported, never used to train or select.
+
+    Raises:
+        ModelError: if the networks cannot be combined as the configuration asks.
+        ConfigurationError: if the machine cannot do what the configuration asks.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig | None = None,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        self.config = config = config or DistillConfig()
+        method = config.method
+        self.evaluate = evaluate
+        self.normalisation = normalisation or (config.teacher.mean, config.teacher.std)
+        self.device = choose_device(config.device)
+        self.engine = Engine(
+            config.engine, fused=config.fused, device=self.device, optimizer_backend=config.optimizer.backend
+        )
+        log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
+        self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
+        teacher_outputs = dry_forward(teacher, self.image_shape)
+        student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
+        if method.regularizers.batchnorm and not has_batchnorm(teacher):
+            raise ModelError(
+                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
+                "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
+            )
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(config.seed, "generator"))
+            generator = self._new_generator()
+            uses_taps = method.activation.weight or method.activation.generator_weight
+            connectors: nn.Module = (
+                Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
+            )
+        self.teacher = FrozenTeacher(teacher, self.engine)
+        self.student = self.engine.place(student)
+        self.generator = self.engine.place(generator)
+        self.connectors = self.engine.place(connectors)
+        self.student_optimizer = self.engine.optimizer(
+            config.optimizer.student, [*student.parameters(), *connectors.parameters()]
+        )
+        self.generator_optimizer = self.engine.optimizer(config.optimizer.generator, generator.parameters())
+
+        self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
+        self.activation = ActivationBoundaryLoss(
+            method.activation.margin,
+            method.activation.stage_weights,
+            method.activation.scaling,
+            fused=config.fused,
+        )
+        self.interpolation = InterpolatedKLDivLoss(method.interpolation.temperature, fused=config.fused)
+        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
+
+        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank", "probe")}
+        for name, stream in self.rng.items():
+            stream.manual_seed(stream_seed(config.seed, name))
+        self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
+        self.round_index = 0
+        self.best: dict[str, Any] = {}
+        """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
+        self.collapse_guard = CollapseGuard(
+            config.collapse, self.generator, self.generator_optimizer, self._fresh_generator_weights
+        )
+        self._global_rng: dict[str, Tensor] = {}
+
+    def _new_generator(self) -> Generator:
+        return Generator(
+            self.image_shape,
+            self.config.generator.noise_dim,
+            self.config.generator.width,
+            merge_upsampling=self.engine.merge_upsampling,
+        )
+
+    def _fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.config.seed, f"generator-{number}"))
+            return self._new_generator().state_dict()
+
+    # The round
+
+    def student_step(self) -> Terms:
+        """One step of the student towards the teacher on fresh images, and one on mixed images where these have a step
+        of their own; returns the terms of its loss."""
+        method = self.config.method
+        self.student.train()
+        with torch.no_grad(), self.engine.autocast():
+            images = self.generator(self.sample_noise(method.batch_size))
+            teacher = self.teacher(images)
+        interpolation = method.interpolation
+        with self.engine.autocast():
+            terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
+            if interpolation.weight and interpolation.step == "joint":
+                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+        loss = self.imitation_loss(terms)
+        self.engine.descend(loss, self.student_optimizer)
+        if interpolation.weight and interpolation.step == "own":
+            with self.engine.autocast():
+                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+            self.engine.descend(interpolation.weight * terms["interpolation"], self.student_optimizer)
+        return {"student_loss": loss.detach(), **_prefixed("student", terms)}
+
+    def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
+        """How far the student is from the teacher on one batch."""
+        terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
+        if self.config.method.activation.weight:
+            terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
+        return terms
+
+    def imitation_loss(self, terms: Terms) -> Tensor:
+        """The terms, each with its weight."""
+        method = self.config.method
+        weights = {
+            "discrepancy": 1.0,
+            "activation": method.activation.weight,
+            "interpolation": method.interpolation.weight,
+        }
+        return _weighted_sum(terms, weights)
+
+    def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The student's loss on mixed images; the images of the step serve again."""
+        config = self.config.method.interpolation
+        coefficient = self.sample_mixing_coefficient()
+        mixed = functional.mix(images, coefficient)
+        with nullcontext() if config.batchnorm == "update" else statistics_kept(self.student):
+            student = as_outputs(self.student(mixed))
+        if config.labels == "interpolated":
+            return self.interpolation(student.logits, teacher_logits, coefficient)
+        with torch.no_grad():
+            teacher = self.teacher(mixed)
+        if config.step == "own":
+            return self.imitation_loss(self.imitation_terms(student, teacher))
+        return self.interpolation(student.logits, teacher.logits, torch.ones_like(coefficient))
+
+    def generator_step(self) -> Terms:
+        """One step of the generator towards images on which student and teacher disagree."""
+        method = self.config.method
+        regularizers = method.regularizers
+        self.student.train(method.student_batchnorm == "train")
+        with frozen(self.student, self.connectors):
+            with self.engine.autocast():
+                images = self.generator(self.sample_noise(method.batch_size))
+                teacher, features = (
+                    self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
+                )
+                student = as_outputs(self.student(images))
+                terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
+                if method.activation.generator_weight:
+                    terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
+                if regularizers.batchnorm:
+                    terms["batchnorm"] = self.batchnorm_statistics(features)
+                if regularizers.one_hot:
+                    terms["one_hot"] = functional.one_hot_loss(teacher.logits)
+                if regularizers.diversity:
+                    terms["diversity"] = functional.diversity_loss(teacher.logits)
+            weights = {
+                "adversarial": method.adversarial,
+                "activation": method.activation.generator_weight,
+                "batchnorm": regularizers.batchnorm,
+                "one_hot": regularizers.one_hot,
+                "diversity": regularizers.diversity,
+            }
+            loss = _weighted_sum(terms, weights)
+            self.engine.descend(loss, self.generator_optimizer)
+        return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
+
+    def round(self) -> Terms:
+        """Student steps, then a generator step; returns what is worth recording, on the device."""
+        for _ in range(self.config.method.student_steps):
+            student_terms = self.student_step()
+        return {**student_terms, **self.generator_step()}
+
+    def run_round(self) -> Mapping[str, Tensor]:
+        """The next round, the way the engine runs it."""
+        self._set_learning_rates()
+        terms = self.engine.run(self.round, [self.rng["noise"], self.rng["mixing"]])
+        self.round_index += 1
+        return terms
+
+    def sample_noise(self, count: int, stream: str = "noise") -> Tensor:
+        """Standard normal noise ``(count, noise_dim)``."""
+        shape = (count, self.config.generator.noise_dim)
+        return torch.randn(shape, generator=self.rng[stream], device=self.device)
+
+    def sample_mixing_coefficient(self) -> Tensor:
+        """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
+        config = self.config.method.interpolation
+        shape = (self.config.method.batch_size, 2) if config.coefficient == "sample" else (2,)
+        concentration = torch.full(shape, config.concentration, device=self.device)
+        # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
+        return torch._sample_dirichlet(concentration, self.rng["mixing"])[..., 0]
+
+    # The run
+
+    def fit(self, run_dir: Path | str | None = None, *, resume: bool = False, overwrite: bool = False) -> Result:
+        """Run all rounds.
+
+        Args:
+            run_dir: folder for metrics, checkpoints, networks and pictures; nothing is written without one.
+            resume: continue the run in that folder from its last checkpoint.
+            overwrite: replace the run in that folder.
+
+        Raises:
+            DivergenceError: if a loss becomes NaN or infinite.
+            Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
+            RunFolderError: if the folder does not admit this run.
+        """
+        folder = Path(run_dir) if run_dir is not None else None
+        if resume:
+            if folder is None:
+                raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
+            self._restore(folder)
+        elif folder is not None:
+            create_folder(folder, to_yaml(self.config), overwrite=overwrite)
+        started, start_round = time.perf_counter(), self.round_index
+        with (
+            stop_requests() as stop,
+            Recorder(folder, self.config.method.rounds, start_round) as recorder,
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+        ):
+            self._restore_global_rng()
+            self._run_rounds(recorder, folder, stop)
+            seconds = time.perf_counter() - started
+        result = self._result(seconds, self.round_index - start_round)
+        if folder is not None:
+            report.write(folder, self, recorder.history, result)
+        return result
+
+    def _run_rounds(self, recorder: Recorder, folder: Path | None, stop: StopRequest) -> None:
+        config, rounds = self.config, self.config.method.rounds
+        buffer = MetricBuffer()
+
+        def due(every: int) -> bool:
+            return self.round_index % every == 0 or self.round_index == rounds
+
+        while self.round_index < rounds:
+            buffer.add(self.run_round())
+            if self.bank.is_due(self.round_index):
+                self._extend_bank()
+            stopping = (
+                stop.requested
+            )  # read once: a signal may come at any moment, and must find its checkpoint written
+            saving = folder is not None and (due(config.recording.checkpoint_every) or stopping)
+            if saving or due(config.recording.log_every) or due(config.selection.every):
+                metrics = self._read(buffer, folder)
+                if due(config.selection.every):
+                    metrics |= self._select()
+                recorder.write(self.round_index, metrics)
+            if saving:
+                assert folder is not None
+                checkpoint.save(folder, self.state_dict())
+            if stopping:
+                where = (
+                    f" Continue with --resume {folder}." if folder else " Nothing was written: no run_dir was given."
+                )
+                raise Interrupted(f"Stopped after round {self.round_index} of {rounds}.{where}", stop.signal_number)
+
+    def _set_learning_rates(self) -> None:
+        progress = self.round_index / self.config.method.rounds
+        for optimizer, config in (
+            (self.student_optimizer, self.config.optimizer.student),
+            (self.generator_optimizer, self.config.optimizer.generator),
+        ):
+            set_learning_rate(optimizer, config.lr * config.factor(progress))
+
+    def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
+        # a loss is of the weights before its step; a checkpoint holds those after
+        norms = {"student_norm": _norm(self.student, self.connectors), "generator_norm": _norm(self.generator)}
+        observed = self.observe()
+        metrics = {**buffer.read(), **norms, **observed}
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            kept = f" The last good checkpoint is kept in {folder}." if folder and checkpoint.exists(folder) else ""
+            raise DivergenceError(
+                f"{', '.join(broken)} became NaN or infinite by round {self.round_index}.{kept} Lower the learning "
+                "rates (--optimizer.student.lr, --optimizer.generator.lr) or the weights of the loss."
+            )
+        return metrics | self.collapse_guard.look(observed, self.round_index, self.config.method.rounds)
+
+    @torch.no_grad()
+    def observe(self) -> dict[str, float]:
+        """How the generated images are, on a batch of their own: the rounds have no work with it. Waits for the
+        device."""
+        with self.engine.autocast(), statistics_kept(self.generator):
+            images = self.generator(self.sample_noise(self.config.method.batch_size, "probe"))
+            teacher, features = self.teacher.with_statistics(images)
+        observed = {
+            "class_entropy": functional.class_entropy(teacher.logits),
+            "pairwise_diversity": functional.pairwise_diversity(images),
+            "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
+        }
+        if features:
+            observed["batchnorm_distance"] = self.batchnorm_statistics(features)
+        return dict(zip(observed, torch.stack(list(observed.values())).tolist(), strict=True))
+
+    def _extend_bank(self) -> None:
+        with torch.no_grad(), self.engine.autocast(), statistics_kept(self.generator):
+            images = self.generator(self.sample_noise(self.bank.slice_size, "bank"))
+            self.bank.add(images, self.teacher(images).logits)
+
+    def _select(self) -> dict[str, float]:
+        """Measure the student; keep it if it is the best by agreement. Later students win ties: they saw more."""
+        metrics: dict[str, float] = {}
+        with evaluating(self.student):
+            if self.evaluate:
+                metrics["accuracy"] = self.evaluate(self.student)
+            if self.bank.complete:
+                metrics["agreement"] = self.bank.agreement(self._classify)
+        if metrics.get("agreement", -1.0) >= self.best.get("agreement", 0.0):
+            state = {name: value.clone() for name, value in self.student.state_dict().items()}
+            self.best = {"round": self.round_index, **metrics, "state": state}
+        return metrics
+
+    @torch.no_grad()
+    def _classify(self, images: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return as_outputs(self.student(images)).logits
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to end with the bits of an uninterrupted one."""
+        state = {name: part.state_dict() for name, part in (self._stateful() | self._optimizers()).items()}
+        rng = {name: generator.get_state() for name, generator in self.rng.items()}
+        rng["cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {**state, "round": self.round_index, "best": self.best, "rng": rng}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        for name, optimizer in self._optimizers().items():
+            load_optimizer_state(optimizer, state[name])
+        for name, generator in self.rng.items():
+            generator.set_state(state["rng"][name])
+        self._global_rng = state["rng"]
+        self.round_index, self.best = state["round"], state["best"]
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "generator": self.generator,
+            "connectors": self.connectors,
+            "scaler": self.engine.scaler,
+            "bank": self.bank,
+            "collapse_guard": self.collapse_guard,
+        }
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
+
+    def _restore(self, folder: Path) -> None:
+        require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)
+        state = checkpoint.load(folder)
+        if state is None:
+            log.warning("%s was stopped before its first checkpoint; it starts from the beginning.", folder)
+        else:
+            self.load_state_dict(state)
+
+    def _restore_global_rng(self) -> None:
+        # a student's own dropout draws from PyTorch's global streams
+        if not self._global_rng:
+            torch.manual_seed(stream_seed(self.config.seed, "networks"))
+            return
+        torch.set_rng_state(self._global_rng["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
+
+    def _result(self, seconds: float, rounds: int) -> Result:
+        method = self.config.method
+        last = self._select() if self.round_index else {}
+        return Result(
+            rounds=self.round_index,
+            images=self.round_index * method.images_per_round,
+            teacher_queries=self.round_index * method.queries_per_round,
+            seconds=seconds,
+            rounds_per_second=rounds / seconds if rounds else 0.0,
+            agreement=last.get("agreement"),
+            accuracy=last.get("accuracy"),
+            best_round=self.best.get("round"),
+            best_agreement=self.best.get("agreement"),
+            best_accuracy=self.best.get("accuracy"),
+        )
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    config: DistillConfig | None = None,
+    *,
+    run_dir: Path | str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+) -> Result:
+    """Distil a student, trained in place, from a frozen teacher; see :class:`Distiller`."""
+    return Distiller(teacher, student, config, evaluate=evaluate).fit(run_dir)
+
+
+def _loss_kernels(device: torch.device, *, fused: bool) -> str:
+    try:
+        return kernel_name(device) if fused else "PyTorch reference"
+    except RuntimeError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
+    try:
+        outputs = dry_forward(student, image_shape)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
+            f"width): {str(error).splitlines()[0]}. Give --student.kwargs that fit."
+        ) from None
+    classes = outputs.logits.shape[1], teacher.logits.shape[1]
+    if classes[0] != classes[1]:
+        raise ModelError(
+            f"The student tells {classes[0]} classes apart and the teacher {classes[1]}; both must tell the same. "
+            f"Set --student.kwargs '{{\"num_classes\": {classes[1]}}}'."
+        )
+    return outputs
+
+
+def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
+    return torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
+
+
+@torch.no_grad()
+def _norm(*networks: nn.Module) -> float:
+    """Euclidean length of parameters and statistics: finite if and only if each of them is."""
+    state = [value for network in networks for value in network.state_dict().values() if value.is_floating_point()]
+    return torch.nn.utils.get_total_norm(state).item()
+
+
+def _prefixed(prefix: str, terms: Terms) -> Terms:
+    return {f"{prefix}/{name}": term.detach() for name, term in terms.items()}

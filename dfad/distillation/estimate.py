@@ -1,0 +1,126 @@
+"""What a run will cost, measured on a few of its rounds."""
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfad.distillation.distiller import Distiller
+from dfad.engine.cuda_graph import WARM_UP_ROUNDS
+from dfad.engine.fuse_convolutions import unchained
+
+TIMED_ROUNDS = 5
+"""Rounds whose median time counts, after the warm-up."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost."""
+
+    teacher_parameters: int
+    student_parameters: int
+    generator_parameters: int
+    flops_per_round: int
+    """Of convolutions and matrix products; a multiplication and an addition count as two."""
+    peak_memory: int
+    """Bytes: allocated on a GPU; on a CPU of the tensors of a round, parameters and optimizer state."""
+    seconds_per_round: float
+    total_seconds: float
+    """Of all rounds; evaluation and checkpoints come on top."""
+
+
+class TensorMemory(TorchDispatchMode):
+    """Bytes of the tensors that come into being, and how many of them live at once at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is freed; views of one storage count once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def estimate(distiller: Distiller) -> Estimate:
+    """Run a few rounds to measure one; the distiller has moved on afterwards.
+
+    Args:
+        distiller: one that is not to be fitted any more.
+    """
+    device = distiller.device
+    with unchained(), FlopCounterMode(display=False) as flops:
+        distiller.round()
+    peak_memory = _peak_memory(distiller)
+    for _ in range(WARM_UP_ROUNDS):
+        distiller.run_round()
+    seconds = []
+    for _ in range(TIMED_ROUNDS):
+        _wait(device)
+        started = time.perf_counter()
+        distiller.run_round()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    seconds_per_round = sorted(seconds)[TIMED_ROUNDS // 2]
+    return Estimate(
+        teacher_parameters=distiller.teacher.parameter_count,
+        student_parameters=_count(distiller.student),
+        generator_parameters=_count(distiller.generator),
+        flops_per_round=flops.get_total_flops(),
+        peak_memory=peak_memory,
+        seconds_per_round=seconds_per_round,
+        total_seconds=seconds_per_round * distiller.config.method.rounds,
+    )
+
+
+def _peak_memory(distiller: Distiller) -> int:
+    if distiller.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(distiller.device)
+        distiller.round()
+        return torch.cuda.max_memory_allocated(distiller.device)
+    memory = TensorMemory()
+    for tensor in tree_leaves(distiller.state_dict()):
+        if isinstance(tensor, Tensor):
+            memory.count(tensor)
+    for value in distiller.teacher.network.state_dict().values():
+        memory.count(value)
+    with memory:
+        distiller.round()
+    return memory.peak
+
+
+def _count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

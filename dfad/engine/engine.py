@@ -1,0 +1,209 @@
+"""How a round runs on the machine at hand: precision, memory format, optimizers, compilation, CUDA graph.
+
+The trainer says what happens in a round; nothing of how it runs is known there, and nothing of the method here.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dfad.config import EngineConfig, OptimizerConfig, Switch
+from dfad.engine.cuda_graph import CapturedRound
+from dfad.engine.fuse_batchnorm import fuse_batchnorm
+from dfad.engine.fuse_convolutions import fuse_convolutions
+from dfad.engine.keep_memory import keep_freed_memory
+from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
+from dfad.errors import ConfigurationError
+from dfad_kernels.cpu.convolution_chain import has_tiles
+
+log = logging.getLogger(__name__)
+
+
+class Unavailable(Exception):
+    """Why a part of the engine cannot run here."""
+
+
+class Engine:
+    """The parts of the engine that a configuration asks for and a machine admits.
+
+    Args:
+        config: each part's switch.
+        fused: what ``auto`` stands for.
+        device: where everything runs.
+        optimizer_backend: ``torch`` or ``apex``.
+
+    Raises:
+        ConfigurationError: if a part that is explicitly on cannot run here.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, fused: bool, device: torch.device, optimizer_backend: str = "torch"
+    ) -> None:
+        self.config = config
+        self.fused = fused
+        self.device = device
+        self.optimizer_backend = optimizer_backend
+        if optimizer_backend == "apex":
+            require_apex(device)
+        self.precision = self._choose_precision()
+        self.channels_last = self._admit("channels_last", config.channels_last)
+        self.fused_optimizers = self._admit("fused_optimizers", config.fused_optimizers)
+        self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
+        self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
+        self.compile = self._admit("compile", config.compile)
+        self.fuse_batchnorm = self._admit("fuse_batchnorm", config.fuse_batchnorm, self._check_fuse_batchnorm)
+        self.fuse_convolutions = self._admit(
+            "fuse_convolutions", config.fuse_convolutions, self._check_fuse_convolutions
+        )
+        self.keep_memory = self._admit("keep_memory", config.keep_memory, self._check_keep_memory)
+        self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
+        # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
+        self._captured: CapturedRound | None = None
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = fused  # shapes never change
+            if self.precision == "tf32":
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
+                torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+
+    def _admit(self, name: str, switch: Switch, check: Callable[[], None] = lambda: None) -> bool:
+        if switch == "off" or (switch == "auto" and not self.fused):
+            return False
+        try:
+            check()
+        except Unavailable as reason:
+            if switch == "on":
+                raise ConfigurationError(
+                    f"engine.{name} is on, but cannot run here: {reason}. Leave it on auto, or switch it off."
+                ) from None
+            log.info("Without engine.%s: %s.", name, reason)
+            return False
+        return True
+
+    def _check_fuse_batchnorm(self) -> None:
+        if self.device.type != "cpu":
+            raise Unavailable(f"its kernels are for CPUs, and the device is {self.device}")
+        if self.compile:
+            raise Unavailable("engine.compile is on, and fuses them in its own way")
+
+    def _check_fuse_convolutions(self) -> None:
+        if not self.fuse_batchnorm:
+            raise Unavailable("engine.fuse_batchnorm is off, or cannot run here, and it is built on that")
+        if self.dtype != torch.bfloat16:
+            raise Unavailable(f"its tiles are of bfloat16, and the precision is {self.precision}")
+        if not has_tiles():
+            raise Unavailable("the processor has no tiles (Intel AMX)")
+
+    def _check_keep_memory(self) -> None:
+        if self.device.type != "cpu":
+            raise Unavailable(f"PyTorch keeps the memory of {self.device} itself")
+        if not keep_freed_memory():
+            raise Unavailable("the C library has no mallopt")
+
+    def _check_cuda_graph(self) -> None:
+        if self.device.type != "cuda":
+            raise Unavailable(f"CUDA graphs need an NVIDIA GPU, and the device is {self.device}")
+        if self.optimizer_backend == "apex":
+            raise Unavailable("apex's optimizers take the learning rate from the host, which a graph would fix")
+        if not self.fused_optimizers:
+            raise Unavailable("engine.fused_optimizers is off, and a graph would fix the learning rate")
+
+    def _choose_precision(self) -> str:
+        chosen = self.config.precision
+        if chosen == "auto":
+            if not self.fused:
+                return "float32"
+            if has_bfloat16(self.device):
+                return "bfloat16"
+            log.info("Without bfloat16: %s does not compute it in hardware; float32.", self.device)
+            return "float32"
+        if chosen in ("float16", "tf32") and self.device.type == "cpu":
+            raise ConfigurationError(
+                f"engine.precision is {chosen}, which a CPU does not compute in hardware. Use bfloat16 or float32 "
+                "there, or --device cuda."
+            )
+        return chosen
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of convolutions and matrix products."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision, torch.float32)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the networks' forward passes."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """A network on the device, in the engine's memory format, compiled where that is asked for."""
+        network.to(self.device)
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.fuse_convolutions:
+            fuse_convolutions(network)
+        elif self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
+            fuse_batchnorm(network)
+        if self.compile:
+            network.compile(dynamic=False)
+        return network
+
+    def optimizer(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimizer over parameters that are on the device."""
+        if self.optimizer_backend == "apex":
+            return apex_optimizer(config, parameters)
+        return torch_optimizer(config, parameters, self.device, fused=self.fused_optimizers)
+
+    def run(
+        self, round_: Callable[[], Mapping[str, Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> Mapping[str, Tensor]:
+        """One round, the same at each call; what it returns may be overwritten by the next.
+
+        Args:
+            round_: work that does not wait for the device.
+            generators: of the random numbers that it draws.
+        """
+        if not self.cuda_graph:
+            return round_()
+        if self._captured is None:
+            self._captured = CapturedRound(round_, generators, self.device)
+        return self._captured()
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step of an optimizer down the gradient of a loss."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ConfigurationError: if it is none, or not to be had here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"There is no device {name!r}. Use auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"The device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"The device {name!r} is not to be had: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
+            "Use --device auto or cpu."
+        )
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,162 @@
+"""What ``python -m dfad.reproduce`` compares: arms, their common settings, and what they are to show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dfad.config import (
+    ActivationConfig,
+    CollapseConfig,
+    GeneratorConfig,
+    InterpolationConfig,
+    RegularizerConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from dfad.presets import PRESETS, TrainConfig
+from dfad.supervised.recipes import RECIPES, NetworkConfig, Recipe
+
+REAL_DATA = "real data"
+"""The arm that is no distillation: the student trained on the teacher's own data."""
+
+
+@dataclass(frozen=True)
+class Beats:
+    """One arm ends higher than another by more than a standard error of their difference."""
+
+    arm: str
+    other: str
+
+
+@dataclass(frozen=True)
+class Reaches:
+    """An arm ends at an accuracy, or at a share of its teacher's."""
+
+    arm: str
+    accuracy: float = 0.0
+    share_of_teacher: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sooner:
+    """An arm reaches another's last accuracy with at most a share of the images that the other is given."""
+
+    arm: str
+    other: str
+    share: float
+
+
+Claim = Beats | Reaches | Sooner
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms that share everything but the parts of the method that they are named after."""
+
+    arms: Mapping[str, TrainConfig]
+    teacher: str | None
+    """Recipe of ``dfad.teacher`` that trains it where no checkpoint is given."""
+
+    ceiling: Recipe | None
+    """How the student is trained on the real data."""
+
+    claims: tuple[Claim, ...] = ()
+
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Accuracies that others report for an arm."""
+
+    tolerance: float = 0.005
+    """How far below a published accuracy still counts as reproduced."""
+
+
+PLAIN, BOTH = "DFAD", "DFAD + both"
+REGULARIZED, FULL = "regularized", "regularized + both"
+WITHOUT_ADVERSARY = "regularized + both, no adversary"
+
+
+def arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The method's parts alone and together, on plain DFAD and on top of the regularizers; and without the adversary,
+    as DFQ does.
+
+    Args:
+        base: settings with every part at its weight.
+    """
+    method = base.method
+    parts: dict[str, dict[str, Any]] = {
+        "": {"activation": ActivationConfig(), "interpolation": InterpolationConfig()},
+        " + activation": {"interpolation": InterpolationConfig()},
+        " + interpolation": {"activation": ActivationConfig()},
+        " + both": {},
+    }
+    grounds: dict[str, dict[str, Any]] = {PLAIN: {"regularizers": RegularizerConfig()}, REGULARIZED: {}}
+    result = {
+        ground + part: replace(base, method=replace(method, **without_regularizers, **without_parts))
+        for ground, without_regularizers in grounds.items()
+        for part, without_parts in parts.items()
+    }
+    return {**result, WITHOUT_ADVERSARY: replace(base, method=replace(method, adversarial=0.0))}
+
+
+CLAIMS = (
+    Beats(FULL, REGULARIZED),
+    Sooner(FULL, PLAIN, share=0.5),
+)
+"""The paper's: the two parts make data-free adversarial distillation more accurate and more efficient."""
+
+
+def _student_on_real_data(recipe: str, preset: TrainConfig) -> Recipe:
+    assert preset.student.factory is not None
+    return replace(RECIPES[recipe], network=NetworkConfig(preset.student.factory, preset.student.kwargs))
+
+
+def _of_rounds(preset: TrainConfig, rounds: int) -> TrainConfig:
+    return replace(
+        preset,
+        method=replace(preset.method, rounds=rounds),
+        selection=replace(preset.selection, every=rounds // 8),
+        collapse=CollapseConfig(response="warn"),  # plain DFAD is compared as it was published
+    )
+
+
+MNIST = _of_rounds(PRESETS["mnist"], PRESETS["mnist"].method.rounds)
+
+# between networks of He et al.'s form, as far as one core goes in minutes; a GPU has the preset cifar10
+CIFAR10_RESNET20 = replace(
+    PRESETS["cifar10"],
+    teacher=TeacherConfig(factory="resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    student=StudentConfig(factory="resnet20"),
+    generator=GeneratorConfig(noise_dim=128, width=32),
+    method=replace(PRESETS["cifar10"].method, student_steps=5, batch_size=64),
+)
+
+
+# where every arm is given enough, none is better than another: efficiency shows in a short run, and how far the method
+# goes in one at the preset's whole length
+COMPARISONS = {
+    "demo": Comparison(
+        arms={FULL: PRESETS["digits"]}, teacher="digits", ceiling=None, claims=(Reaches(FULL, share_of_teacher=0.97),)
+    ),
+    "digits": Comparison(
+        arms=arms(_of_rounds(PRESETS["digits"], 40)),
+        teacher="digits",
+        ceiling=_student_on_real_data("digits", PRESETS["digits"]),
+        claims=(*CLAIMS, Reaches(FULL, share_of_teacher=0.97)),
+    ),
+    "mnist": Comparison(
+        arms=arms(_of_rounds(PRESETS["mnist"], 200)),
+        teacher="mnist",
+        ceiling=_student_on_real_data("mnist", PRESETS["mnist"]),
+        claims=CLAIMS,
+    ),
+    "mnist-whole": Comparison(
+        arms={name: arm for name, arm in arms(MNIST).items() if name in (PLAIN, REGULARIZED, FULL)},
+        teacher="mnist",
+        ceiling=None,
+        claims=(*CLAIMS, Reaches(FULL, accuracy=0.985)),
+        published={PLAIN: 0.983},  # DFAD (Fang et al. 2019)
+    ),
+    "cifar10-resnet20": Comparison(
+        arms=arms(_of_rounds(CIFAR10_RESNET20, 600)), teacher=None, ceiling=None, claims=CLAIMS
+    ),
+}
+"""What ``python -m dfad.reproduce`` takes."""

@@ -1,0 +1,63 @@
+"""Networks from factory paths."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dfad import models
+from dfad.errors import ModelError, nearest
+from dfad.models.taps import with_taps
+
+
+def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[str] = ()) -> nn.Module:
+    """Call a factory of networks.
+
+    Args:
+        factory: ``package.module:callable``, or the bare name of one in :mod:`dfad.models`.
+        kwargs: its keyword arguments.
+        taps: names for :func:`dfad.models.taps.with_taps`, for a network that returns logits alone.
+
+    Raises:
+        ModelError: if it cannot be imported or called, or does not return an ``nn.Module``.
+    """
+    arguments = dict(kwargs or {})
+    callable_ = resolve(factory)
+    try:
+        network = callable_(**arguments)
+    except Exception as error:
+        raise ModelError(
+            f"The factory {factory} called with {arguments} failed: {type(error).__name__}: {error}. "
+            "Check its keyword arguments (kwargs, a JSON object)."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"The factory {factory} returned a {type(network).__name__}; it must return a torch.nn.Module."
+        )
+    return with_taps(network, taps) if taps else network
+
+
+def resolve(factory: str) -> Callable[..., Any]:
+    module_name, _, attribute = factory.partition(":")
+    if not attribute:
+        if factory not in models.__all__:
+            raise ModelError(
+                f"There is no network {factory!r} in dfad.models.{nearest(factory, models.__all__)} "
+                f"There are: {', '.join(models.__all__)}. Your own is named package.module:callable."
+            )
+        return getattr(models, factory)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ModelError(
+            f"The factory {factory} cannot be imported: {type(error).__name__}: {error}. "
+            "It is written package.module:callable, and the package must be on PYTHONPATH or installed."
+        ) from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ModelError(f"The module {module_name} has no {attribute!r}.{nearest(name, dir(found))}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ModelError(f"The factory {factory} is a {type(found).__name__}; it must be callable.")
+    return found

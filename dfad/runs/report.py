@@ -1,0 +1,160 @@
+"""What a finished run leaves behind: networks, pictures and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dfad.files import write_atomically
+from dfad.models.model_file import save_model
+from dfad.modes import statistics_kept
+from dfad.seeds import stream_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dfad.distillation.distiller import Distiller, Result
+
+SAMPLES = 32
+"""Images in ``samples.png``."""
+
+PNG_DPI = 110
+
+
+def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]], result: Result) -> None:
+    """Write ``student.safetensors``, ``student_best.safetensors``, ``generator.safetensors``, ``result.json``,
+    ``samples.png`` and ``curves.png``.
+
+    Args:
+        folder: the run's.
+        distiller: after its last round.
+        history: the records of ``metrics.jsonl``.
+        result: written as JSON.
+    """
+    config = distiller.config
+    mean, std = distiller.normalisation
+    description = {"image_shape": list(distiller.image_shape), "mean": list(mean), "std": list(std)}
+    architecture = {
+        "factory": config.student.factory,
+        "kwargs": config.student.kwargs,
+        "taps": config.student.taps,
+    }
+    student = {"architecture": architecture, **description}
+    save_model(folder / "student.safetensors", distiller.student.state_dict(), {**student, "round": result.rounds})
+    if distiller.best:
+        best = {**student, "round": result.best_round, "agreement": result.best_agreement}
+        save_model(folder / "student_best.safetensors", distiller.best["state"], best)
+    generator = {
+        "factory": "dfad.models.generator:Generator",
+        "kwargs": {"image_shape": list(distiller.image_shape), **dataclasses.asdict(config.generator)},
+    }
+    save_model(folder / "generator.safetensors", distiller.generator.state_dict(), {"architecture": generator})
+    text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
+    write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    save(samples_figure(distiller), folder / "samples.png")
+    save(curves_figure(history), folder / "curves.png")
+
+
+def _figure(width: float, height: float) -> Figure:
+    # imported late: it takes half a second, and a run without a folder draws nothing
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
+
+
+def samples_figure(distiller: Distiller) -> Figure:
+    """Generated images, each titled with the teacher's label and its confidence."""
+    with torch.no_grad(), distiller.engine.autocast(), statistics_kept(distiller.generator):
+        noise_stream = torch.Generator(distiller.device).manual_seed(stream_seed(distiller.config.seed, "samples"))
+        noise = torch.randn(
+            SAMPLES, distiller.config.generator.noise_dim, generator=noise_stream, device=distiller.device
+        )
+        images = distiller.generator(noise)
+        confidences, labels = distiller.teacher(images).logits.float().softmax(dim=1).max(dim=1)
+    pixels = to_pixels(images.float().cpu(), *distiller.normalisation)
+    columns = 8
+    figure = _figure(columns * 1.05, SAMPLES / columns * 1.25)
+    grid: Any = figure.subplots(SAMPLES // columns, columns)
+    for axes, image, label, confidence in zip(grid.flat, pixels, labels.tolist(), confidences.tolist(), strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"{label}  {confidence:.0%}", fontsize=8)
+        axes.axis("off")
+    return figure
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Images for display: an array ``(B, height, width[, 3])`` in 0–1.
+
+    Args:
+        images: ``(B, channels, height, width)`` as the teacher takes them.
+        mean: the normalisation to undo; without one, each image is stretched to its own range.
+        std: likewise.
+    """
+    if mean:
+        pixels = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    else:
+        low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+        pixels = (images - low) / (high - low).clamp_min(1e-12)
+    pixels = pixels.clamp(0, 1)
+    # only one and three channels have a colour that the eye knows
+    return (pixels.permute(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels.mean(dim=1)).numpy()
+
+
+def curves_figure(history: Sequence[dict[str, float]]) -> Figure:
+    """Losses, how the student agrees with the teacher, and how the generated images are, over the rounds."""
+    panels = {
+        "Losses": ("student_loss", "generator_loss"),
+        "Student": ("agreement", "accuracy"),
+        "Generated images": ("class_entropy", "teacher_confidence", "pairwise_diversity"),
+    }
+    figure = _figure(12, 3.4)
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(record["round"], record[name]) for record in history if name in record]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=name.replace("_", " "),
+                    marker="." if len(points) < 30 else "",
+                )
+        axes.set(title=title, xlabel="round")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    return figure
+
+
+def comparison_figure(record: Mapping[str, Any]) -> Figure:
+    """Accuracy over generated images for every arm of a comparison: the mean over the seeds, and a standard deviation
+    to either side.
+
+    Args:
+        record: what :mod:`dfad.reproduce` writes.
+    """
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for number, (name, arm) in enumerate(record["arms"].items()):
+        colour = f"C{number % 10}"
+        if "curve" not in arm:
+            axes.axhline(arm["accuracy"]["mean"], color=colour, linestyle=":", label=name)
+            continue
+        images, mean, std = (arm["curve"][key] for key in ("images", "mean", "std"))
+        axes.plot(images, mean, color=colour, label=name)
+        low, high = ([m + sign * d for m, d in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(record["teacher_accuracy"], color="black", linestyle="--", linewidth=1, label="teacher")
+    axes.set(title=record["comparison"], xlabel="generated images", ylabel="accuracy on real images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    return figure

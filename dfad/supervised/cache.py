@@ -1,0 +1,62 @@
+"""The teachers of the recipes: trained once, kept in the cache folder."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from dfad.cli import to_tree
+from dfad.data import open_dataset
+from dfad.errors import ConfigurationError, nearest
+from dfad.models.model_file import save_model
+from dfad.supervised.recipes import RECIPES
+from dfad.supervised.teaching import train
+from dfad.supervised.trainer import SupervisedTrainer
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """``$DFAD_CACHE``, else ``$XDG_CACHE_HOME/dfad``, else ``~/.cache/dfad``."""
+    if own := os.environ.get("DFAD_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfad"
+
+
+def cached_teacher(name: str, root: Path | None = None) -> Path:
+    """The model file of a recipe's teacher; trained on the first call, kept in the cache folder afterwards.
+
+    Args:
+        name: of a recipe.
+        root: where its data are; a data set such as ``digits`` needs none.
+
+    Raises:
+        ConfigurationError: if there is no such recipe, or the cache folder cannot be written.
+        DataError: if its data are not there.
+    """
+    if name not in RECIPES:
+        raise ConfigurationError(
+            f"There is no teacher recipe {name!r}.{nearest(name, RECIPES)} Choose one of: {', '.join(RECIPES)}."
+        )
+    recipe = RECIPES[name]
+    settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
+    path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise ConfigurationError(
+            f"The cache folder {path.parent} cannot be written: {error.strerror}. Name another with the environment "
+            "variable DFAD_CACHE."
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that need it at once, one trains and the others wait
+        if not path.exists():
+            log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)
+            trainer = SupervisedTrainer(recipe, open_dataset(replace(recipe.data, root=root)))
+            accuracy = train(trainer, folder=None)
+            save_model(path, trainer.result.state_dict(), trainer.manifest(accuracy))
+    return path

@@ -1,0 +1,183 @@
+"""Training a network on labelled images, as teachers are."""
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dfad.cli import to_tree
+from dfad.data import Dataset, batch_source, shuffled
+from dfad.data.evaluation import predict
+from dfad.engine import Engine, choose_device
+from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
+from dfad.errors import ConfigurationError, DivergenceError, ModelError
+from dfad.metrics import top_k_accuracy
+from dfad.models.factory import build, resolve
+from dfad.models.probing import as_outputs, dry_forward
+from dfad.supervised.recipes import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class SupervisedTrainer:
+    """Cross-entropy on a data set, an epoch at a time.
+
+    Args:
+        recipe: how.
+        dataset: the one that the recipe names.
+
+    Raises:
+        ModelError: if the network does not take the data set's images, or has another number of classes.
+        ConfigurationError: if the machine cannot do what the recipe asks.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe = recipe
+        self.dataset = dataset
+        self.device = choose_device(recipe.device)
+        self.engine = Engine(recipe.engine, fused=True, device=self.device)
+        self.kwargs = network_kwargs(recipe, dataset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            network = build(recipe.network.factory, self.kwargs)
+        _check_fit(network, dataset)
+        self.network = self.engine.place(network)
+        self.average = (
+            AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+            if recipe.ema
+            else None
+        )
+        self.optimizer = self._optimizer()
+        backend = recipe.data.backend
+        self.train_source = batch_source(dataset, dataset.train, backend, self.device)
+        self.test_source = batch_source(dataset, dataset.test, backend, self.device)
+        self.steps_per_epoch = len(dataset.train) // recipe.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigurationError(
+                f"batch_size is {recipe.batch_size}, but {dataset.name} has only {len(dataset.train)} train images. "
+                "Give a smaller --batch_size."
+            )
+        self.epoch = 0
+        layout = torch.channels_last if self.engine.channels_last else torch.contiguous_format
+        self.images = torch.empty(recipe.batch_size, *dataset.image_shape, device=self.device, memory_format=layout)
+        """Where every step finds its batch: one address, so that a step can be captured as a CUDA graph."""
+        self.labels = torch.empty(recipe.batch_size, dtype=torch.int64, device=self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = list(self.network.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        for group in groups:
+            # a float would be baked into a captured graph
+            group["lr"] = torch.tensor(self.recipe.lr, device=self.device)
+        momentum = self.recipe.momentum
+        fused = self.engine.fused_optimizers
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
+
+    def step(self) -> Mapping[str, Tensor]:
+        """One step on the batch at hand."""
+        with self.engine.autocast():
+            logits = as_outputs(self.network(self.images)).logits
+        loss = F.cross_entropy(logits.float(), self.labels, label_smoothing=self.recipe.label_smoothing)
+        self.engine.descend(loss, self.optimizer)
+        return {"loss": loss.detach()}
+
+    def train_epoch(self) -> float:
+        """One pass over the train split; returns its mean loss.
+
+        Raises:
+            DivergenceError: if that is NaN or infinite.
+        """
+        recipe = self.recipe
+        plan = shuffled(
+            len(self.dataset.train), self.dataset.image_shape, recipe.augment, seed=recipe.seed, epoch=self.epoch
+        )
+        self.network.train()
+        total = torch.zeros((), device=self.device)
+        batches = self.train_source.batches(plan, recipe.batch_size, drop_last=True)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(recipe.seed + self.epoch)  # for networks with dropout: a resumed run draws the same
+            for index, (images, labels) in enumerate(batches):
+                progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
+                set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
+                self.images.copy_(images)
+                self.labels.copy_(labels)
+                total += self.engine.run(self.step)["loss"]
+                if self.average is not None:
+                    self.average.update_parameters(self.network)
+        self.epoch += 1
+        loss = total.item() / self.steps_per_epoch
+        if not math.isfinite(loss):
+            raise DivergenceError(f"The loss became {loss} in epoch {self.epoch}. Lower --lr, now {recipe.lr}.")
+        return loss
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to keep: the average of the weights where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def accuracy(self) -> float:
+        """On the test split."""
+        return top_k_accuracy(*predict(self.result, self.test_source, len(self.dataset.test)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on."""
+        return {
+            "epoch": self.epoch,
+            "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.epoch = state["epoch"]
+        self.network.load_state_dict(state["network"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.engine.scaler.load_state_dict(state["scaler"])
+
+    def manifest(self, accuracy: float) -> dict[str, Any]:
+        """What is known about the network that :attr:`result` is."""
+        return {
+            "architecture": {"factory": self.recipe.network.factory, "kwargs": self.kwargs},
+            "image_shape": self.dataset.image_shape,
+            "mean": self.dataset.mean,
+            "std": self.dataset.std,
+            "classes": self.dataset.classes,
+            "data": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
+            "accuracy": accuracy,
+            "recipe": to_tree(self.recipe),
+        }
+
+
+def network_kwargs(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """The recipe's keyword arguments, with the data set's classes and channels where the factory takes them."""
+    offered = {"num_classes": len(dataset.classes), "in_channels": dataset.image_shape[0]}
+    taken = inspect.signature(resolve(recipe.network.factory)).parameters
+    return {**{name: value for name, value in offered.items() if name in taken}, **recipe.network.kwargs}
+
+
+def _check_fit(network: nn.Module, dataset: Dataset) -> None:
+    try:
+        classes = dry_forward(network, dataset.image_shape).logits.shape[1]
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
+            f"{dataset.image_shape}: {error}. Choose another --network.factory or --network.kwargs."
+        ) from error
+    if classes != len(dataset.classes):
+        raise ModelError(
+            f"{type(network).__name__} tells {classes} classes apart, {dataset.name} has {len(dataset.classes)}. Give "
+            f"--network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
+        )

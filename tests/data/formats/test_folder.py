@@ -1,0 +1,123 @@
+"""Image folders, as folder and archive, whole and damaged."""
+
+import pytest
+import torch
+
+from dfad.data import DataConfig, open_dataset
+from dfad.errors import DataError
+
+from ..conftest import CLASSES, below, folder_files, picture, tar, write
+
+SPLIT_FILES = {**below("train", folder_files()), **below("test", folder_files(2))}
+
+
+def config(root, **options):
+    return DataConfig(name="folder", root=root, **options)
+
+
+@pytest.mark.parametrize("form", ["folder", ".tar", ".tar.xz", "wrapped.tar.xz"])
+def test_reads_train_and_test(tmp_path, form):
+    files = below("images", SPLIT_FILES) if form.startswith("wrapped") else SPLIT_FILES
+    root = write(tmp_path / "root", files) if form == "folder" else tar(tmp_path / f"images{form}", files)
+    dataset = open_dataset(config(root))
+    assert dataset.classes == CLASSES
+    assert dataset.image_shape == (3, 6, 8)
+    assert dataset.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert dataset.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(dataset.test.decoded().images[3], dataset.train.decoded().images[6])  # dog/1.jpg
+
+
+def test_mean_and_deviation_are_those_of_the_train_images(tmp_path):
+    dataset = open_dataset(config(write(tmp_path, SPLIT_FILES)))
+    pixels = dataset.train.decoded().images.double() / 255
+    assert dataset.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert dataset.std == pytest.approx(pixels.permute(1, 0, 2, 3).flatten(1).std(1, correction=0).tolist())
+
+
+def test_holds_out_a_fixed_part_of_every_class(tmp_path):
+    root = write(tmp_path, folder_files(10))
+    first, second = (open_dataset(config(root, test_fraction=0.3)) for _ in range(2))
+    assert torch.bincount(first.test.labels).tolist() == [3, 3, 3]
+    held_out = {str(blob) for blob in first.test.blobs}
+    assert held_out == {str(blob) for blob in second.test.blobs}
+    assert held_out.isdisjoint(str(blob) for blob in first.train.blobs)
+    assert len(first.train) == 21
+
+
+def test_a_class_of_one_image_cannot_be_divided(tmp_path):
+    with pytest.raises(DataError, match="cannot be divided into train and test images of every class"):
+        open_dataset(config(write(tmp_path, {**folder_files(), "eel2/0.jpg": picture(0)})))
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    assert open_dataset(config(write(tmp_path, folder_files(mode="L")))).image_shape == (1, 6, 8)
+
+
+def test_size_and_channels_can_be_asked_for(tmp_path):
+    files = {**folder_files(), "cat/9.jpg": picture(9, size=(20, 30)), "dog/9.png": picture(9, mode="L", kind="png")}
+    dataset = open_dataset(config(write(tmp_path, files), image_size=12, channels=3))
+    assert dataset.train.decoded().images.shape == (13, 3, 12, 12)
+
+
+BAD_FILES = {
+    "cut": (picture(9)[:-100], "does not decode as an image"),
+    "no image": (b"hello", r"\(5 bytes\) does not decode as an image: cannot identify image file"),
+    "empty": (b"", r"\(0 bytes\) does not decode"),
+    "greyscale among RGB": (picture(9, mode="L"), "is greyscale .mode L., others are in colour.*--data.channels"),
+    "other size": (picture(9, size=(9, 9)), "is of 9×9 pixels, others are of 8×6.*--data.image_size"),
+}
+
+
+@pytest.mark.parametrize("archived", [True, False])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_is_named(tmp_path, kind, archived):
+    content, message = BAD_FILES[kind]
+    files = {**SPLIT_FILES, "train/dog/9.jpg": content}
+    root = tar(tmp_path / "images.tar", files) if archived else write(tmp_path, files)
+    with pytest.raises(DataError, match=message) as raised:
+        open_dataset(config(root))
+    assert ("images.tar, member train/dog/9.jpg" if archived else "train/dog/9.jpg") in str(raised.value)
+
+
+def test_bad_files_are_skipped_and_listed_where_that_is_asked_for(tmp_path, caplog):
+    caplog.set_level("INFO")
+    bad = {f"train/cat/bad{number}.jpg": content for number, (content, _) in enumerate(BAD_FILES.values())}
+    dataset = open_dataset(config(write(tmp_path, {**SPLIT_FILES, **bad}), skip_corrupt=True))
+    assert len(dataset.train) == 15
+    assert dataset.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert len(dataset.skipped) == len(bad)
+    assert all(any(name in reason for reason in dataset.skipped) for name in bad)
+    assert f"{len(bad)} corrupt files were skipped" in caplog.text
+    assert "bad0.jpg" in caplog.text
+
+
+def test_an_empty_class_is_named(tmp_path):
+    root = write(tmp_path, SPLIT_FILES)
+    (root / "train" / "fox").mkdir()
+    with pytest.raises(DataError, match="the class folder train/fox holds no image"):
+        open_dataset(config(root))
+
+
+def test_a_class_without_train_images_is_named(tmp_path):
+    with pytest.raises(DataError, match="test/fox is a class that train/ lacks"):
+        open_dataset(config(write(tmp_path, {**SPLIT_FILES, "test/fox/0.jpg": picture(0)})))
+
+
+def test_other_files_are_left_out(tmp_path, caplog):
+    caplog.set_level("INFO")
+    dataset = open_dataset(config(write(tmp_path, {**SPLIT_FILES, "train/cat/Thumbs.db": b"x"})))
+    assert len(dataset.train) == 15
+    assert "1 files that are no images" in caplog.text
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    with pytest.raises(DataError, match="holds no folders of classes"):
+        open_dataset(config(write(tmp_path, {"0.jpg": picture(0)})))
+
+
+@pytest.mark.slow
+def test_reads_the_real_jpegs(shared_data):
+    dataset = open_dataset(config(shared_data / "cifar10-jpeg.tar.xz"))
+    assert (len(dataset.train), len(dataset.test), dataset.image_shape) == (50_000, 10_000, (3, 32, 32))
+    assert dataset.classes[0] == "airplane"
+    assert dataset.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=2e-3)

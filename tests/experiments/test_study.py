@@ -1,0 +1,201 @@
+"""Comparisons: every arm over the seeds, judged; finished runs are not run again."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dfad import reproduce
+from dfad.config import GeneratorConfig, InterpolationConfig, RecordingConfig, SelectionConfig, StudentConfig
+from dfad.distillation.distiller import Distiller
+from dfad.errors import ConfigurationError, DfadError
+from dfad.experiments import study
+from dfad.experiments.comparisons import COMPARISONS, FULL, PLAIN, REAL_DATA, Beats, Comparison, Reaches, Sooner, arms
+from dfad.experiments.study import judge
+from dfad.presets import PRESETS
+from dfad.supervised.recipes import RECIPES, NetworkConfig
+from tests.conftest import with_method
+
+CHANNELS = {"channels": [4, 8, 16]}
+ARMS = [PLAIN, FULL]
+
+
+@pytest.fixture
+def comparison(monkeypatch) -> Comparison:
+    """Two arms and the ceiling, in seconds."""
+    base = replace(
+        with_method(PRESETS["digits"], rounds=4, student_steps=2, batch_size=16),
+        student=StudentConfig("convnet", CHANNELS | {"in_channels": 1}),
+        generator=GeneratorConfig(noise_dim=8, width=4),
+        selection=SelectionConfig(bank_size=16, every=2),
+        recording=RecordingConfig(log_every=2, checkpoint_every=2),
+    )
+    tiny = Comparison(
+        arms={name: arm for name, arm in arms(base).items() if name in ARMS},
+        teacher="digits",
+        ceiling=replace(RECIPES["digits"], network=NetworkConfig("convnet", CHANNELS), epochs=2),
+        claims=(Beats(FULL, PLAIN), Reaches(FULL, accuracy=0.01), Sooner(FULL, PLAIN, 0.5), Beats(FULL, "absent")),
+        published={PLAIN: 0.99},
+    )
+    monkeypatch.setitem(COMPARISONS, "tiny", tiny)
+    return tiny
+
+
+def run(tmp_path, *arguments) -> dict:
+    reproduce.main(["tiny", "--seeds=2", "--device=cpu", "--run_dir", str(tmp_path / "runs"), *arguments])
+    return json.loads((tmp_path / "runs" / "comparison.json").read_text())
+
+
+def timeless(record: dict) -> dict:
+    """Without what differs between two runs of the same."""
+    return json.loads(json.dumps(record), object_hook=lambda tree: {k: v for k, v in tree.items() if k != "seconds"})
+
+
+def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, tmp_path, capsys):
+    record = run(tmp_path, "--output", str(tmp_path / "results" / "reproduce-tiny.json"), "--root", str(tmp_path))
+    assert record["settings"]["teacher"]["checkpoint"] is record["settings"]["data"]["root"] is None
+    assert str(tmp_path) not in json.dumps(record)
+    assert json.loads((tmp_path / "results" / "reproduce-tiny.json").read_text()) == record
+    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(record["arms"]) == [*ARMS, REAL_DATA]
+    for name, arm in record["arms"].items():
+        accuracies = arm["accuracy"]["values"]
+        assert len(accuracies) == 2
+        assert arm["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+        assert arm["accuracy"]["std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+        if name != REAL_DATA:
+            assert arm["images"] == 4 * 3 * 16
+            assert arm["curve"]["images"] == [2 * 3 * 16, 4 * 3 * 16]
+            assert arm["curve"]["mean"][-1] == pytest.approx(arm["accuracy"]["mean"])
+    assert record["arms"][PLAIN]["reproduced"] is False
+    assert "published" not in record["arms"][FULL]
+    assert len(record["claims"]) == 3  # the one about an arm that was not run is left out
+    printed = capsys.readouterr().out
+    assert "missed" in printed
+    assert printed.count("hold") == 3
+
+
+def test_what_is_finished_is_only_read(comparison, tmp_path, monkeypatch):
+    first = run(tmp_path)
+    monkeypatch.setattr(study, "build_distiller", None)  # calling it would fail
+    monkeypatch.setattr(study, "teach", None)
+    assert run(tmp_path) == first
+
+
+def test_a_stopped_run_goes_on(comparison, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    run_round = Distiller.run_round
+
+    def stopping(self):
+        if self.round_index == 3:
+            raise KeyboardInterrupt
+        return run_round(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "run_round", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "part")
+    assert timeless(run(tmp_path / "part")) == timeless(whole)
+
+
+@pytest.mark.slow
+def test_several_processes_come_to_the_same(comparison, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
+    try:
+        apart, together = run(tmp_path / "apart"), run(tmp_path / "together", "--processes=2")
+    finally:
+        torch.set_num_threads(threads)
+    assert timeless(apart) == timeless(together)
+
+
+def test_the_record_tells_the_commit_that_was_begun_with(comparison, tmp_path, monkeypatch):
+    commits = ["before", "after"]
+    monkeypatch.setattr(reproduce, "machine", lambda: {"commit": commits[0]})
+
+    def during(runs, processes):
+        commits.pop(0)
+        return [study.run_once(run) for run in runs]
+
+    monkeypatch.setattr(reproduce, "execute", during)
+    assert run(tmp_path, "--arms", PLAIN)["machine"] == {"commit": "before"}
+
+
+def test_some_arms_alone(comparison, tmp_path):
+    record = run(tmp_path, "--arms", FULL)
+    assert list(record["arms"]) == [FULL]
+    assert len(record["claims"]) == 1
+
+
+def test_runs_of_other_settings_are_not_mixed_in(comparison, tmp_path, monkeypatch):
+    run(tmp_path, "--arms", PLAIN)
+    other = replace(comparison, arms={name: with_method(arm, batch_size=8) for name, arm in comparison.arms.items()})
+    monkeypatch.setitem(COMPARISONS, "tiny", other)
+    with pytest.raises(ConfigurationError, match="batch_size 16 → 8"):
+        run(tmp_path, "--arms", PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit"], "no comparison 'digit'. Did you mean 'digits'"),
+        (["digits", "--arms", "regularised"], "no arm 'regularised'. Did you mean 'regularized'"),
+        (["cifar10-resnet20"], "trains no teacher of its own. Give --teacher FILE"),
+    ],
+)
+def test_what_cannot_be_compared(arguments, message):
+    with pytest.raises(DfadError, match=message) as refused:
+        reproduce.main(arguments)
+    assert refused.value.exit_code == 2
+
+
+def arm(*accuracies: float, curve: tuple[float, ...] = (), images: int = 100) -> dict:
+    points = [images * (i + 1) // len(curve) for i in range(len(curve))]
+    return {
+        "accuracy": study.spread(accuracies), "images": images, "curve": {"images": points, "mean": list(curve)}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("claim", "ours", "theirs", "holds"),
+    [
+        (Beats("a", "b"), arm(0.9, 0.92), arm(0.88, 0.9), True),  # by 2.0, standard error 1.4
+        (Beats("a", "b"), arm(0.9, 0.92), arm(0.89, 0.91), False),  # by 1.0
+        (Beats("a", "b"), arm(0.8, 0.8), arm(0.9, 0.9), False),
+        (Reaches("a", accuracy=0.91), arm(0.9, 0.92), None, True),
+        (Reaches("a", accuracy=0.92), arm(0.9, 0.92), None, False),
+        (Reaches("a", share_of_teacher=0.95), arm(0.9, 0.92), None, True),  # of a teacher at 95 %
+        (Reaches("a", share_of_teacher=0.97), arm(0.9, 0.92), None, False),
+        (Sooner("a", "b", 0.5), arm(0.9, curve=(0.5, 0.7, 0.8, 0.9)), arm(0.7), True),
+        (Sooner("a", "b", 0.5), arm(0.9, curve=(0.5, 0.6, 0.8, 0.9)), arm(0.7), False),
+        (Sooner("a", "b", 0.5), arm(0.6, curve=(0.5, 0.6)), arm(0.7), False),
+    ],
+)
+def test_claims_are_judged(claim, ours, theirs, holds):
+    verdict = judge(claim, {"a": ours, "b": theirs} if theirs else {"a": ours}, teacher_accuracy=0.95)
+    assert verdict["holds"] is holds
+
+
+def test_one_seed_has_no_standard_error():
+    assert judge(Beats("a", "b"), {"a": arm(0.9), "b": arm(0.8)}, teacher_accuracy=0.95) is None
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_arms_differ_in_the_parts_of_the_method_alone(name):
+    compared = COMPARISONS[name].arms
+    base = compared[FULL]
+    parts = {"activation", "interpolation", "regularizers", "adversarial"}
+    for config in compared.values():
+        same = {part: getattr(base.method, part) for part in parts}
+        assert replace(config, method=replace(config.method, **same)) == base
+        assert config.method.images_per_round == base.method.images_per_round
+    for claim in COMPARISONS[name].claims:
+        assert {claim.arm, getattr(claim, "other", claim.arm)} <= set(compared)
+
+
+def test_asking_the_teacher_about_mixed_images_counts_as_queries(config):
+    asked = with_method(config, interpolation=InterpolationConfig(weight=1.0, labels="teacher")).method
+    assert config.method.queries_per_round == config.method.images_per_round == 3 * 16
+    assert asked.queries_per_round == 3 * 16 + 2 * 16

@@ -1,0 +1,419 @@
+"""The command that measures everything on a GPU: what it runs when, what it keeps, what it tells."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import figures, records
+from tools.gpu import gpu, parcel
+from tools.gpu.gpu import DONE, FAILED, STOPPED, Part, Places, State, plan, run_parts
+
+ROOT = Path(__file__).parents[2]
+PLENTY = 600.0
+
+
+@pytest.fixture
+def places(tmp_path) -> Places:
+    return Places(tmp_path / "state")
+
+
+def python(name: str, code: str, seconds: float = 5, **options) -> Part:
+    return Part(name, ("-c", code), seconds, **options)
+
+
+def writes(value: object, extra: str = "") -> str:
+    return f"import pathlib; pathlib.Path(r'{{result}}').write_text({json.dumps(value)!r}); {extra}"
+
+
+def statuses(state: State) -> dict[str, str]:
+    return {name: outcome.status for name, outcome in state.outcomes.items()}
+
+
+class TestRunning:
+    def test_parts_run_in_order_and_only_once(self, places, tmp_path):
+        seen = tmp_path / "seen"
+        parts = [python(name, f"open(r'{seen}', 'a').write('{name} ')") for name in ("first", "second", "third")]
+        for _ in range(2):  # a later call knows what an earlier one did
+            run_parts(parts, State(places.kept), places, PLENTY)
+        assert seen.read_text() == "first second third "
+
+    def test_a_failure_is_told_and_holds_up_only_what_needs_it(self, places):
+        parts = [
+            python("bad", "print('what went wrong'); raise SystemExit(3)"),
+            python("dependent", writes(1), after="bad"),
+            python("other", writes("fine")),
+        ]
+        state = State(places.kept)
+        lines = run_parts(parts, state, places, PLENTY)
+        assert statuses(state) == {"bad": FAILED, "other": DONE}
+        assert state.outcomes["bad"].error == "exit code 3: what went wrong"
+        assert state.outcomes["other"].result == "fine"
+        assert [line.split()[:2] for line in lines] == [["bad", "failed"], ["dependent", "waits"], ["other", "done"]]
+        run_parts(parts, state, places, PLENTY)
+        assert state.outcomes["bad"].calls == 1  # not tried again unless asked
+        state.forget(parts, "", failed=True)
+        assert statuses(state) == {"other": DONE}
+        state.forget(parts, "oth", failed=False)
+        assert statuses(state) == {}
+
+    def test_a_part_that_does_not_fit_is_left_and_a_shorter_one_runs(self, places):
+        parts = [python("long", writes(1), seconds=300), python("short", writes(2), seconds=5)]
+        state = State(places.kept)
+        lines = run_parts(parts, state, places, budget=100)
+        assert statuses(state) == {"short": DONE}
+        assert "left for the next call: takes 300 s" in lines[0]
+        run_parts(parts, state, places, PLENTY)
+        assert statuses(state) == {"short": DONE, "long": DONE}
+
+    def test_a_part_is_stopped_by_the_budget_and_continues(self, places, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu, "RESERVE", 0.0)
+        monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+        marks = tmp_path / "marks"
+        code = (
+            "import pathlib, time\n"
+            f"marks = pathlib.Path(r'{marks}')\n"
+            "if marks.exists():\n    raise SystemExit(0)\n"
+            "try:\n    time.sleep(60)\n"
+            "except KeyboardInterrupt:\n    marks.write_text('checkpoint')\n    raise SystemExit(130)\n"
+        )
+        part = python("training", code, seconds=30, resumable=True)
+        state = State(places.kept)
+        run_parts([part], state, places, budget=2)
+        assert statuses(state) == {"training": STOPPED}
+        assert marks.read_text() == "checkpoint"
+        run_parts([part], State(places.kept), places, budget=20)
+        outcome = State(places.kept).outcomes["training"]
+        assert (outcome.status, outcome.calls) == (DONE, 2)
+        assert outcome.seconds > 1  # of both calls
+
+    def test_a_part_that_hangs_is_killed_with_its_children(self, places, monkeypatch, tmp_path):
+        monkeypatch.setattr(gpu, "GRACE", 0.5)
+        child = tmp_path / "child"
+        code = (
+            "import pathlib, signal, subprocess, sys, time\n"
+            "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+            f"pathlib.Path(r'{child}').write_text(str(child.pid))\n"
+            "time.sleep(60)\n"
+        )
+        state = State(places.kept)
+        run_parts([python("hanging", code, seconds=0.8)], state, places, PLENTY)
+        assert state.outcomes["hanging"].status == FAILED
+        assert state.outcomes["hanging"].error == "still running after 2 s"
+        pid = int(child.read_text())
+        for _ in range(50):
+            if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+                return
+            time.sleep(0.1)
+        pytest.fail("the child of a killed part lives on")
+
+    def test_a_call_that_is_killed_leaves_its_part_to_be_continued(self, places):
+        state = State(places.kept)
+        state.keep(python("begun", ""), gpu.Outcome(STOPPED, calls=1))
+        run_parts([python("begun", writes(1))], State(places.kept), places, PLENTY)
+        assert State(places.kept).outcomes["begun"].calls == 2
+
+    def test_what_never_finishes_is_given_up(self, places, monkeypatch):
+        monkeypatch.setattr(gpu, "RESERVE", 0.0)
+        monkeypatch.setattr(gpu, "SHORTEST", 0.1)
+        part = python("endless", "import time; time.sleep(60)", seconds=30, resumable=True)
+        state = State(places.kept)
+        state.keep(part, gpu.Outcome(STOPPED, calls=gpu.CALLS - 1))
+        run_parts([part], state, places, budget=1)
+        assert statuses(state) == {"endless": FAILED}
+
+    def test_results_of_pytest_are_counted(self, places, tmp_path):
+        tests = tmp_path / "test_some.py"
+        tests.write_text(
+            "import pytest\ndef test_a(): pass\ndef test_b(): assert False\n@pytest.mark.skip\ndef test_c(): pass\n"
+        )
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={result}")
+        parts = [
+            Part("some", (*arguments, str(tests)), 60),
+            Part("none", (*arguments, str(tests), "-k", "nothing"), 60),
+        ]
+        state = State(places.kept)
+        lines = run_parts(parts, state, places, PLENTY)
+        assert state.outcomes["some"].result == {"passed": 1, "failed": ["test_b"], "skipped": 1}
+        assert statuses(state) == {"some": FAILED, "none": DONE}  # nothing to run is no failure
+        assert "0 passed" in lines[1]
+
+    def test_half_a_result_is_none(self, tmp_path):
+        for text in ('{"a": ', "<?xml version='1.0'?><testsuites><testcase"):
+            (tmp_path / "half").write_text(text)
+            assert gpu.read_result(tmp_path / "half") is None
+        assert gpu.read_result(tmp_path / "none") is None
+
+
+class TestPlan:
+    @pytest.fixture
+    def parts(self, places) -> list[Part]:
+        data, lossless, network = (
+            Path(f"/{name}") for name in ("cifar10.tar.xz", "lossless.tar.xz", "net.safetensors")
+        )
+        return plan(Places(places.state, data, lossless, network), small=False)
+
+    def test_the_cheapest_and_most_telling_is_first(self, parts):
+        kinds = ("versions", "tests", "losses, graph", "rounds:", "data", "ResNet-20", "teacher", "student", "memcheck")
+        firsts = [next(i for i, part in enumerate(parts) if part.name.startswith(kind)) for kind in kinds]
+        assert firsts == sorted(firsts)
+
+    def test_a_complete_record_takes_25_minutes(self, parts):
+        names = [part.name for part in parts]
+        first = parts[: names.index("memcheck")]
+        assert {"student, regularized + both", "optimizers"} <= {part.name for part in first}
+        assert sum(part.seconds for part in first) <= 25 * 60
+
+    def test_every_part_fits_a_call_and_has_a_name_of_its_own(self, parts):
+        assert len({part.slug for part in parts}) == len(parts)
+        names = {part.name for part in parts}
+        for part in parts:
+            assert part.needs + gpu.RESERVE < 540
+            assert not part.after or part.after in names
+
+    def test_without_data_there_is_no_campaign(self, places):
+        assert not [part for part in plan(places, small=False) if "tools.gpu.campaign" in part.command]
+
+    def test_every_arm_is_distilled(self, parts):
+        arms = [part.command[part.command.index("--arm") + 1] for part in parts if "--arm" in part.command]
+        assert arms == ["DFAD", "DFAD + both", "regularized + both", "regularized + both"]
+
+    @pytest.mark.slow
+    def test_each_benchmark_is_in_a_slice(self, parts):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench"]
+        lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        benchmarks = [line for line in lines if "::" in line]
+        assert len(benchmarks) > 100
+
+        def takes(part: Part, benchmark: str) -> bool:
+            file = next((word for word in part.command if word.startswith("bench/")), "")
+            if not file or not benchmark.startswith(file):
+                return False
+            expression = part.command[part.command.index("-k") + 1] if "-k" in part.command else "test"
+            # as pytest reads it: words that are in the name
+            words = re.sub(
+                r"[\w-]+", lambda m: m[0] if m[0] in ("and", "or", "not") else f"({m[0]!r} in name)", expression
+            )
+            # on a CPU there are no CUDA graphs
+            return eval(words.replace("'graph'", "'eager'"), {"name": benchmark.partition("::")[2]})
+
+        assert [name for name in benchmarks if not any(takes(part, name) for part in parts)] == []
+        slices = {part.name for part in parts if any(takes(part, name) for name in benchmarks)}
+        # and every slice takes some, but those of pairs that need a GPU
+        idle = [part.name for part in parts if part.name.startswith(("losses", "rounds")) and part.name not in slices]
+        assert all(name.endswith((": others", "resnet34-resnet18")) for name in idle)
+
+
+class TestRecord:
+    @pytest.fixture
+    def state(self, places) -> State:
+        state = State(places.kept)
+        student = {
+            "name": "student",
+            "teacher_accuracy": 0.9,
+            "accuracy": 0.8,
+            "best_accuracy": None,
+            "seconds": 12.0,
+            "curve": [{"seconds": 6.0, "accuracy": 0.7}, {"seconds": 12.0, "accuracy": 0.8}],
+        }
+        teacher = {"name": "t", "epochs": 3, "accuracy": 0.9, "seconds": 5.0, "images_per_second": 8.0}
+        kernel = {"kernel": "forward_kernel, launch 0", "metrics": {"MB read": 12.5}}
+        outcomes = {
+            "tests of the kernels": gpu.Outcome(
+                FAILED, 1, 1, {"passed": 3, "failed": ["test_b"], "skipped": 0}, "code 1"
+            ),
+            "versions": gpu.Outcome(DONE, 0, 1, {"machine": {"torch": "2"}, "driver": "580.1"}),
+            "memcheck": gpu.Outcome(DONE, 1, 1, "not installed"),
+            "profile": gpu.Outcome(DONE, 1, 1, [kernel]),
+            "teacher": gpu.Outcome(DONE, 5, 1, teacher),
+            "student": gpu.Outcome(DONE, 12, 2, student),
+            "data": gpu.Outcome(DONE, 1, 1, {"passed": 2, "failed": [], "skipped": 0}),
+        }
+        for name, outcome in outcomes.items():
+            state.keep(python(name, ""), outcome)
+        return state
+
+    @pytest.fixture
+    def record(self, state, places) -> records.Record:
+        rows = [
+            {"group": "round digits", "contender": name, "seconds": seconds, "machine": {"device": "here"}}
+            for name, seconds in (("ours", 1.0), ("published", 2.0))
+        ]
+        records.save(places.benchmarks / "device.json", {"benchmarks": rows})
+        return gpu.make_record([python(name, "") for name in state.outcomes], state, places, small=True)
+
+    def test_holds_everything(self, record):
+        assert record["rehearsal"] is True
+        assert [row["contender"] for row in record["benchmarks"]] == ["ours", "published"]
+        assert [student["name"] for student in record["students"]] == ["student"]
+        assert [teacher["name"] for teacher in record["teachers"]] == ["t"]
+        assert record["kernels"][0]["metrics"] == {"MB read": 12.5}
+        assert record["checks"]["tests of the kernels"] == "failed: 3 passed, 1 failed: test_b code 1"
+        assert record["checks"]["memcheck"] == record["checks"]["apex"] == "not installed"
+        assert record["checks"]["driver"] == "580.1"
+        assert record["seconds"] == 21
+
+    def test_of_a_rehearsal_stands_nowhere_among_the_records(self, record, tmp_path):
+        before = set(records.RESULTS.iterdir())
+        written, tables, plots = gpu.write_record(record, tmp_path, small=True)
+        assert written.parent == tmp_path
+        assert set(records.RESULTS.iterdir()) == before
+        assert records.load(written) == record
+        assert "none of these figures is a measurement" in tables.read_text()
+        assert "| rehearsal | digits | published | 2,000 |" in tables.read_text()
+        assert "](" not in tables.read_text()  # it may be read anywhere
+        assert plots.read_bytes().startswith(b"\x89PNG")
+
+    def test_every_panel_is_drawn_of_its_part(self, record):
+        assert figures.round_times(record) == {"digits": {"ours": 1000.0, "published": 2000.0}}
+        assert [student["accuracy"] for student in figures.curves(record)] == [0.8]
+        row = {"contender": "ours", "seconds": 2.0}
+        losses = [
+            {**row, "group": f"a loss 8x8, float32, {direction}, {launch}", "contender": contender, "seconds": seconds}
+            for launch, ours in (("eager", 4.0), ("graph", 2.0))
+            for direction in ("forward", "forward+backward")
+            for contender, seconds in (("ours", ours), ("copy", 1.0))
+        ]
+        assert figures.loss_shares({"benchmarks": losses}) == {"a loss 8x8, float32": 0.5}
+        assert figures.loss_shares({}) == {}
+
+
+class TestCommand:
+    def test_without_a_gpu_it_tells_the_way_out(self, tmp_path):
+        if torch.cuda.is_available():
+            pytest.skip("tells what happens where there is no GPU, and here is one")
+        with pytest.raises(SystemExit, match="sees no NVIDIA GPU here.*--rehearse"):
+            gpu.main(["--state", str(tmp_path)])
+
+    def test_lists_what_is_to_do(self, tmp_path, capsys):
+        gpu.main(["--state", str(tmp_path), "--list", "--data", "/cifar10.tar.xz"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) > 30
+        assert all(line.endswith("to do") for line in lines)
+
+    def test_a_signal_ends_a_call_and_everything_is_kept(self, tmp_path):
+        code = (
+            "from bench import gpu\n"
+            "gpu.plan = lambda places, small: [\n"
+            "    gpu.Part('first', ('-c', ''), 1),\n"
+            "    gpu.Part('second', ('-c', 'import time; time.sleep(60)'), 60),\n"
+            "]\n"
+            f"gpu.main(['--rehearse', '--state', r'{tmp_path / 'state'}', '--out', r'{tmp_path / 'out'}'])\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("second"):
+                break
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+        assert "Stopped by a signal." in told
+        assert "1 of 2 parts done" in told
+        assert "none of its figures is a measurement" in told
+        assert statuses(State(tmp_path / "state" / "kept")) == {"first": DONE, "second": STOPPED}
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert names == {"parcel.json", "parcel-0", "rehearsal.json", "summary.md", "figures.png"}
+
+    def test_a_fresh_machine_goes_on_from_a_parcel(self, tmp_path, monkeypatch, capsys):
+        part = python("only", writes("done here"))
+        monkeypatch.setattr(gpu, "plan", lambda places, small: [part])
+        gpu.main(["--rehearse", "--state", str(tmp_path / "one"), "--out", str(tmp_path / "two" / "in")])
+        monkeypatch.setattr(gpu, "plan", lambda places, small: [python("only", "raise SystemExit(1)")])
+        capsys.readouterr()
+        gpu.main(["--rehearse", "--state", str(tmp_path / "two")])
+        assert "Continuing what" in (told := capsys.readouterr().out)
+        assert "1 of 1 parts done, 0 failed" in told
+
+    @pytest.mark.slow
+    @pytest.mark.alone
+    def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
+        wanted = ("versions", "losses, eager: plain, float32", "memcheck", "teacher", "student, DFAD")
+        everything = gpu.plan
+
+        def few(places: Places, *, small: bool) -> list[Part]:
+            return [part for part in everything(places, small=small) if part.name in wanted]
+
+        monkeypatch.setattr(gpu, "plan", few)
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which nothing is benchmarked
+        arguments = ["--rehearse", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+        gpu.main(arguments)
+        assert "5 of 5 parts done, 0 failed" in (told := capsys.readouterr().out), told
+        record = records.load(tmp_path / "out" / "rehearsal.json")
+        assert {row["contender"] for row in record["benchmarks"]} == {"published", "ours", "copy"}
+        assert record["benchmarks"][0]["machine"] == record["machine"]
+        (teacher,), (student,) = record["teachers"], record["students"]
+        assert teacher["accuracy"] == student["teacher_accuracy"] > 0.2
+        assert student["curve"][-1]["accuracy"] == student["accuracy"]
+        assert record["checks"]["memcheck"] == "not installed"
+        tables = (tmp_path / "out" / "summary.md").read_text()
+        assert "| rehearsal | jpeg.tar.xz: convnet, DFAD, 2 s |" in tables
+        assert "plain KL" in tables
+        gpu.main(arguments)
+        assert "…" not in capsys.readouterr().out  # nothing is begun twice
+
+    @pytest.mark.parametrize("name", ["DATA", "OUT"])
+    def test_the_shell_script_hands_over_its_environment(self, name, tmp_path):
+        script = (ROOT / "bench" / "gpu.sh").read_text()
+        fake = tmp_path / "python"
+        fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "calls"}\n')
+        fake.chmod(0o755)
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), name: "/a place", "BUDGET": "100"}
+        subprocess.run([ROOT / "bench" / "gpu.sh", "--retry"], env=environment, check=True)
+        install, call = (tmp_path / "calls").read_text().splitlines()
+        assert install.startswith("-m tools.gpu.provision install build/gpu/wheels")
+        words = shlex.split(call)
+        assert words[:3] == ["-m", "tools.gpu.gpu", "--budget"]
+        assert 90 <= int(words[3]) <= 100
+        assert call.endswith(f"--{name.lower()} /a place --retry")
+        assert "--rehearse" not in words
+        assert "REHEARSE" in script
+
+
+class TestParcel:
+    @pytest.fixture
+    def sent(self, tmp_path) -> Path:
+        folder = tmp_path / "folder"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / "noise").write_bytes(os.urandom(2500))
+        (folder / "text").write_text("text")
+        parcel.send(folder, tmp_path / "parts", limit=1000)
+        return tmp_path / "parts"
+
+    def test_arrives_as_it_was(self, sent, tmp_path):
+        assert [path.stat().st_size for path in sorted(sent.glob("parcel-*"))][:2] == [1000, 1000]
+        parcel.receive(sent, tmp_path / "arrived")
+        for name in ("inner/noise", "text"):
+            assert (tmp_path / "arrived" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+
+    def test_replaces_an_earlier_and_longer_one(self, sent, tmp_path):
+        (tmp_path / "short").mkdir()
+        parts = parcel.send(tmp_path / "short", sent)
+        assert sorted(sent.iterdir()) == sorted(parts)
+        assert len(parts) == 2
+
+    @pytest.mark.parametrize("damage", ["missing", "changed"])
+    def test_damage_is_told_and_nothing_laid_out(self, damage, sent, tmp_path):
+        part = sent / "parcel-1"
+        if damage == "missing":
+            part.unlink()
+        else:
+            part.write_bytes(part.read_bytes()[:-1] + b"\0\0")
+        words = {"missing": "lacks parcel-1", "changed": r"parcel-1 \(1001 bytes\) is not what was sent"}[damage]
+        with pytest.raises(parcel.ParcelError, match=words):
+            parcel.receive(sent, tmp_path / "arrived")
+        assert not (tmp_path / "arrived").exists()

@@ -1,0 +1,1 @@
+"""What only a borrowed GPU machine needs: wheels, parcels, time slices."""

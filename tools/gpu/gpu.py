@@ -1,0 +1,462 @@
+"""``python -m tools.gpu.gpu``: everything that is claimed of a GPU, measured in slices and kept as data.
+
+The work is a list of parts, the cheapest and most telling first. Each is a process of its own whose outcome is kept; a
+call runs those that fit its time and that no earlier call has done, and writes the record of all that is there. A part
+that fails is told, and holds up only those that need its outcome.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import figures, records, report
+from dfad.experiments.comparisons import BOTH, FULL, PLAIN
+from dfad.experiments.provenance import device_name, file_name, machine
+from tools.gpu import parcel, rehearsal
+
+ROOT = Path(__file__).parents[2]
+
+RESERVE = 25.0
+"""Seconds at the end of a call that the record and the parcel take."""
+
+GRACE = 20.0
+"""Seconds that a part is given to write its checkpoint after it was asked to stop."""
+
+SHORTEST = 60.0
+"""Seconds under which a part that can be continued is not begun."""
+
+PATIENCE = 2.5
+"""Times the seconds that a part is expected to take, after which it counts as hanging."""
+
+REHEARSED = 60.0
+"""Seconds that any part of a rehearsal may take on two cores."""
+
+CALLS = 6
+"""That a part may be continued in."""
+
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
+
+NOTHING_COLLECTED = 5
+"""Exit code of pytest."""
+
+OPTIONAL = ("apex", "nvidia-dali-cuda130", "liger-kernel")
+"""Packages whose figures are missing where they are not installed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process with an outcome."""
+
+    name: str
+
+    command: tuple[str, ...]
+    """Arguments of the interpreter; ``{result}`` stands for the file that it writes."""
+
+    seconds: float
+    """That it is expected to take; a call that has fewer left does not begin it."""
+
+    after: str = ""
+    """The part whose outcome it needs."""
+
+    resumable: bool = False
+    """When it is stopped it goes on where it was, so it is begun with less time."""
+
+    @property
+    def needs(self) -> float:
+        """Seconds that must be left."""
+        return min(self.seconds, SHORTEST) if self.resumable else self.seconds
+
+    @property
+    def slug(self) -> str:
+        """Its name as that of a file."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass
+class Outcome:
+    """What a part came to."""
+
+    status: str
+    seconds: float = 0.0
+    calls: int = 0
+    result: Any = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are."""
+
+    state: Path
+    """Folder of everything that a later call needs."""
+
+    data: Path | None = None
+    """Archive of JPEGs."""
+
+    lossless: Path | None = None
+    """Archive of CIFAR-10's records."""
+
+    network: Path | None = None
+    """Weights of a trained ResNet-20."""
+
+    @property
+    def kept(self) -> Path:
+        """What travels in a parcel."""
+        return self.state / "kept"
+
+    @property
+    def benchmarks(self) -> Path:
+        """Where benchmarks leave their records."""
+        return self.kept / "benchmarks"
+
+    @property
+    def work(self) -> Path:
+        """What stays: checkpoints."""
+        return self.state / "work"
+
+
+LOSSES = ("activation", "interpolated and logits", "interpolated and dense", "plain")
+DTYPES = ("float32", "bfloat16")
+"""Slices of ``bench/bench_ops.py``, by parts of its tests' names."""
+
+ROUNDS = (("digits", 40), ("mnist-lenet5", 40), ("cifar-resnet20", 40), ("cifar-resnet34-resnet18", 80))
+"""Slices of ``bench/bench_step.py``, and the seconds that each is expected to take."""
+
+
+def plan(places: Places, *, small: bool) -> list[Part]:
+    """All parts in their order: a complete record, and from ``memcheck`` on what refines it.
+
+    Args:
+        places: those parts are left out whose data are not given.
+        small: a rehearsal: each part for seconds, on a CPU.
+    """
+
+    def pytest(name: str, seconds: float, real: str, rehearsed: str, *more: str) -> Part:
+        arguments = shlex.split(rehearsed if small else real)
+        return Part(name, ("-m", "pytest", "-q", "--junitxml={result}", *more, *arguments), seconds)
+
+    def benchmark(name: str, seconds: float, real: str, rehearsed: str) -> Part:
+        more = ("--benchmark-disable-gc", "--record", f"--results={places.benchmarks}")
+        return pytest(name, seconds, real, rehearsed, *more)
+
+    def check(what: str, seconds: float) -> Part:
+        return Part(what, ("-m", "tools.gpu.checks", what, "--result", "{result}"), seconds)
+
+    def losses(name: str, words: str) -> Iterator[Part]:
+        for loss in LOSSES:
+            for dtype in DTYPES[:1] if small else DTYPES:
+                chosen = f"({loss}) and {dtype} and {words}"
+                yield benchmark(
+                    f"losses, {name}: {loss.replace(' and', '')}, {dtype}",
+                    40,
+                    f"bench/bench_ops.py --seconds=0.1 -k '{chosen}'",
+                    f"bench/bench_ops.py --seconds=0.01 -k '{chosen} and (ours or copy or published)'",
+                )
+
+    def rounds(name: str, factor: int, left_out: str) -> Iterator[Part]:
+        for case, seconds in ROUNDS[:1] if small else ROUNDS:
+            yield benchmark(
+                f"{name}: {case}",
+                factor * seconds,
+                f"bench/bench_step.py -k '{case} and test_round {left_out}'",
+                f"bench/bench_step.py -k '{case} and test_round and (ours or published) and not compile'",
+            )
+
+    def campaign(what: str, name: str, seconds: float, data: Path, *more: str, after: str = "") -> Part:
+        training = seconds / 60 if small else seconds
+        arguments = [what, "--seconds", str(training), "--data", str(data), *more]
+        arguments += ["--scale", "rehearsal" if small else "gpu"]
+        arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
+        # reading the data, and measuring how long an epoch or a round takes
+        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 30, after, resumable=True)
+
+    known = " or ".join(f"({loss})" for loss in LOSSES)
+    launch = "eager" if small else "graph"
+    parts = [
+        check("versions", 15),
+        pytest("tests of the kernels", 90, "-m gpu tests/kernels", "-m gpu tests/kernels/test_gpu.py"),
+        pytest("tests of the rest", 60, "-m gpu tests --ignore=tests/kernels", "tests/test_losses.py"),
+        *losses(launch, f"{launch} and backward"),
+        *rounds("rounds", 1, "and not compile and not overhead"),
+        benchmark("data", 40, "bench/bench_data.py", "bench/bench_data.py -k 'decoding and 224'"),
+        benchmark("optimizers", 20, "bench/bench_optimizers.py", "bench/bench_optimizers.py -k sgd"),
+    ]
+    if places.network and places.lossless:
+        network = ("--network", str(places.network))
+        parts.append(campaign("student", f"ResNet-20, {FULL}", 45, places.lossless, *network))
+    if places.data:
+        parts.append(campaign("teacher", "teacher", 180, places.data))
+        for arm, seconds in ((PLAIN, 90), (BOTH, 90), (FULL, 200)):
+            parts.append(campaign("student", f"student, {arm}", seconds, places.data, "--arm", arm, after="teacher"))
+    parts += [check("memcheck", 90), check("racecheck", 90), check("profile", 60)]
+    if not small:
+        parts += [*losses("graph, forward", "graph and not backward"), *losses("eager", "eager")]
+    parts.append(benchmark("losses: others", 60, *[f"bench/bench_ops.py --seconds=0.1 -k 'not ({known})'"] * 2))
+    parts += rounds("rounds with torch.compile", 5, "")
+    few = "bench/bench_step.py -k 'digits and test_batchnorm_statistics'"
+    parts.append(benchmark("choices of a round", 90, "bench/bench_step.py -k 'not test_round'", few))
+    if places.data:
+        more = ("--arm", FULL)
+        parts.append(campaign("student", f"student, {FULL}, longer", 700, places.data, *more, after="teacher"))
+    return [replace(part, seconds=REHEARSED) for part in parts] if small else parts
+
+
+class State:
+    """The outcomes so far, written down at every change."""
+
+    def __init__(self, kept: Path) -> None:
+        self.path = kept / "parts.json"
+        kept.mkdir(parents=True, exist_ok=True)
+        written = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.outcomes = {name: Outcome(**outcome) for name, outcome in written.items()}
+
+    def status(self, part: Part) -> str:
+        """Of a part that was begun; else nothing."""
+        return self.outcomes[part.name].status if part.name in self.outcomes else ""
+
+    def keep(self, part: Part, outcome: Outcome) -> None:
+        """Write it down."""
+        self.outcomes[part.name] = outcome
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({name: asdict(outcome) for name, outcome in self.outcomes.items()}, indent=1))
+        temporary.replace(self.path)
+
+    def forget(self, parts: Sequence[Part], wanted: str, *, failed: bool) -> None:
+        """Have parts run again: those whose names contain the words, and those that failed."""
+        for part in parts:
+            if (wanted and wanted in part.name) or (failed and self.status(part) == FAILED):
+                self.outcomes.pop(part.name, None)
+
+
+def run_parts(parts: Sequence[Part], state: State, places: Places, budget: float) -> list[str]:
+    """Run what is not done and fits; returns a line for each part that was begun or had to be left for later."""
+    deadline = time.monotonic() + budget - RESERVE
+    lines = []
+    for part in parts:
+        if state.status(part) in (DONE, FAILED):
+            continue
+        left = deadline - time.monotonic()
+        if part.after and (part.after not in state.outcomes or state.outcomes[part.after].status != DONE):
+            lines.append(f"{part.name:<44}waits for {part.after}")
+            continue
+        if left < part.needs:
+            lines.append(f"{part.name:<44}left for the next call: takes {part.needs:.0f} s")
+            continue
+        outcome = run_part(part, state, places, left)
+        state.keep(part, outcome)
+        told = outcome.error or _told(outcome.result)
+        lines.append(f"{part.name:<44}{outcome.status:<8}{outcome.seconds:6.1f} s  {told}".rstrip())
+    return lines
+
+
+def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
+    """Run a part for as long as there is time, and tell what came of it."""
+    before = state.outcomes.get(part.name, Outcome(STOPPED))
+    outcome = Outcome(STOPPED, before.seconds, before.calls + 1)
+    state.keep(part, outcome)  # so that a call that is killed counts
+    print(f"{part.name} …", flush=True)
+    logs = places.kept / "logs"
+    logs.mkdir(exist_ok=True)
+    result = places.work / f"{part.slug}.result"
+    result.parent.mkdir(exist_ok=True)
+    result.unlink(missing_ok=True)
+    limit = left if part.resumable else min(left, PATIENCE * part.seconds)
+    started = time.monotonic()
+    with (logs / f"{part.slug}.log").open("w") as log:
+        code = _wait([word.replace("{result}", str(result)) for word in part.command], log, limit, places)
+    outcome.seconds += time.monotonic() - started
+    outcome.result = read_result(result)
+    if code in (0, NOTHING_COLLECTED):
+        outcome.status = DONE
+    elif code is not None:
+        outcome.status, outcome.error = FAILED, f"exit code {code}: {_last_words(logs / f'{part.slug}.log')}"
+    elif not part.resumable and limit < left:
+        outcome.status, outcome.error = FAILED, f"still running after {limit:.0f} s"
+    elif outcome.calls >= CALLS:
+        outcome.status, outcome.error = FAILED, f"not finished in {CALLS} calls"
+    return outcome
+
+
+def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> int | None:
+    """The exit code; None where the process had to be stopped."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "DFAD_CACHE": str(places.work / "cache")}
+    if places.data:
+        environment["DFAD_DATA"] = str(places.data.parent)
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # a process of its own session survives this one, and its children survive it
+        for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                try:
+                    process.wait(patience)
+                except subprocess.TimeoutExpired:
+                    continue
+
+
+def read_result(path: Path) -> Any:
+    """JSON, or what a report of pytest comes to; None where nothing was written, or not all of it."""
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8")
+    try:
+        if not text.startswith("<?xml"):
+            return json.loads(text)
+        cases = list(ET.fromstring(text).iter("testcase"))
+    except (ValueError, ET.ParseError):  # a process that was killed may have left half of it
+        return None
+    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
+    counts = {
+        kind: [case.get("name") for case in cases if any(case.find(tag) is not None for tag in tags)]
+        for kind, tags in kinds.items()
+    }
+    passed = len(cases) - sum(map(len, counts.values()))
+    return {"passed": passed, "failed": counts["failed"], "skipped": len(counts["skipped"])}
+
+
+def _told(result: Any) -> str:
+    """A result in a few words."""
+    if isinstance(result, dict) and "passed" in result:
+        failed = f", {len(result['failed'])} failed: {', '.join(result['failed'][:3])}" if result["failed"] else ""
+        skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
+        return f"{result['passed']} passed{failed}{skipped}"
+    if isinstance(result, dict) and "accuracy" in result:
+        teacher = f" of a teacher's {result['teacher_accuracy']:.2%}" if "teacher_accuracy" in result else ""
+        return f"{result['accuracy']:.2%}{teacher} after {result['seconds']:.0f} s"
+    return result if isinstance(result, str) else ""
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+def make_record(parts: Sequence[Part], state: State, places: Places, *, small: bool) -> records.Record:
+    """Everything that is measured so far."""
+    benchmarks = [row for content in records.load_all(places.benchmarks).values() for row in content["benchmarks"]]
+    results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
+    told = results["versions"].result if "versions" in results else None
+    checks = {name: words for name, words in (told or {}).items() if isinstance(words, str)}
+    for name, outcome in results.items():
+        if name.startswith("tests") or outcome.status == FAILED or isinstance(outcome.result, str):
+            words = " ".join(filter(None, (_told(outcome.result), outcome.error)))
+            checks[name] = f"failed: {words}" if outcome.status == FAILED else words
+    versions = machine()
+    checks |= {package: versions[package] for package in OPTIONAL}
+    of_networks = [outcome.result for outcome in results.values() if isinstance(outcome.result, dict)]
+    profiled = results["profile"].result if "profile" in results else None
+    return {
+        "device": device_name(),
+        **({"rehearsal": True} if small else {}),
+        "machine": versions,
+        "checks": checks,
+        "teachers": [result for result in of_networks if "epochs" in result],
+        "students": [result for result in of_networks if "teacher_accuracy" in result],
+        "kernels": profiled if isinstance(profiled, list) else [],
+        "seconds": sum(outcome.seconds for outcome in results.values()),
+        "benchmarks": benchmarks,
+    }
+
+
+def write_record(record: records.Record, folder: Path, *, small: bool) -> tuple[Path, Path, Path]:
+    """JSON, Markdown and plots; the record of a rehearsal is told to be none and never stands among the others."""
+    path = folder / "rehearsal.json" if small else records.RESULTS / file_name()
+    records.save(path, record)
+    tables, plots = folder / "summary.md", folder / "figures.png"
+    tables.write_text(report.summary(record, path.name), encoding="utf-8")
+    figures.save(record, plots)
+    return path, tables, plots
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=540, help="seconds of this call")
+    parser.add_argument("--state", type=Path, help="folder of what later calls need; runs/gpu by default")
+    parser.add_argument("--data", type=Path, help="archive of CIFAR-10's JPEGs: train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--lossless", type=Path, help="archive of CIFAR-10's official binary version, or of a part")
+    parser.add_argument("--network", type=Path, help="weights of a ResNet-20 that was trained on CIFAR-10")
+    parser.add_argument("--out", type=Path, help="folder that gets the record and a parcel of the state")
+    parser.add_argument("--rehearse", action="store_true", help="run every part for seconds, on whatever is there")
+    parser.add_argument("--retry", action="store_true", help="run parts again that failed")
+    parser.add_argument("--again", default="", metavar="TEXT", help="run parts again whose names contain this")
+    parser.add_argument("--list", action="store_true", help="print the parts and how they stand, and stop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    command = parse(arguments)
+    small = command.rehearse
+    if not small and not command.list and not torch.cuda.is_available():
+        raise SystemExit(
+            f"PyTorch {torch.__version__} sees no NVIDIA GPU here, and a record is of nothing else. Run it where there "
+            "is one, or rehearse every part on the CPU with --rehearse (REHEARSE=1 make gpu)."
+        )
+    places = Places(
+        command.state or ROOT / "runs" / ("gpu-rehearsal" if small else "gpu"),
+        *(path and path.resolve() for path in (command.data, command.lossless, command.network)),
+    )
+    arrived = places.state / "in"
+    if (arrived / parcel.MANIFEST).exists() and not places.kept.exists():
+        parcel.receive(arrived, places.kept)
+        print(f"Continuing what {arrived} brought.")
+    state = State(places.kept)
+    if small and not places.data:
+        places = Places(places.state, *rehearsal.make(places.work / "data"))
+    parts = plan(places, small=small)
+    if command.list:
+        for part in parts:
+            print(f"{part.name:<44}{part.seconds:5.0f} s  {state.status(part) or 'to do'}")
+        return
+    state.forget(parts, command.again, failed=command.retry)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    lines = [] if places.data else ["Without --data there is no campaign on CIFAR-10."]
+    try:
+        lines += run_parts(parts, state, places, command.budget)
+    except KeyboardInterrupt:
+        lines.append("Stopped by a signal.")
+    record = make_record(parts, state, places, small=small)
+    written = write_record(record, places.state, small=small)
+    if command.out:
+        parcel.send(places.kept, command.out)
+        for path in written:
+            shutil.copy(path, command.out)
+    standings = [state.status(part) for part in parts]
+    left = [part for part in parts if state.status(part) not in (DONE, FAILED)]
+    print("\n".join(["", *lines, ""]))
+    print(f"{record['device']}: {standings.count(DONE)} of {len(parts)} parts done, {standings.count(FAILED)} failed.")
+    if left:
+        print(f"Call it again for the other {len(left)}, about {sum(part.seconds for part in left):.0f} s.")
+    print("Written:", ", ".join(str(path) for path in written))
+    if small:
+        print("This was a rehearsal: none of its figures is a measurement.")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dfad import cli, train
 from dfad.errors import DfadError
+from dfad.models.factory import build
 from dfad.runs import checkpoint
 from tests.models.test_loading import Exploit
 
@@ -255,7 +256,7 @@ class TestBadInput:
 
     def test_checkpoints_that_cannot_be_loaded_are_refused(self, command):
         kwargs = '--teacher.kwargs={"channels": [4, 8], "in_channels": 1}'
-        network = train.build("convnet", {"channels": [4, 8, 16], "in_channels": 1})
+        network = build("convnet", {"channels": [4, 8, 16], "in_channels": 1})
         torch.save(network.state_dict(), "other.pt")
         Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:-200])
         torch.save(Exploit(), "evil.pt")
@@ -276,7 +277,7 @@ class TestBadInput:
             "    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
             "nn.Linear(4, 10))\n"
         )
-        torch.save(dict(train.build("mine:net").state_dict()) if sys.path.insert(0, ".") is None else {}, "w.pt")
+        torch.save(dict(build("mine:net").state_dict()) if sys.path.insert(0, ".") is None else {}, "w.pt")
         own = ["--teacher.factory=mine:net", "--teacher.checkpoint=w.pt", "--method.activation.weight=0"]
         self.assert_refused(
             command, [*own, "--teacher.image_size=8"], 3, ["has no BatchNorm", "--method.regularizers.batchnorm 0"]
@@ -432,7 +433,7 @@ def test_a_dry_run_writes_nothing(command):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_every_flag_is_run(bundle, command):
     Path("settings.yaml").write_text("recording: {log_every: 2}\n")
-    torch.save(train.build("tests.models.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
+    torch.save(build("tests.models.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
     done = command(*SMALL, "--method.rounds=2", *BUNDLES[bundle].split(), "--run_dir=run")
     assert done.exit_code == 0, done.stderr
     assert (Path("run") / "curves.png").exists()

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.engine.test_fuse_batchnorm import Residual as ThreeChannels
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +23,7 @@ from dfad.models.taps import with_taps
 from dfad.modes import statistics_kept
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Link
 from dfad_kernels.cpu.subsampling import subsample
+from tests.engine.test_fuse_batchnorm import Residual as ThreeChannels
 
 CPU = torch.device("cpu")
 

@@ -74,7 +74,7 @@ class TestRecipes:
 
     def test_the_cached_teacher_is_trained_once(self, digits_teacher, monkeypatch):
         monkeypatch.setenv("DFAD_CACHE", str(digits_teacher.parent))
-        monkeypatch.setattr(teacher, "SupervisedTrainer", None)  # calling it would fail
+        monkeypatch.setattr(cache, "SupervisedTrainer", None)  # calling it would fail
         assert cache.cached_teacher("digits") == digits_teacher
 
     def test_another_recipe_is_another_file(self, digits_teacher, monkeypatch, tmp_path):

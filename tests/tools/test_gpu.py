@@ -302,7 +302,7 @@ class TestCommand:
 
     def test_a_signal_ends_a_call_and_everything_is_kept(self, tmp_path):
         code = (
-            "from bench import gpu\n"
+            "from tools.gpu import gpu\n"
             "gpu.plan = lambda places, small: [\n"
             "    gpu.Part('first', ('-c', ''), 1),\n"
             "    gpu.Part('second', ('-c', 'import time; time.sleep(60)'), 60),\n"
@@ -368,12 +368,12 @@ class TestCommand:
 
     @pytest.mark.parametrize("name", ["DATA", "OUT"])
     def test_the_shell_script_hands_over_its_environment(self, name, tmp_path):
-        script = (ROOT / "bench" / "gpu.sh").read_text()
+        script = (ROOT / "tools" / "gpu" / "gpu.sh").read_text()
         fake = tmp_path / "python"
         fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "calls"}\n')
         fake.chmod(0o755)
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), name: "/a place", "BUDGET": "100"}
-        subprocess.run([ROOT / "bench" / "gpu.sh", "--retry"], env=environment, check=True)
+        subprocess.run([ROOT / "tools" / "gpu" / "gpu.sh", "--retry"], env=environment, check=True)
         install, call = (tmp_path / "calls").read_text().splitlines()
         assert install.startswith("-m tools.gpu.provision install build/gpu/wheels")
         words = shlex.split(call)

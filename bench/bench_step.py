@@ -85,7 +85,7 @@ def test_mixed_images_in_two_batches_or_one(case: Case, contender: str, race: An
 
     def enter(name: str) -> Callable[[], object]:
         distiller = make_distiller(case, DEVICE)
-        images = distiller.generator(distiller.sample_noise(case.method.batch_size)).detach()
+        images = distiller.generator(distiller.round.sample_noise(case.method.batch_size)).detach()
         distiller.student.train()
 
         def run() -> None:
@@ -114,7 +114,7 @@ def test_batchnorm_statistics(case: Case, contender: str, race: Any) -> None:
 
     def enter(name: str) -> Callable[[], object]:
         distiller = make_distiller(case, DEVICE)
-        images = distiller.generator(distiller.sample_noise(case.method.batch_size)).detach().requires_grad_()
+        images = distiller.generator(distiller.round.sample_noise(case.method.batch_size)).detach().requires_grad_()
         teacher = case.networks()[0].eval().requires_grad_(False)
         norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
         if name == "folded":

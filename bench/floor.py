@@ -69,7 +69,7 @@ class Floor:
             calls = [_call(function, [_argument(s, device, f) for s in signatures]) for f in formats]
             self.work.append((min(calls, key=lambda call: _seconds(call, device)), count))
         config = distiller.config
-        trained = [(config.optimizer.student, [distiller.student, distiller.connectors], config.method.student_steps)]
+        trained = [(config.optimizer.student, [distiller.student, distiller.round.connectors], config.method.student_steps)]
         trained.append((config.optimizer.generator, [distiller.generator], 1))
         for optimizer, networks, steps in trained:
             size = ACCESSES[optimizer.name] * sum(_parameters(network) for network in networks)

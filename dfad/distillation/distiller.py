@@ -1,10 +1,9 @@
-"""The round as a story: student steps on generated images, then the generator against the student."""
+"""A distillation: its rounds, how the best student is chosen, and the state that a resumed run goes on from."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,12 @@ from dfad.cli import require_unchanged, saved_settings, to_yaml
 from dfad.config import DistillConfig
 from dfad.distillation.collapse import CollapseGuard
 from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
-from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
-from dfad.errors import ConfigurationError, DivergenceError, Interrupted, ModelError, RunFolderError
-from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
-from dfad.models.connectors import Connectors
-from dfad.models.generator import Generator
-from dfad.models.probing import as_outputs, dry_forward, image_shape_of
-from dfad.models.taps import Outputs, has_batchnorm
-from dfad.modes import evaluating, frozen, statistics_kept
+from dfad.errors import ConfigurationError, DivergenceError, Interrupted, RunFolderError
+from dfad.models.probing import as_outputs, image_shape_of
+from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.interruption import StopRequest, stop_requests
 from dfad.runs.recorder import MetricBuffer, Recorder, create_folder
@@ -34,8 +29,6 @@ from dfad.seeds import stream_seed
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
-
-Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,177 +90,36 @@ class Distiller:
         )
         log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
-        teacher_outputs = dry_forward(teacher, self.image_shape)
-        student_outputs = _fitting_outputs(student, teacher_outputs, self.image_shape)
-        if method.regularizers.batchnorm and not has_batchnorm(teacher):
-            raise ModelError(
-                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
-                "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
-            )
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config.seed, "generator"))
-            generator = self._new_generator()
-            uses_taps = method.activation.weight or method.activation.generator_weight
-            connectors: nn.Module = (
-                Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
-            )
-        self.teacher = FrozenTeacher(teacher, self.engine)
-        self.student = self.engine.place(student)
-        self.generator = self.engine.place(generator)
-        self.connectors = self.engine.place(connectors)
-        self.student_optimizer = self.engine.optimizer(
-            config.optimizer.student, [*student.parameters(), *connectors.parameters()]
-        )
-        self.generator_optimizer = self.engine.optimizer(config.optimizer.generator, generator.parameters())
-
-        self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
-        self.activation = ActivationBoundaryLoss(
-            method.activation.margin,
-            method.activation.stage_weights,
-            method.activation.scaling,
-            fused=config.fused,
-        )
-        self.interpolation = InterpolatedKLDivLoss(method.interpolation.temperature, fused=config.fused)
-        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
-
-        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank", "probe")}
-        for name, stream in self.rng.items():
-            stream.manual_seed(stream_seed(config.seed, name))
+        self.round = Round(teacher, student, config, self.engine, self.image_shape)
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = 0
         self.best: dict[str, Any] = {}
         """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
         self.collapse_guard = CollapseGuard(
-            config.collapse, self.generator, self.generator_optimizer, self._fresh_generator_weights
+            config.collapse, self.generator, self.round.generator_optimizer, self.round.fresh_generator_weights
         )
         self._global_rng: dict[str, Tensor] = {}
 
-    def _new_generator(self) -> Generator:
-        return Generator(
-            self.image_shape,
-            self.config.generator.noise_dim,
-            self.config.generator.width,
-            merge_upsampling=self.engine.merge_upsampling,
-        )
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The frozen copy of the teacher."""
+        return self.round.teacher
 
-    def _fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(self.config.seed, f"generator-{number}"))
-            return self._new_generator().state_dict()
+    @property
+    def student(self) -> nn.Module:
+        """The network that is trained."""
+        return self.round.student
 
-    # The round
-
-    def student_step(self) -> Terms:
-        """One step of the student towards the teacher on fresh images, and one on mixed images where these have a step
-        of their own; returns the terms of its loss."""
-        method = self.config.method
-        self.student.train()
-        with torch.no_grad(), self.engine.autocast():
-            images = self.generator(self.sample_noise(method.batch_size))
-            teacher = self.teacher(images)
-        interpolation = method.interpolation
-        with self.engine.autocast():
-            terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
-            if interpolation.weight and interpolation.step == "joint":
-                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
-        loss = self.imitation_loss(terms)
-        self.engine.descend(loss, self.student_optimizer)
-        if interpolation.weight and interpolation.step == "own":
-            with self.engine.autocast():
-                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
-            self.engine.descend(interpolation.weight * terms["interpolation"], self.student_optimizer)
-        return {"student_loss": loss.detach(), **_prefixed("student", terms)}
-
-    def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
-        """How far the student is from the teacher on one batch."""
-        terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
-        if self.config.method.activation.weight:
-            terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
-        return terms
-
-    def imitation_loss(self, terms: Terms) -> Tensor:
-        """The terms, each with its weight."""
-        method = self.config.method
-        weights = {
-            "discrepancy": 1.0,
-            "activation": method.activation.weight,
-            "interpolation": method.interpolation.weight,
-        }
-        return _weighted_sum(terms, weights)
-
-    def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The student's loss on mixed images; the images of the step serve again."""
-        config = self.config.method.interpolation
-        coefficient = self.sample_mixing_coefficient()
-        mixed = functional.mix(images, coefficient)
-        with nullcontext() if config.batchnorm == "update" else statistics_kept(self.student):
-            student = as_outputs(self.student(mixed))
-        if config.labels == "interpolated":
-            return self.interpolation(student.logits, teacher_logits, coefficient)
-        with torch.no_grad():
-            teacher = self.teacher(mixed)
-        if config.step == "own":
-            return self.imitation_loss(self.imitation_terms(student, teacher))
-        return self.interpolation(student.logits, teacher.logits, torch.ones_like(coefficient))
-
-    def generator_step(self) -> Terms:
-        """One step of the generator towards images on which student and teacher disagree."""
-        method = self.config.method
-        regularizers = method.regularizers
-        self.student.train(method.student_batchnorm == "train")
-        with frozen(self.student, self.connectors):
-            with self.engine.autocast():
-                images = self.generator(self.sample_noise(method.batch_size))
-                teacher, features = (
-                    self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
-                )
-                student = as_outputs(self.student(images))
-                terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
-                if method.activation.generator_weight:
-                    terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
-                if regularizers.batchnorm:
-                    terms["batchnorm"] = self.batchnorm_statistics(features)
-                if regularizers.one_hot:
-                    terms["one_hot"] = functional.one_hot_loss(teacher.logits)
-                if regularizers.diversity:
-                    terms["diversity"] = functional.diversity_loss(teacher.logits)
-            weights = {
-                "adversarial": method.adversarial,
-                "activation": method.activation.generator_weight,
-                "batchnorm": regularizers.batchnorm,
-                "one_hot": regularizers.one_hot,
-                "diversity": regularizers.diversity,
-            }
-            loss = _weighted_sum(terms, weights)
-            self.engine.descend(loss, self.generator_optimizer)
-        return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
-
-    def round(self) -> Terms:
-        """Student steps, then a generator step; returns what is worth recording, on the device."""
-        for _ in range(self.config.method.student_steps):
-            student_terms = self.student_step()
-        return {**student_terms, **self.generator_step()}
+    @property
+    def generator(self) -> nn.Module:
+        """The network that makes the images."""
+        return self.round.generator
 
     def run_round(self) -> Mapping[str, Tensor]:
-        """The next round, the way the engine runs it."""
-        self._set_learning_rates()
-        terms = self.engine.run(self.round, [self.rng["noise"], self.rng["mixing"]])
+        """The next round; returns what is worth recording, on the device."""
+        terms = self.round.run(self.round_index / self.config.method.rounds)
         self.round_index += 1
         return terms
-
-    def sample_noise(self, count: int, stream: str = "noise") -> Tensor:
-        """Standard normal noise ``(count, noise_dim)``."""
-        shape = (count, self.config.generator.noise_dim)
-        return torch.randn(shape, generator=self.rng[stream], device=self.device)
-
-    def sample_mixing_coefficient(self) -> Tensor:
-        """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
-        config = self.config.method.interpolation
-        shape = (self.config.method.batch_size, 2) if config.coefficient == "sample" else (2,)
-        concentration = torch.full(shape, config.concentration, device=self.device)
-        # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
-        return torch._sample_dirichlet(concentration, self.rng["mixing"])[..., 0]
 
     # The run
 
@@ -334,17 +186,9 @@ class Distiller:
                 )
                 raise Interrupted(f"Stopped after round {self.round_index} of {rounds}.{where}", stop.signal_number)
 
-    def _set_learning_rates(self) -> None:
-        progress = self.round_index / self.config.method.rounds
-        for optimizer, config in (
-            (self.student_optimizer, self.config.optimizer.student),
-            (self.generator_optimizer, self.config.optimizer.generator),
-        ):
-            set_learning_rate(optimizer, config.lr * config.factor(progress))
-
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
         # a loss is of the weights before its step; a checkpoint holds those after
-        norms = {"student_norm": _norm(self.student, self.connectors), "generator_norm": _norm(self.generator)}
+        norms = {"student_norm": _norm(self.student, self.round.connectors), "generator_norm": _norm(self.generator)}
         observed = self.observe()
         metrics = {**buffer.read(), **norms, **observed}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -361,7 +205,7 @@ class Distiller:
         """How the generated images are, on a batch of their own: the rounds have no work with it. Waits for the
         device."""
         with self.engine.autocast(), statistics_kept(self.generator):
-            images = self.generator(self.sample_noise(self.config.method.batch_size, "probe"))
+            images = self.generator(self.round.sample_noise(self.config.method.batch_size, "probe"))
             teacher, features = self.teacher.with_statistics(images)
         observed = {
             "class_entropy": functional.class_entropy(teacher.logits),
@@ -369,12 +213,12 @@ class Distiller:
             "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
         }
         if features:
-            observed["batchnorm_distance"] = self.batchnorm_statistics(features)
+            observed["batchnorm_distance"] = self.round.batchnorm_statistics(features)
         return dict(zip(observed, torch.stack(list(observed.values())).tolist(), strict=True))
 
     def _extend_bank(self) -> None:
         with torch.no_grad(), self.engine.autocast(), statistics_kept(self.generator):
-            images = self.generator(self.sample_noise(self.bank.slice_size, "bank"))
+            images = self.generator(self.round.sample_noise(self.bank.slice_size, "bank"))
             self.bank.add(images, self.teacher(images).logits)
 
     def _select(self) -> dict[str, float]:
@@ -399,36 +243,25 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the bits of an uninterrupted one."""
-        state = {name: part.state_dict() for name, part in (self._stateful() | self._optimizers()).items()}
-        rng = {name: generator.get_state() for name, generator in self.rng.items()}
+        parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        rng = {name: generator.get_state() for name, generator in self.round.rng.items()}
         rng["cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {**state, "round": self.round_index, "best": self.best, "rng": rng}
+        return {**self.round.state_dict(), **parts, "round": self.round_index, "best": self.best, "rng": rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
+        self.round.load_state_dict(state)
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
-        for name, optimizer in self._optimizers().items():
-            load_optimizer_state(optimizer, state[name])
-        for name, generator in self.rng.items():
+        for name, generator in self.round.rng.items():
             generator.set_state(state["rng"][name])
         self._global_rng = state["rng"]
         self.round_index, self.best = state["round"], state["best"]
 
     def _stateful(self) -> dict[str, Any]:
-        return {
-            "student": self.student,
-            "generator": self.generator,
-            "connectors": self.connectors,
-            "scaler": self.engine.scaler,
-            "bank": self.bank,
-            "collapse_guard": self.collapse_guard,
-        }
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
+        return {"bank": self.bank, "collapse_guard": self.collapse_guard}
 
     def _restore(self, folder: Path) -> None:
         require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)
@@ -483,33 +316,8 @@ def _loss_kernels(device: torch.device, *, fused: bool) -> str:
         raise ConfigurationError(str(error)) from error
 
 
-def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
-    try:
-        outputs = dry_forward(student, image_shape)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
-            f"width): {str(error).splitlines()[0]}. Give --student.kwargs that fit."
-        ) from None
-    classes = outputs.logits.shape[1], teacher.logits.shape[1]
-    if classes[0] != classes[1]:
-        raise ModelError(
-            f"The student tells {classes[0]} classes apart and the teacher {classes[1]}; both must tell the same. "
-            f"Set --student.kwargs '{{\"num_classes\": {classes[1]}}}'."
-        )
-    return outputs
-
-
-def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
-    return torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
-
-
 @torch.no_grad()
 def _norm(*networks: nn.Module) -> float:
     """Euclidean length of parameters and statistics: finite if and only if each of them is."""
     state = [value for network in networks for value in network.state_dict().values() if value.is_floating_point()]
     return torch.nn.utils.get_total_norm(state).item()
-
-
-def _prefixed(prefix: str, terms: Terms) -> Terms:
-    return {f"{prefix}/{name}": term.detach() for name, term in terms.items()}

@@ -40,11 +40,11 @@ def broken_before(distiller: Distiller, rounds: set[int]) -> None:
         if distiller.round_index in rounds:
             with torch.no_grad():
                 distiller.generator.projection.weight.zero_()
-                distiller.generator_optimizer.param_groups[0]["lr"].fill_(0)
+                distiller.round.generator_optimizer.param_groups[0]["lr"].fill_(0)
         return run_round()
 
     distiller.run_round = breaking
-    distiller._set_learning_rates = lambda: None  # or the broken generator would learn anew within its round
+    distiller.round.set_learning_rates = lambda progress: None  # or the broken generator would learn anew within its round
 
 
 def weights(distiller: Distiller) -> list[torch.Tensor]:
@@ -69,7 +69,7 @@ def test_it_goes_back_to_the_last_healthy_weights(make, caplog):
         seen[round_index] = (
             result,
             weights(distiller),
-            [x.clone() for x in optimizer_tensors(distiller.generator_optimizer)],
+            [x.clone() for x in optimizer_tensors(distiller.round.generator_optimizer)],
         )
         return result
 
@@ -95,11 +95,11 @@ def test_a_reset_draws_new_weights_and_forgets_the_moments(make, caplog):
     distiller = make(response="reset")
     before = weights(distiller)
     distiller.run_round()
-    addresses = [x.data_ptr() for x in distiller._stateful()["generator"].state_dict().values()]
+    addresses = [x.data_ptr() for x in distiller.generator.state_dict().values()]
     distiller.collapse_guard.look({"class_entropy": 1.0, "pairwise_diversity": 0.0}, 1, ROUNDS)
     assert not equal(weights(distiller), before)
     assert [x.data_ptr() for x in distiller.generator.state_dict().values()] == addresses  # a graph holds them
-    moments = optimizer_tensors(distiller.generator_optimizer)
+    moments = optimizer_tensors(distiller.round.generator_optimizer)
     assert moments
     assert not any(moment.any() for moment in moments)
     first = weights(distiller)
@@ -142,9 +142,9 @@ def test_a_collapse_that_training_brings_about_is_recovered(make, caplog):
     )
     distiller.config = replace(distiller.config, method=method)
     distiller.bank.due_rounds = [60]
-    for group in distiller.generator_optimizer.param_groups:
+    for group in distiller.round.generator_optimizer.param_groups:
         group["lr"].fill_(0.05)
-    distiller._set_learning_rates = lambda: None
+    distiller.round.set_learning_rates = lambda progress: None
     with caplog.at_level(logging.WARNING, logger="dfad"):
         distiller.fit()
     assert len(responses(caplog)) == 1
@@ -169,7 +169,7 @@ def test_a_resumed_run_responds_as_an_uninterrupted_one(make, tmp_path):
         stopped.fit(tmp_path / "stopped")
     resumed = make()
     broken_before(resumed, {3, 4})
-    for group in resumed.generator_optimizer.param_groups:
+    for group in resumed.round.generator_optimizer.param_groups:
         group["lr"].fill_(0)  # as the first breaking left it
     resumed.fit(tmp_path / "stopped", resume=True)
     assert resumed.collapse_guard.recoveries == whole.collapse_guard.recoveries == 2

@@ -52,12 +52,12 @@ def buffers(network: nn.Module) -> set[str]:
 
 class TestWhatMoves:
     def test_the_student_step_moves_the_student_and_its_connectors(self, distiller):
-        parts = {"student": distiller.student, "connectors": distiller.connectors, "generator": distiller.generator}
+        parts = {"student": distiller.student, "connectors": distiller.round.connectors, "generator": distiller.generator}
         before = {name: snapshot(part) for name, part in parts.items()}
         teacher = snapshot(distiller.teacher.network)
-        distiller.student_step()
+        distiller.round.student_step()
         assert moved(distiller.student, before["student"]) == parameters(distiller.student) | buffers(distiller.student)
-        assert parameters(distiller.connectors) <= moved(distiller.connectors, before["connectors"])
+        assert parameters(distiller.round.connectors) <= moved(distiller.round.connectors, before["connectors"])
         assert moved(distiller.generator, before["generator"]) == buffers(distiller.generator)
         assert not moved(distiller.teacher.network, teacher)
 
@@ -65,18 +65,18 @@ class TestWhatMoves:
     def test_the_generator_step_moves_the_generator(self, mode, teacher, student, config):
         distiller = Distiller(teacher, student, with_method(config, student_batchnorm=mode), image_shape=IMAGE_SHAPE)
         before, generator = snapshot(distiller.student), snapshot(distiller.generator)
-        connectors, teacher_before = snapshot(distiller.connectors), snapshot(distiller.teacher.network)
-        distiller.generator_step()
+        connectors, teacher_before = snapshot(distiller.round.connectors), snapshot(distiller.teacher.network)
+        distiller.round.generator_step()
         assert parameters(distiller.generator) <= moved(distiller.generator, generator)
         assert moved(distiller.student, before) == (buffers(distiller.student) if mode == "train" else set())
-        assert not moved(distiller.connectors, connectors) & parameters(distiller.connectors)
+        assert not moved(distiller.round.connectors, connectors) & parameters(distiller.round.connectors)
         assert not moved(distiller.teacher.network, teacher_before)
 
     def test_no_gradient_is_left_where_none_belongs(self, distiller):
-        distiller.student_step()
+        distiller.round.student_step()
         assert all(parameter.grad is None for parameter in distiller.generator.parameters())
         of_student = [parameter.grad.clone() for parameter in distiller.student.parameters()]
-        distiller.generator_step()
+        distiller.round.generator_step()
         assert all(parameter.grad is None for parameter in distiller.teacher.network.parameters())
         assert all(
             torch.equal(parameter.grad, gradient)
@@ -100,15 +100,15 @@ class TestWhatMoves:
             )
             distiller.student.train()
             before = snapshot(distiller.student)
-            distiller.interpolation_loss(torch.randn(16, *IMAGE_SHAPE), torch.randn(16, 4))
+            distiller.round.interpolation_loss(torch.randn(16, *IMAGE_SHAPE), torch.randn(16, 4))
             moves[batchnorm] = moved(distiller.student, before)
         assert moves == {"update": buffers(student), "keep": set()}
 
     def test_a_round_is_student_steps_and_then_a_generator_step(self, distiller, monkeypatch):
         order = []
         for name in ("student_step", "generator_step"):
-            original = getattr(distiller, name)
-            monkeypatch.setattr(distiller, name, lambda n=name, f=original: order.append(n) or f())
+            original = getattr(distiller.round, name)
+            monkeypatch.setattr(distiller.round, name, lambda n=name, f=original: order.append(n) or f())
         distiller.round()
         assert order == ["student_step"] * 2 + ["generator_step"]
 
@@ -119,12 +119,12 @@ class TestLosses:
     def test_student_terms(self, teacher, student, config, monkeypatch):
         distiller = Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
         images, coefficient = torch.randn(16, *IMAGE_SHAPE), torch.rand(16)
-        monkeypatch.setattr(distiller, "generator", lambda noise: images)
-        monkeypatch.setattr(distiller, "sample_mixing_coefficient", lambda: coefficient)
+        monkeypatch.setattr(distiller.round, "generator", lambda noise: images)
+        monkeypatch.setattr(distiller.round, "sample_mixing_coefficient", lambda: coefficient)
         with torch.no_grad():
             t = teacher.eval()(images)
             s = student.train()(images)
-            connected = distiller.connectors(s.taps)
+            connected = distiller.round.connectors(s.taps)
             activation = sum(
                 torch.clamp(1 - torch.where(b > 0, 1.0, -1.0) * a, min=0).square().mean()
                 for a, b in zip(connected, t.taps, strict=True)
@@ -139,7 +139,7 @@ class TestLosses:
                 "activation": activation,
                 "interpolation": F.kl_div(mixed.log_softmax(1), label, reduction="batchmean"),
             }
-        terms = distiller.student_step()
+        terms = distiller.round.student_step()
         for name, value in expected.items():
             torch.testing.assert_close(terms[f"student/{name}"], value, rtol=1e-4, atol=1e-5)
         total = expected["discrepancy"] + 0.1 * expected["activation"] + 0.5 * expected["interpolation"]
@@ -148,8 +148,8 @@ class TestLosses:
     def test_generator_terms(self, teacher, student, config, monkeypatch):
         distiller = Distiller(teacher, student, with_method(config, student_batchnorm="eval"), image_shape=IMAGE_SHAPE)
         images = torch.randn(16, *IMAGE_SHAPE, requires_grad=True)
-        monkeypatch.setattr(distiller, "generator", lambda noise: images)
-        distiller.connectors.eval()
+        monkeypatch.setattr(distiller.round, "generator", lambda noise: images)
+        distiller.round.connectors.eval()
         with torch.no_grad():
             t, s = teacher.eval()(images), student.eval()(images)
             prediction = t.logits.softmax(1)
@@ -160,11 +160,11 @@ class TestLosses:
             ).norm()
             expected = {
                 "adversarial": -(s.logits - t.logits).abs().mean(),
-                "activation": -distiller.activation(distiller.connectors(s.taps), t.taps),
+                "activation": -distiller.round.activation(distiller.round.connectors(s.taps), t.taps),
                 "one_hot": -prediction.max(1).values.log().mean(),
                 "diversity": (prediction.mean(0) * prediction.mean(0).log()).sum(),
             }
-        terms = distiller.generator_step()
+        terms = distiller.round.generator_step()
         for name, value in expected.items():
             torch.testing.assert_close(terms[f"generator/{name}"], value, rtol=1e-4, atol=1e-5)
         assert terms["generator/batchnorm"] > first_distance
@@ -178,7 +178,7 @@ class TestLosses:
             teacher, student, with_method(config, interpolation=interpolation), image_shape=IMAGE_SHAPE
         )
         images, coefficient = torch.randn(16, *IMAGE_SHAPE), torch.rand(16)
-        distiller.sample_mixing_coefficient = lambda: coefficient
+        distiller.round.sample_mixing_coefficient = lambda: coefficient
         distiller.student.eval()
         mixed = functional.mix(images, coefficient)
         with torch.no_grad():
@@ -186,7 +186,7 @@ class TestLosses:
                 student(mixed).logits.log_softmax(1), teacher.eval()(mixed).logits.softmax(1), reduction="batchmean"
             )
         torch.testing.assert_close(
-            distiller.interpolation_loss(images, torch.full((16, 4), torch.nan)).detach(), expected
+            distiller.round.interpolation_loss(images, torch.full((16, 4), torch.nan)).detach(), expected
         )
 
     def test_mixed_images_may_have_a_step_of_their_own(self, teacher, student, config, monkeypatch):
@@ -195,12 +195,12 @@ class TestLosses:
             teacher, student, with_method(config, interpolation=interpolation), image_shape=IMAGE_SHAPE
         )
         coefficient, steps = torch.rand(16), []
-        monkeypatch.setattr(distiller, "sample_mixing_coefficient", lambda: coefficient)
+        monkeypatch.setattr(distiller.round, "sample_mixing_coefficient", lambda: coefficient)
         descend = distiller.engine.descend
         monkeypatch.setattr(
             distiller.engine, "descend", lambda loss, optimizer: steps.append(loss.item()) or descend(loss, optimizer)
         )
-        terms = distiller.student_step()
+        terms = distiller.round.student_step()
         assert len(steps) == 2
         assert steps[0] == pytest.approx(terms["student/discrepancy"].item() + 0.1 * terms["student/activation"].item())
         assert steps[1] == pytest.approx(0.5 * terms["student/interpolation"].item())
@@ -208,10 +208,10 @@ class TestLosses:
         images = torch.randn(16, *IMAGE_SHAPE)
         mixed = functional.mix(images, coefficient)
         with torch.no_grad():
-            loss = distiller.interpolation_loss(images, torch.full((16, 4), torch.nan))
+            loss = distiller.round.interpolation_loss(images, torch.full((16, 4), torch.nan))
             s, t = student(mixed), teacher.eval()(mixed)
-            expected = (s.logits - t.logits).abs().mean() + 0.1 * distiller.activation(
-                distiller.connectors(s.taps), t.taps
+            expected = (s.logits - t.logits).abs().mean() + 0.1 * distiller.round.activation(
+                distiller.round.connectors(s.taps), t.taps
             )
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -219,7 +219,7 @@ class TestLosses:
         plain = with_method(config, **WITHOUT_EXTRAS, student_batchnorm="eval")
         distiller = Distiller(teacher, student, plain, image_shape=IMAGE_SHAPE)
         noise = torch.randn(16, 8)
-        distiller.sample_noise = lambda count, stream="noise": noise
+        distiller.round.sample_noise = lambda count, stream="noise": noise
 
         def discrepancy() -> float:
             with torch.no_grad():
@@ -228,10 +228,10 @@ class TestLosses:
 
         before = discrepancy()
         for _ in range(20):
-            distiller.generator_step()
+            distiller.round.generator_step()
         widened = discrepancy()
         for _ in range(20):
-            distiller.student_step()
+            distiller.round.student_step()
         assert discrepancy() < widened
         assert widened > before
 
@@ -239,7 +239,7 @@ class TestLosses:
         distiller = Distiller(teacher, student, with_method(config, **WITHOUT_EXTRAS), image_shape=IMAGE_SHAPE)
         terms = distiller.round()
         assert {name for name in terms if "/" in name} == {"student/discrepancy", "generator/adversarial"}
-        assert not list(distiller.connectors.parameters())
+        assert not list(distiller.round.connectors.parameters())
 
     @pytest.mark.parametrize(
         "changes",
@@ -270,7 +270,7 @@ def test_the_streams_of_a_run_are_independent(teacher, student, config):
     drawn = []
     for seed in (0, 1):
         distiller = Distiller(teacher, student, replace(config, seed=seed), image_shape=IMAGE_SHAPE)
-        drawn += [distiller.sample_noise(1000, stream).flatten() for stream in distiller.rng]
+        drawn += [distiller.round.sample_noise(1000, stream).flatten() for stream in distiller.round.rng]
     correlations = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
     assert correlations.abs().max() < 0.06  # 8,000 numbers each: five standard errors
 
@@ -279,7 +279,7 @@ def test_mixing_coefficients_follow_the_beta_distribution(teacher, student, conf
     interpolation = replace(config.method.interpolation, concentration=0.3)
     settings = with_method(config, interpolation=interpolation, batch_size=20000)
     distiller = Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
-    drawn = distiller.sample_mixing_coefficient()
+    drawn = distiller.round.sample_mixing_coefficient()
     assert drawn.shape == (20000,)
     assert drawn.mean() == pytest.approx(0.5, abs=0.01)
     assert drawn.var() == pytest.approx(1 / (4 * (2 * 0.3 + 1)), rel=0.03)
@@ -345,14 +345,14 @@ class TestResume:
         student = models.convnet(channels=(4, 8), num_classes=4, in_channels=1)
         distiller = Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
         if rounds_before_stop is not None:
-            round_ = distiller.round
+            run_round = distiller.run_round
 
             def stopping():
                 if distiller.round_index == rounds_before_stop:
                     raise KeyboardInterrupt
-                return round_()
+                return run_round()
 
-            distiller.round = stopping
+            distiller.run_round = stopping
         try:
             distiller.fit(folder, resume=resume)
         except KeyboardInterrupt:

@@ -59,7 +59,7 @@ def test_a_replay_draws_new_noise_and_follows_the_schedule(teacher, on_gpu):
     assert len(set(found)) == ROUNDS
     progress = (ROUNDS - 1) / ROUNDS
     optimizer = distiller.config.optimizer.student
-    rate = distiller.student_optimizer.param_groups[0]["lr"]
+    rate = distiller.round.student_optimizer.param_groups[0]["lr"]
     assert rate.item() == pytest.approx(optimizer.lr * optimizer.factor(progress))
 
 

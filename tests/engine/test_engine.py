@@ -131,33 +131,33 @@ class TestWhatACaptureNeeds:
         distiller = make(teacher, config)
 
         def addresses() -> dict[str, int]:
-            networks = (distiller.student, distiller.generator, distiller.connectors, distiller.teacher.network)
+            networks = (distiller.student, distiller.generator, distiller.round.connectors, distiller.teacher.network)
             found = {
                 f"{i}.{name}": value.data_ptr()
                 for i, network in enumerate(networks)
                 for name, value in network.state_dict(keep_vars=True).items()
             }
-            for i, optimizer in enumerate((distiller.student_optimizer, distiller.generator_optimizer)):
+            for i, optimizer in enumerate((distiller.round.student_optimizer, distiller.round.generator_optimizer)):
                 for j, state in enumerate(optimizer.state.values()):
                     found |= {f"{i}.{j}.{k}": v.data_ptr() for k, v in state.items() if isinstance(v, torch.Tensor)}
                 found |= {f"{i}.lr.{j}": group["lr"].data_ptr() for j, group in enumerate(optimizer.param_groups)}
             return found
 
-        distiller._set_learning_rates()
+        distiller.round.set_learning_rates(0.5)
         distiller.round()
         before = addresses()
-        for distiller.round_index in range(1, 4):
-            distiller._set_learning_rates()
+        for progress in (0.6, 0.7, 0.8):
+            distiller.round.set_learning_rates(progress)
             distiller.round()
         assert addresses() == before
-        assert distiller.student_optimizer.param_groups[0]["lr"] < 0.1
+        assert distiller.round.student_optimizer.param_groups[0]["lr"] < 0.1
 
     def test_resuming_keeps_the_learning_rate_on_its_tensor(self, teacher, config):
         distiller = make(teacher, config)
         distiller.round()
-        rate = distiller.student_optimizer.param_groups[0]["lr"]
+        rate = distiller.round.student_optimizer.param_groups[0]["lr"]
         distiller.load_state_dict(make(teacher, config).state_dict())
-        assert distiller.student_optimizer.param_groups[0]["lr"] is rate
+        assert distiller.round.student_optimizer.param_groups[0]["lr"] is rate
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_a_round_compiles_each_of_its_networks_without_graph_breaks(self, precision, config):
@@ -205,7 +205,7 @@ def test_channels_last_goes_from_end_to_end_without_copies(precision, teacher, c
     assert not copies.counts
     assert torch.isfinite(terms["student_loss"])
     with distiller.engine.autocast():
-        images = distiller.generator(distiller.sample_noise(4))
+        images = distiller.generator(distiller.round.sample_noise(4))
         features = distiller.teacher(images).taps[0]
     assert features.is_contiguous(memory_format=torch.channels_last)
 

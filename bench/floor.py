@@ -69,8 +69,10 @@ class Floor:
             calls = [_call(function, [_argument(s, device, f) for s in signatures]) for f in formats]
             self.work.append((min(calls, key=lambda call: _seconds(call, device)), count))
         config = distiller.config
-        trained = [(config.optimizer.student, [distiller.student, distiller.round.connectors], config.method.student_steps)]
-        trained.append((config.optimizer.generator, [distiller.generator], 1))
+        trained = [
+            (config.optimizer.student, [distiller.student, distiller.round.connectors], config.method.student_steps),
+            (config.optimizer.generator, [distiller.generator], 1),
+        ]
         for optimizer, networks, steps in trained:
             size = ACCESSES[optimizer.name] * sum(_parameters(network) for network in networks)
             source, target = torch.randn(-(-size // 2), device=device), torch.empty(-(-size // 2), device=device)

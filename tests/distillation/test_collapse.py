@@ -44,7 +44,8 @@ def broken_before(distiller: Distiller, rounds: set[int]) -> None:
         return run_round()
 
     distiller.run_round = breaking
-    distiller.round.set_learning_rates = lambda progress: None  # or the broken generator would learn anew within its round
+    # or the broken generator would learn anew within its round
+    distiller.round.set_learning_rates = lambda progress: None
 
 
 def weights(distiller: Distiller) -> list[torch.Tensor]:

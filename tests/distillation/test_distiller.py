@@ -52,7 +52,7 @@ def buffers(network: nn.Module) -> set[str]:
 
 class TestWhatMoves:
     def test_the_student_step_moves_the_student_and_its_connectors(self, distiller):
-        parts = {"student": distiller.student, "connectors": distiller.round.connectors, "generator": distiller.generator}
+        parts = {name: getattr(distiller.round, name) for name in ("student", "connectors", "generator")}
         before = {name: snapshot(part) for name, part in parts.items()}
         teacher = snapshot(distiller.teacher.network)
         distiller.round.student_step()
@@ -365,7 +365,7 @@ class TestResume:
         self.run(teacher, config, tmp_path / "cut", rounds_before_stop=5, resume=True)
         resumed = self.run(teacher, config, tmp_path / "cut", resume=True)
         for name in ("student", "generator", "connectors"):
-            expected, found = getattr(whole, name).state_dict(), getattr(resumed, name).state_dict()
+            expected, found = (getattr(run.round, name).state_dict() for run in (whole, resumed))
             assert all(torch.equal(expected[key], found[key]) for key in expected), name
         assert whole.best["round"] == resumed.best["round"]
         assert whole.best["agreement"] == resumed.best["agreement"]

@@ -1,7 +1,7 @@
 """From defaults, preset, file and flags to one configuration; from errors to exit codes.
 
-Tyro reads the flags. A configuration file is turned into flags first, so that one parser judges both and
-precedence is the order of reading: default < preset < file < flags.
+Tyro reads the flags, :mod:`dfad.runs.settings` the files; precedence is the order of reading: default < preset < file <
+flags.
 """
 
 import argparse
@@ -9,14 +9,38 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
-import yaml
 
 from dfad.errors import ConfigurationError, DfadError, nearest
+from dfad.runs.settings import override, read_yaml, require_unchanged, saved_settings, to_yaml
+
+Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A flag that asks for something once, so that its negation has no meaning."""
+
+Positional = tyro.conf.Positional
+
+Settings = tyro.conf.arg(name="")
+"""Marks the field of a command whose own fields are flags without a prefix: ``Annotated[ItsConfig, Settings]``."""
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _json_rule(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Keyword arguments are a JSON object on the command line."""
+    if of.type_origin is not dict:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_json_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
 
 
 def _json_object(arguments: list[str]) -> dict[str, Any]:
@@ -26,30 +50,11 @@ def _json_object(arguments: list[str]) -> dict[str, Any]:
     return value
 
 
-SETTINGS_FILE = "config.yaml"
-"""In a run's folder."""
-
-Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-"""A flag that asks for something once, so that its negation has no meaning."""
-
-Keywords = Annotated[
-    dict[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=_json_object,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
-"""Keyword arguments; a JSON object on the command line."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     """A command over a tree of settings that it can read from a preset and a file, and whose run it can resume.
 
-    A command derives from this class and adds ``settings: Annotated[ItsConfig, tyro.conf.arg(name="")]``.
+    A command derives from this class and adds ``settings: Annotated[ItsConfig, cli.Settings]``.
     """
 
     preset: str = ""
@@ -108,7 +113,7 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         settings = override(presets[preset], tree, source=str(chosen.config))
 
     prepared = dataclasses.replace(default, preset=preset, settings=settings)  # type: ignore[call-arg]
-    command = _tyro(prepared, arguments, prog=_program())
+    command = parse_flags(type(default), arguments, prepared)
     if saved is not None:
         require_unchanged(Path(chosen.resume), saved, command.settings)  # type: ignore[attr-defined]
     if command.resume and (command.run_dir or command.overwrite):
@@ -135,60 +140,28 @@ def run(command: Callable[[], None]) -> NoReturn:
     raise SystemExit(0)
 
 
-def to_tree(settings: Any) -> Any:
-    """Settings as dictionaries, lists, strings, numbers, booleans and None: what YAML and JSON hold."""
-    if dataclasses.is_dataclass(settings):
-        return {field.name: to_tree(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-    if isinstance(settings, (tuple, list)):
-        return [to_tree(item) for item in settings]
-    return str(settings) if isinstance(settings, Path) else settings
-
-
-def to_yaml(settings: Any) -> str:
-    """Settings as a file for ``--config``."""
-    return yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as nested dictionaries.
-
-    Raises:
-        ConfigurationError: if it cannot be read, or is not YAML with names at its top level.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The configuration file {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"The configuration file {path} is not YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigurationError(
-            f"The configuration file {path} holds a {type(tree).__name__}; it must hold 'name: value' lines, "
-            "as --print_config prints them."
-        )
-    return tree
-
-
-def override(settings: Any, tree: Mapping[str, Any], source: str) -> Any:
-    """``settings`` with the values of a nested dictionary in their place.
+def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: T | None = None) -> T:
+    """A dataclass of the flags on the command line.
 
     Args:
-        settings: an instance of a dataclass of settings.
-        tree: names and values; a part of the settings is enough.
-        source: where the tree comes from, for messages.
+        kind: the dataclass; its docstrings are the help texts.
+        arguments: the command line; by default the process's.
+        default: an instance whose values serve where no flag is given; the fields' defaults without one.
 
     Raises:
-        ConfigurationError: for an unknown name.
-        SystemExit: from tyro, for a value that does not fit.
+        ConfigurationError: for values that do not fit one another.
+        SystemExit: with code 2, from tyro and with its message, for an unknown option or a value that does not fit;
+            with code 0 after ``--help``.
     """
-    return _tyro(settings, list(_flags(tree, settings, source)), prog=source)
-
-
-def _tyro(default: T, arguments: Sequence[str], prog: str | None = None) -> T:
     try:
-        return tyro.cli(type(default), prog=prog, args=arguments, default=default, use_underscores=True)
+        return tyro.cli(
+            kind,
+            prog=_program(),
+            args=arguments,
+            default=tyro.MISSING_NONPROP if default is None else default,
+            use_underscores=True,
+            registry=_registry,
+        )
     except ValueError as error:  # tyro words those of nested dataclasses itself, but not those of the outermost
         raise ConfigurationError(f"{error}.") from None
 
@@ -197,67 +170,3 @@ def _program() -> str:
     # tyro would name the file of the module
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-
-
-def saved_settings(folder: Path, defaults: Any) -> Any:
-    """The settings that a run was started with.
-
-    Raises:
-        ConfigurationError: if the folder holds no run.
-    """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        raise ConfigurationError(
-            f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
-            "Name a folder that a run has made."
-        )
-    return override(defaults, read_yaml(path), source=str(path))
-
-
-def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
-    """Refuse to resume with other settings.
-
-    Raises:
-        ConfigurationError: naming each setting that differs.
-    """
-    old, new = dict(_leaves(saved)), dict(_leaves(settings))
-    changes = [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
-    if changes:
-        raise ConfigurationError(
-            f"{folder} cannot be resumed with other settings than it was started with. "
-            f"Changed: {'; '.join(changes)}. Leave these options out, or start a new run with --run_dir."
-        )
-
-
-def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
-
-
-def _flags(tree: Mapping[str, Any], settings: Any, source: str, prefix: str = "") -> Iterator[str]:
-    known = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    for name, value in tree.items():
-        flag = f"--{prefix}{name}"
-        if name not in known:
-            raise ConfigurationError(
-                f"{source} sets {prefix}{name}, which does not exist.{nearest(str(name), known)} "
-                f"Known there: {', '.join(known)}."
-            )
-        if dataclasses.is_dataclass(known[name]):
-            if not isinstance(value, dict):
-                raise ConfigurationError(
-                    f"{source} sets {prefix}{name} to {value!r}; it must hold 'name: value' lines."
-                )
-            yield from _flags(value, known[name], source, f"{prefix}{name}.")
-        elif isinstance(value, bool) and isinstance(known[name], bool):
-            yield flag if value else f"--{prefix}no_{name}"
-        elif isinstance(value, dict):
-            yield from (flag, json.dumps(value))
-        elif isinstance(value, list):
-            yield from (flag, *map(str, value))
-        else:
-            yield from (flag, str(value))

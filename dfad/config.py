@@ -6,9 +6,10 @@ What each preset stands for is in :mod:`dfad.presets`.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dfad.cli import Keywords
+Keywords = dict[str, Any]
+"""Keyword arguments; a JSON object on the command line."""
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 

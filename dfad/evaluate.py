@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from dfad import cli
-from dfad.cli import Action, Keywords
+from dfad.cli import Action
+from dfad.config import Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
 from dfad.data.evaluation import predict
 from dfad.engine import choose_device
@@ -26,6 +26,7 @@ from dfad.metrics import agreement, confusion_matrix, expected_calibration_error
 from dfad.models.factory import build
 from dfad.models.model_file import load_model
 from dfad.models.weights import load_weights
+from dfad.runs.settings import override
 from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Evaluate:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    command = tyro.cli(Evaluate, args=arguments, use_underscores=True)
+    command = cli.parse_flags(Evaluate, arguments)
     configure_logging()
     device = choose_device(command.device)
     network, manifest = _load(command)
@@ -135,7 +136,7 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
             f"{command.model} does not tell which data it was trained on. Give --data.name and, for data sets "
             "in files, --data.root."
         )
-    named = cli.override(DataConfig(), recorded, source=str(command.model))
+    named = override(DataConfig(), recorded, source=str(command.model))
     given = {
         spec.name: getattr(command.data, spec.name)
         for spec in dataclasses.fields(DataConfig)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +37,7 @@ class Reproduce:
     by Ctrl-C or SIGTERM, with checkpoints.
     """
 
-    comparison: Annotated[str, tyro.conf.Positional]
+    comparison: Annotated[str, cli.Positional]
     """Which: demo, digits, mnist, mnist-whole, or cifar10-resnet20, which needs --teacher."""
 
     seeds: int = 5
@@ -73,7 +72,7 @@ class Reproduce:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    command = tyro.cli(Reproduce, args=arguments, use_underscores=True)
+    command = cli.parse_flags(Reproduce, arguments)
     configure_logging()
     comparison = located(command)
     folder = command.run_dir or Path("runs") / f"reproduce-{command.comparison}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +27,7 @@ class Teach(cli.Command):
     130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
     """
 
-    settings: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
+    settings: Annotated[Recipe, cli.Settings] = Recipe()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -35,7 +34,7 @@ class Train(cli.Command):
     or infinite; 6 evaluation data; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
     """
 
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    settings: Annotated[TrainConfig, cli.Settings] = TrainConfig()
 
     preset: str = "digits"
     """Settings to start from: digits; mnist, cifar10, cifar100, which need --teacher.checkpoint; or own, for networks

@@ -20,6 +20,7 @@ from dfad import cli, train
 from dfad.errors import DfadError
 from dfad.models.factory import build
 from dfad.runs import checkpoint
+from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests.models.test_loading import Exploit
 
 SMALL = [
@@ -160,7 +161,7 @@ class TestInterrupted:
             "the last things": lambda: (folder / "generator.safetensors").exists(),
         }
         for name, reached in moments.items():
-            started = (folder / cli.SETTINGS_FILE).exists()
+            started = (folder / SETTINGS_FILE).exists()
             given = ["--resume=run"] if started else [*SMALL, f"--method.rounds={ROUNDS}", "--run_dir=run"]
             process = start(*given, cwd=tmp_path)
             wait_until(reached, process)
@@ -193,7 +194,7 @@ class TestInterrupted:
     def test_the_saved_settings_are_the_resolved_ones_and_reproduce_the_run(self, whole, command):
         saved = yaml.safe_load((whole / "config.yaml").read_text())
         assert saved["method"]["rounds"] == ROUNDS
-        assert saved["method"]["interpolation"] == cli.to_tree(train.PRESETS["digits"])["method"]["interpolation"]
+        assert saved["method"]["interpolation"] == to_tree(train.PRESETS["digits"])["method"]["interpolation"]
         printed = command("--config", whole / "config.yaml", "--print_config")
         assert (printed.exit_code, printed.stdout) == (0, (whole / "config.yaml").read_text())
         again = run("--config", whole / "config.yaml", "--run_dir=again", cwd=Path.cwd())

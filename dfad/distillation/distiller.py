@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dfad import functional
-from dfad.cli import require_unchanged, saved_settings, to_yaml
 from dfad.config import DistillConfig
 from dfad.distillation.collapse import CollapseGuard
 from dfad.distillation.frozen_teacher import FrozenTeacher
@@ -25,6 +24,7 @@ from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.interruption import StopRequest, stop_requests
 from dfad.runs.recorder import MetricBuffer, Recorder, create_folder
+from dfad.runs.settings import require_unchanged, saved_settings, to_yaml
 from dfad.seeds import stream_seed
 from dfad_kernels import kernel_name
 

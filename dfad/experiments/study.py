@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dfad import cli
 from dfad.assembly import build_distiller, build_student, load_teacher
 from dfad.data.evaluation import Evaluator
 from dfad.engine import choose_device
@@ -22,6 +21,7 @@ from dfad.experiments.comparisons import REAL_DATA, Beats, Claim, Comparison, Re
 from dfad.files import write_atomically
 from dfad.presets import TrainConfig
 from dfad.runs.recorder import METRICS
+from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_tree
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.teaching import teach
 from dfad.terminal import configure_logging
@@ -73,10 +73,10 @@ def _start_process(threads: int) -> None:
 
 def run_once(run: Run) -> dict[str, Any]:
     """A run's result and curve: begun, continued or only read, whatever its folder holds."""
-    started = (run.folder / cli.SETTINGS_FILE).exists()
+    started = (run.folder / SETTINGS_FILE).exists()
     if started:
-        saved = cli.saved_settings(run.folder, type(run.settings)())
-        cli.require_unchanged(run.folder, saved, run.settings)
+        saved = saved_settings(run.folder, type(run.settings)())
+        require_unchanged(run.folder, saved, run.settings)
     if not (run.folder / RESULT_FILE).exists():
         log.info("%s, seed %d", run.arm, run.settings.seed)
         if isinstance(run.settings, Recipe):
@@ -117,7 +117,7 @@ def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Map
     return {
         "teacher_accuracy": teacher_accuracy,
         "test_images": len(evaluate.dataset.test),
-        "settings": cli.to_tree(_without_places(config)),
+        "settings": to_tree(_without_places(config)),
         "arms": arms,
         "claims": [claim for claim in judged if claim is not None],
     }

@@ -14,9 +14,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dfad.cli import SETTINGS_FILE
 from dfad.errors import RunFolderError
 from dfad.files import write_atomically
+from dfad.runs.settings import SETTINGS_FILE
 from dfad.terminal import console
 
 log = logging.getLogger(__name__)

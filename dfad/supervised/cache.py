@@ -8,10 +8,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from dfad.cli import to_tree
 from dfad.data import open_dataset
 from dfad.errors import ConfigurationError, nearest
 from dfad.models.model_file import save_model
+from dfad.runs.settings import to_tree
 from dfad.supervised.recipes import RECIPES
 from dfad.supervised.teaching import train
 from dfad.supervised.trainer import SupervisedTrainer

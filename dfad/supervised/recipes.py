@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dfad.cli import Keywords
-from dfad.config import EngineConfig, Precision, Switch
+from dfad.config import EngineConfig, Keywords, Precision, Switch
 from dfad.data import AugmentConfig, DataConfig
 
 

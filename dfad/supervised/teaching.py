@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
-from dfad.cli import to_yaml
 from dfad.data import open_dataset
 from dfad.errors import Interrupted
 from dfad.models.model_file import save_model
 from dfad.runs import checkpoint
 from dfad.runs.interruption import stop_requests
 from dfad.runs.recorder import Recorder, create_folder
+from dfad.runs.settings import to_yaml
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.trainer import SupervisedTrainer
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dfad.cli import to_tree
 from dfad.data import Dataset, batch_source, shuffled
 from dfad.data.evaluation import predict
 from dfad.engine import Engine, choose_device
@@ -20,6 +19,7 @@ from dfad.errors import ConfigurationError, DivergenceError, ModelError
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
 from dfad.models.probing import as_outputs, dry_forward
+from dfad.runs.settings import to_tree
 from dfad.supervised.recipes import Recipe
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dfad.cli import SETTINGS_FILE
 from dfad.errors import RunFolderError
 from dfad.runs.recorder import EVENTS, METRICS, MetricBuffer, Recorder, check_folder, create_folder
+from dfad.runs.settings import SETTINGS_FILE
 
 
 class TestFolder:

@@ -35,6 +35,7 @@ from dfad.models.model_file import save_model
 from dfad.presets import PRESETS, TrainConfig
 from dfad.runs import checkpoint
 from dfad.runs.recorder import METRICS
+from dfad.runs.settings import saved_settings, to_tree
 from dfad.supervised.recipes import RECIPES, NetworkConfig, Recipe
 from dfad.supervised.teaching import teach
 from dfad.supervised.trainer import SupervisedTrainer
@@ -128,7 +129,7 @@ def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
     recipe = replace(SCALES[command.scale].recipe, data=DataConfig("folder", command.data))
     resumable = checkpoint.exists(folder)
     if resumable:
-        recipe = cli.saved_settings(folder, Recipe())
+        recipe = saved_settings(folder, Recipe())
     else:
         stopwatch.facts = {"seconds": 0.0}
         recipe = replace(recipe, epochs=fitting_epochs(recipe, open_dataset(recipe.data), command.seconds))
@@ -147,7 +148,7 @@ def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "images_per_second": recipe.epochs * trainer.steps_per_epoch * recipe.batch_size / seconds,
         "test_images": len(trainer.dataset.test),
-        "settings": cli.to_tree(recipe),
+        "settings": to_tree(recipe),
     }
 
 
@@ -187,7 +188,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
     stopwatch = Stopwatch(command.work / f"{folder.name}.json")
     resumable = checkpoint.exists(folder)
     if resumable:
-        config = cli.saved_settings(folder, TrainConfig())
+        config = saved_settings(folder, TrainConfig())
     else:
         config, cost = fitting_rounds(config, teacher, evaluate, command.seconds, scale.looks)
         stopwatch.facts = {"seconds": 0.0, "cost": dataclasses.asdict(cost)}
@@ -211,7 +212,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
         "cost": measured,
         "curve": looks,
         "runs": [{"seed": config.seed, "accuracy": result.accuracy, "best_accuracy": result.best_accuracy}],
-        "settings": cli.to_tree(config),
+        "settings": to_tree(config),
     }
 
 

@@ -1,0 +1,231 @@
+"""Settings to and from YAML, and the file of them in a run's folder."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from dfad.errors import ConfigurationError, nearest
+
+SETTINGS_FILE = "config.yaml"
+"""In a run's folder."""
+
+T = TypeVar("T")
+
+
+def to_tree(settings: Any) -> Any:
+    """Settings as dictionaries, lists, strings, numbers, booleans and None: what YAML and JSON hold."""
+    if dataclasses.is_dataclass(settings):
+        return {field.name: to_tree(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    if isinstance(settings, (tuple, list)):
+        return [to_tree(item) for item in settings]
+    return str(settings) if isinstance(settings, Path) else settings
+
+
+def to_yaml(settings: Any) -> str:
+    """Settings as a file for ``--config``."""
+    return yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as nested dictionaries.
+
+    Raises:
+        ConfigurationError: if it cannot be read, or is not YAML with names at its top level.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The configuration file {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"The configuration file {path} is not YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigurationError(
+            f"The configuration file {path} holds a {type(tree).__name__}; it must hold 'name: value' lines, "
+            "as --print_config prints them."
+        )
+    return tree
+
+
+def override(settings: T, tree: Mapping[str, Any], source: str) -> T:
+    """``settings`` with the values of a nested dictionary in their place.
+
+    Args:
+        settings: an instance of a dataclass of settings.
+        tree: names and values, as YAML or JSON gives them; names that are missing keep the value they have.
+        source: where the tree comes from, for messages.
+
+    Raises:
+        ConfigurationError: for an unknown name or a value that does not fit; quotes both, and what would fit.
+    """
+    return _override(settings, tree, source, prefix="")
+
+
+def saved_settings(folder: Path, defaults: T) -> T:
+    """The settings that a run was started with.
+
+    Args:
+        folder: of the run.
+        defaults: values of the settings that did not exist yet when the run was started.
+
+    Raises:
+        ConfigurationError: if the folder holds no run, or its file does not fit.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
+            "Name a folder that a run has made."
+        )
+    return override(defaults, read_yaml(path), source=str(path))
+
+
+def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
+    """Refuse to resume with other settings.
+
+    Raises:
+        ConfigurationError: naming each setting that differs.
+    """
+    old, new = dict(_leaves(saved)), dict(_leaves(settings))
+    changes = [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
+    if changes:
+        raise ConfigurationError(
+            f"{folder} cannot be resumed with other settings than it was started with. "
+            f"Changed: {'; '.join(changes)}. Leave these options out, or start a new run with --run_dir."
+        )
+
+
+def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def _override(settings: Any, tree: Any, source: str, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigurationError(f"{source} sets {prefix.rstrip('.')} to {tree!r}; it must hold 'name: value' lines.")
+    annotations = typing.get_type_hints(type(settings))
+    known = [field.name for field in dataclasses.fields(settings)]
+    changes = {}
+    for name, value in tree.items():
+        if name not in known:
+            raise ConfigurationError(
+                f"{source} sets {prefix}{name}, which does not exist.{nearest(str(name), known)} "
+                f"Known there: {', '.join(known)}."
+            )
+        current = getattr(settings, name)
+        if dataclasses.is_dataclass(current):
+            changes[name] = _override(current, value, source, f"{prefix}{name}.")
+            continue
+        try:
+            changes[name] = _convert(value, annotations[name])
+        except _Misfit as misfit:
+            need, hint = misfit.args
+            raise ConfigurationError(f"{source} sets {prefix}{name} to {value!r}; it must be {need}.{hint}") from None
+    try:
+        return dataclasses.replace(settings, **changes)
+    except ValueError as error:  # "rounds is -1; it must be positive": the dataclass's own
+        raise ConfigurationError(f"{source}: {prefix}{error}.") from None
+
+
+class _Misfit(Exception):
+    """A value does not fit its annotation. Holds what would fit, and a sentence of help or nothing."""
+
+    def __init__(self, need: str, hint: str = "") -> None:
+        super().__init__(need, hint)
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _union(value, arguments)
+    if origin is Literal:
+        return _choice(value, arguments)
+    if origin is tuple:
+        return _tuple(value, arguments)
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise _Misfit("'name: value' lines")
+        return value
+    return _SCALARS[annotation](value)
+
+
+def _union(value: Any, members: tuple[Any, ...]) -> Any:
+    optional = types.NoneType in members
+    if optional and value in (None, "None"):  # as YAML spells it, and as the command line does
+        return None
+    misfits = []
+    for member in members:
+        if member is not types.NoneType:
+            try:
+                return _convert(value, member)
+            except _Misfit as misfit:
+                misfits.append(misfit)
+    needs = [misfit.args[0] for misfit in misfits] + ["null"] * optional
+    raise _Misfit(" or ".join(needs), misfits[0].args[1])
+
+
+def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool):  # what YAML takes a bare on, off, yes and no for
+        value = "on" if value else "off"
+    for choice in choices:
+        if str(choice) == str(value):
+            return choice
+    names = [str(choice) for choice in choices]
+    raise _Misfit(f"one of {', '.join(names)}", nearest(str(value), names))
+
+
+def _tuple(value: Any, members: tuple[Any, ...]) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if members[1:] == (...,):
+        members = members[:1] * len(items)
+    elif len(items) != len(members):
+        raise _Misfit(f"a list of {len(members)}")
+    return tuple(_convert(item, member) for item, member in zip(items, members, strict=True))
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Misfit("true or false")
+    return value
+
+
+def _int(value: Any) -> int:
+    number = _float(value, "a whole number")
+    if not number.is_integer():
+        raise _Misfit("a whole number")
+    try:
+        return int(value)  # not of the float, which holds 53 bits
+    except ValueError:  # "1e3"
+        return int(number)
+
+
+def _float(value: Any, need: str = "a number") -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)  # "1e-3" is text to YAML, which wants 1.0e-3
+    except (TypeError, ValueError, OverflowError):
+        raise _Misfit(need) from None
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Misfit("text", " Put it in quotes." if value is not None else "")
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_str(value))
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}

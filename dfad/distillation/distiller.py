@@ -146,13 +146,13 @@ class Distiller:
         started, start_round = time.perf_counter(), self.round_index
         with (
             stop_requests() as stop,
+            self.engine.running(),
             Recorder(folder, self.config.method.rounds, start_round) as recorder,
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
         ):
             self._restore_global_rng()
             self._run_rounds(recorder, folder, stop)
-            seconds = time.perf_counter() - started
-        result = self._result(seconds, self.round_index - start_round)
+            result = self._result(time.perf_counter() - started, self.round_index - start_round)
         if folder is not None:
             report.write(folder, self, recorder.history, result)
         return result

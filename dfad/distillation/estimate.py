@@ -76,6 +76,11 @@ def estimate(distiller: Distiller) -> Estimate:
     Args:
         distiller: one that is not to be fitted any more.
     """
+    with distiller.engine.running():
+        return _measured(distiller)
+
+
+def _measured(distiller: Distiller) -> Estimate:
     device = distiller.device
     with unchained(), FlopCounterMode(display=False) as flops:
         distiller.round()

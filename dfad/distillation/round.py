@@ -235,6 +235,7 @@ class Round:
             part.load_state_dict(state[name])
         for name, optimizer in self._optimizers().items():
             load_optimizer_state(optimizer, state[name])
+        self.engine.forget_graphs()
 
     def _stateful(self) -> dict[str, Any]:
         return {

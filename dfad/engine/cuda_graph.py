@@ -1,12 +1,19 @@
 """A round as one CUDA graph: launched whole, so that the host has nothing to do between its kernels."""
 
+import gc
+import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfad.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -14,50 +21,88 @@ WARM_UP_ROUNDS = 3
 """Rounds that run as they are before the capture, so that libraries have chosen their algorithms and optimizers have
 allocated their state. They count as rounds: nothing is computed twice or thrown away."""
 
+CHECKED_WITH = ("2.11", "2.13")
+"""Versions of PyTorch whose source was read for what a failed capture leaves behind (:func:`_release_pool`)."""
 
-class _LastOperation(TorchDispatchMode):
-    """Remembers which operation was called last, to name the one that a capture failed at."""
+Round = Callable[[], Mapping[str, Tensor]]
 
-    name = "nothing"
 
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.name = str(function)
-        return function(*args, **(kwargs or {}))
+class RoundGraphs:
+    """The graphs of rounds, each captured after its first few runs.
+
+    A round is held weakly: what owns it may own these graphs, and a cycle would be freed by the garbage collector at
+    any moment, also in the middle of a capture, which that breaks.
+
+    Args:
+        device: a CUDA device.
+        required: a round that cannot be captured is an error; else it runs as it is.
+    """
+
+    def __init__(self, device: torch.device, *, required: bool) -> None:
+        self.device = device
+        self.required = required
+        self.captures = 0
+        """How often a round was captured, forgotten ones included."""
+        self._rounds: dict[weakref.ref[Any], CapturedRound] = {}
+
+    def run(self, round_: Round, generators: Sequence[torch.Generator] = ()) -> Mapping[str, Tensor]:
+        """One round; what it returns is overwritten by the next.
+
+        Args:
+            round_: the same work on the same memory at each call, without waiting for the device; what changes from
+                round to round (noise, learning rates) is read from device memory and from the generators.
+            generators: of the random numbers that it draws, so that a replay draws the next ones.
+
+        Raises:
+            ConfigurationError: if it cannot be captured, where that is required.
+        """
+        key = weakref.WeakMethod(round_) if inspect.ismethod(round_) else weakref.ref(round_)
+        if key not in self._rounds:
+            self._rounds = {known: captured for known, captured in self._rounds.items() if known() is not None}
+            self._rounds[key] = CapturedRound(self.device, generators, required=self.required)
+        captured = self._rounds[key]
+        replays = captured.graph is not None
+        results = captured(round_)
+        self.captures += captured.graph is not None and not replays
+        if captured.refused and len(self._rounds) > 1:
+            self._rounds = {key: captured}  # the generators' states are new: other graphs would advance the old ones
+        return results
+
+    @property
+    def replaying(self) -> bool:
+        """Whether there is a graph."""
+        return any(captured.graph is not None for captured in self._rounds.values())
+
+    def forget(self) -> None:
+        """Drop all graphs, because the tensors that they read and write are replaced."""
+        if self.replaying:
+            torch.cuda.synchronize(self.device)
+        self._rounds = {}
 
 
 class CapturedRound:
     """Runs a round: the first few times as it is, then captured and replayed.
 
-    A round must be the same work on the same memory each time, without waiting for the device; what changes from
-    round to round (noise, learning rates) is read from device memory and from the registered generators.
-
     Args:
-        round_: the work; it returns scalars to be recorded, whose memory a replay writes again.
-        generators: of the random numbers that it draws, so that a replay draws the next ones.
         device: a CUDA device.
+        generators: of the random numbers that the round draws.
+        required: as for :class:`RoundGraphs`.
     """
 
-    def __init__(
-        self,
-        round_: Callable[[], Mapping[str, Tensor]],
-        generators: Sequence[torch.Generator],
-        device: torch.device,
-    ) -> None:
-        self.round = round_
-        self.generators = generators
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator], *, required: bool) -> None:
         self.device = device
+        self.generators = generators
+        self.required = required
         self.stream = torch.cuda.Stream(device)
         self.rounds_run = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.results: Mapping[str, Tensor] = {}
         self.refused = False
 
-    def __call__(self) -> Mapping[str, Tensor]:
+    def __call__(self, round_: Round) -> Mapping[str, Tensor]:
         """One round; what it returns is overwritten by the next."""
         if self.graph is None and not self.refused and self.rounds_run >= WARM_UP_ROUNDS:
-            self._capture()
+            self._capture(round_)
         if self.graph is not None:
             self.graph.replay()
             return self.results
@@ -65,26 +110,85 @@ class CapturedRound:
         # on the stream of the capture to come: libraries hold workspaces per stream
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            results = self.round()
+            results = round_()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return results
 
-    def _capture(self) -> None:
-        states = [generator.get_state() for generator in self.generators]
+    def _capture(self, round_: Round) -> None:
+        index = self.stream.device.index
+        generators = [*self.generators, torch.cuda.default_generators[index]]
+        states = [generator.get_state() for generator in generators]
+        previous = torch.cuda.current_stream(self.device)
+        pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        operation = _LastOperation()
         try:
-            with torch.cuda.graph(graph, stream=self.stream), operation:
-                self.results = self.round()
+            with _no_garbage(), torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                self.results = round_()
         except RuntimeError as error:
             self.refused = True
-            reason = str(error).strip().partition("\n")[0]
-            log.warning("Without a CUDA graph: %s cannot be captured (%s).", operation.name, reason)
+            # a broken capture cannot be ended, which is a second error and not the reason
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            reason = _reason(cause)
+            torch.cuda.set_stream(previous)  # a capture that cannot be ended leaves its own
             torch.cuda.synchronize(self.device)
-            for generator, state in zip(self.generators, states, strict=True):
+            graph.reset()
+            _release_pool(index, pool)
+            for generator, state in zip(generators, states, strict=True):
+                # the state that was registered may believe for ever that it is being captured
+                generator.graphsafe_set_state(generator.clone_state())
                 generator.set_state(state)
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            if self.required:
+                raise ConfigurationError(
+                    f"engine.cuda_graph is on, but the round cannot be captured: {reason}. Leave it on auto, or switch "
+                    "it off."
+                ) from cause
+            log.warning("Without a CUDA graph: the round cannot be captured: %s.", reason)
         else:
             self.graph = graph
             log.info("The round is captured as a CUDA graph.")
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """The garbage collector runs now, and not in the block: tensors and graphs that it frees would break a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _release_pool(index: int, pool: Any) -> None:
+    """End and release the memory pool of a capture that failed.
+
+    Where PyTorch could end the capture it has done both. Otherwise the allocator would go on as if it lasted: it would
+    look for the pool at every allocation, and keep back whatever waits for another stream. There is no public way.
+    """
+    end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    if end is None or release is None:
+        log.info("PyTorch %s does not let the memory of a failed capture be released.", torch.__version__)
+        return
+    try:
+        end(index, pool)
+    except RuntimeError:  # it was ended, and graph.reset() has released it
+        return
+    release(index, pool)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What was refused, and the line of the caller's code that asked for it."""
+    words = str(error).strip().partition("\n")[0].rstrip(".")
+    inside = Path(torch.__file__).parent
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if inside not in Path(frame.filename).parents
+    ]
+    if not frames or not frames[-1].line:
+        return words
+    return f"`{frames[-1].line}` in {frames[-1].name}, {Path(frames[-1].filename).name}: {words}"

@@ -4,18 +4,19 @@ The trainer says what happens in a round; nothing of how it runs is known there,
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dfad.config import EngineConfig, OptimizerConfig, Switch
-from dfad.engine.cuda_graph import CapturedRound
+from dfad.engine.cuda_graph import RoundGraphs
 from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
-from dfad.engine.keep_memory import keep_freed_memory
+from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
+from dfad.engine.precision import autocast, choose_precision, dtype_of, tf32
 from dfad.errors import ConfigurationError
 from dfad_kernels.cpu.convolution_chain import has_tiles
 
@@ -48,7 +49,7 @@ class Engine:
         self.optimizer_backend = optimizer_backend
         if optimizer_backend == "apex":
             require_apex(device)
-        self.precision = self._choose_precision()
+        self.precision = choose_precision(config.precision, device, fused=fused)
         self.channels_last = self._admit("channels_last", config.channels_last)
         self.fused_optimizers = self._admit("fused_optimizers", config.fused_optimizers)
         self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
@@ -62,12 +63,7 @@ class Engine:
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
-        self._captured: CapturedRound | None = None
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = fused  # shapes never change
-            if self.precision == "tf32":
-                torch.backends.cuda.matmul.fp32_precision = "tf32"
-                torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        self.graphs = RoundGraphs(device, required=config.cuda_graph == "on") if self.cuda_graph else None
 
     def _admit(self, name: str, switch: Switch, check: Callable[[], None] = lambda: None) -> bool:
         if switch == "off" or (switch == "auto" and not self.fused):
@@ -100,7 +96,7 @@ class Engine:
     def _check_keep_memory(self) -> None:
         if self.device.type != "cpu":
             raise Unavailable(f"PyTorch keeps the memory of {self.device} itself")
-        if not keep_freed_memory():
+        if not has_mallopt():
             raise Unavailable("the C library has no mallopt")
 
     def _check_cuda_graph(self) -> None:
@@ -111,32 +107,31 @@ class Engine:
         if not self.fused_optimizers:
             raise Unavailable("engine.fused_optimizers is off, and a graph would fix the learning rate")
 
-    def _choose_precision(self) -> str:
-        chosen = self.config.precision
-        if chosen == "auto":
-            if not self.fused:
-                return "float32"
-            if has_bfloat16(self.device):
-                return "bfloat16"
-            log.info("Without bfloat16: %s does not compute it in hardware; float32.", self.device)
-            return "float32"
-        if chosen in ("float16", "tf32") and self.device.type == "cpu":
-            raise ConfigurationError(
-                f"engine.precision is {chosen}, which a CPU does not compute in hardware. Use bfloat16 or float32 "
-                "there, or --device cuda."
-            )
-        return chosen
-
     @property
     def dtype(self) -> torch.dtype:
         """Of convolutions and matrix products."""
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision, torch.float32)
+        return dtype_of(self.precision)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the networks' forward passes."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return autocast(self.precision, self.device)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What a run changes in the process: cuDNN's choice of algorithms, TF32, memory that is kept.
+
+        All of it is put back at the end, and the graphs of rounds are dropped.
+        """
+        with ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+                torch.backends.cudnn.benchmark = self.fused  # shapes never change
+            if self.precision == "tf32":
+                stack.enter_context(tf32(self.device))
+            if self.keep_memory:
+                stack.enter_context(keep_memory())
+            stack.callback(self.forget_graphs)
+            yield
 
     def place(self, network: nn.Module) -> nn.Module:
         """A network on the device, in the engine's memory format, compiled where that is asked for."""
@@ -155,7 +150,7 @@ class Engine:
         """An optimizer over parameters that are on the device."""
         if self.optimizer_backend == "apex":
             return apex_optimizer(config, parameters)
-        return torch_optimizer(config, parameters, self.device, fused=self.fused_optimizers)
+        return torch_optimizer(config, parameters, self.device, fused=self.fused_optimizers, capturable=self.cuda_graph)
 
     def run(
         self, round_: Callable[[], Mapping[str, Tensor]], generators: Sequence[torch.Generator] = ()
@@ -166,11 +161,17 @@ class Engine:
             round_: work that does not wait for the device.
             generators: of the random numbers that it draws.
         """
-        if not self.cuda_graph:
-            return round_()
-        if self._captured is None:
-            self._captured = CapturedRound(round_, generators, self.device)
-        return self._captured()
+        return round_() if self.graphs is None else self.graphs.run(round_, generators)
+
+    @property
+    def captured(self) -> bool:
+        """Whether rounds were replayed as a CUDA graph, which every figure of a GPU is recorded with."""
+        return self.graphs is not None and self.graphs.captures > 0
+
+    def forget_graphs(self) -> None:
+        """Capture anew: needed whenever a tensor of a round is replaced by another, as when a state is loaded."""
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of an optimizer down the gradient of a loss."""
@@ -200,10 +201,3 @@ def choose_device(name: str) -> torch.device:
             "Use --device auto or cpu."
         )
     return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported()

@@ -1,18 +1,50 @@
-"""The memory of tensors on a CPU, which is the C library's."""
+"""Memory that one round frees, kept by the C library for the next one; on a CPU."""
 
 import ctypes
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 LARGEST = (1 << 31) - 1
 
+AFTERWARDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+"""Bytes. glibc raises its thresholds to these at most by itself, as it meets large blocks, until one is set."""
 
-def keep_freed_memory() -> bool:
-    """Let this process keep what tensors let go of, for the tensors of the next round.
 
-    Otherwise the system takes large blocks back, and clears them page by page when they are touched the next time.
+def has_mallopt() -> bool:
+    """Whether the C library lets its thresholds be set (glibc)."""
+    return hasattr(_libc(), "mallopt")
 
-    Returns:
-        Whether the C library can (glibc's ``mallopt``).
+
+@contextmanager
+def keep_memory() -> Iterator[None]:
+    """Let this process keep the memory of freed tensors, for the tensors of the next round.
+
+    Otherwise the system takes large blocks back, and clears them page by page when they are used again.
+
+    Afterwards what is free goes back to the system, and the thresholds are those that glibc's own adjustment reaches in
+    a process with large tensors. The adjustment itself stays off: glibc has no call that turns it on again, and none
+    that reads the thresholds.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(what, LARGEST) for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    kept = {parameter: _set(parameter, LARGEST) for parameter in AFTERWARDS}
+    if not all(kept.values()):
+        log.info("Without engine.keep_memory: the C library refuses to keep blocks of any size.")
+    try:
+        yield
+    finally:
+        for parameter, value in AFTERWARDS.items():
+            _set(parameter, value)
+        _libc().malloc_trim(0)
+
+
+def _set(parameter: int, value: int) -> bool:
+    return bool(_libc().mallopt(parameter, value))
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None)

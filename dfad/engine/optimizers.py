@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from dfad.config import OptimizerConfig
 from dfad.errors import ConfigurationError
 
+EXECUTION = ("fused", "foreach", "capturable")
+"""Options of an optimizer's groups that say how a step is computed, not what."""
+
 
 def torch_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], device: torch.device, *, fused: bool
+    config: OptimizerConfig,
+    parameters: Iterable[nn.Parameter],
+    device: torch.device,
+    *,
+    fused: bool,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """PyTorch's optimizer of a configuration.
 
@@ -21,13 +29,27 @@ def torch_optimizer(
         parameters: what it moves, on the device.
         device: where its learning rate lives if it is fused: a number would be baked into a captured graph.
         fused: one kernel per step.
+        capturable: a step may be part of a CUDA graph, which Adam's otherwise refuses.
     """
     options: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": fused}
     options["lr"] = torch.tensor(config.lr, device=device) if fused else config.lr
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        return with_momentum(torch.optim.SGD(parameters, momentum=config.momentum, **options))
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=config.betas, **options)
+    return kind(parameters, betas=config.betas, capturable=capturable, **options)
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """SGD whose momentum is zero before the first step, which is the same as none.
+
+    The fused kernel leaves fresh memory as it is in a first step that a loss scaler skips, and goes on from there.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] and group["fused"]:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def apex_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -90,8 +112,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a checkpoint's state; the learning rates stay the tensors that they are, on their device."""
+    """Load a checkpoint's state; how a step is computed stays as it was built for this device.
+
+    The learning rates stay the tensors that they are; step counts go where ``fused`` and ``capturable`` want them, even
+    if the checkpoint was written on another device.
+    """
+    own = [{key: group[key] for key in EXECUTION if key in group} for group in optimizer.param_groups]
     rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    groups = [{**saved, **kept} for saved, kept in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -63,6 +63,7 @@ def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
 
     with (
         stop_requests() as stop,
+        trainer.engine.running(),
         Recorder(folder, epochs, trainer.epoch, task="Training the teacher", unit="epoch") as recorder,
     ):
         while trainer.epoch < epochs:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dfad.data import Dataset, batch_source, shuffled
 from dfad.data.evaluation import predict
 from dfad.engine import Engine, choose_device
-from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
+from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with_momentum
 from dfad.errors import ConfigurationError, DivergenceError, ModelError
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
@@ -80,7 +80,7 @@ class SupervisedTrainer:
             group["lr"] = torch.tensor(self.recipe.lr, device=self.device)
         momentum = self.recipe.momentum
         fused = self.engine.fused_optimizers
-        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        return with_momentum(torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused))
 
     def step(self) -> Mapping[str, Tensor]:
         """One step on the batch at hand."""
@@ -146,6 +146,7 @@ class SupervisedTrainer:
             self.average.load_state_dict(state["average"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.engine.scaler.load_state_dict(state["scaler"])
+        self.engine.forget_graphs()
 
     def manifest(self, accuracy: float) -> dict[str, Any]:
         """What is known about the network that :attr:`result` is."""

@@ -1,0 +1,68 @@
+"""The precision of convolutions and matrix products."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from dfad.config import Precision
+from dfad.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+
+def choose_precision(wanted: Precision, device: torch.device, *, fused: bool) -> Precision:
+    """The precision that is used; ``auto`` is bfloat16 where the hardware has it and ``fused`` is on, else float32.
+
+    Raises:
+        ConfigurationError: if the device does not compute it.
+    """
+    if wanted == "auto":
+        if not fused:
+            return "float32"
+        if has_bfloat16(device):
+            return "bfloat16"
+        log.info("Without bfloat16: %s does not compute it in hardware; float32.", device)
+        return "float32"
+    if wanted in ("float16", "tf32") and device.type == "cpu":
+        raise ConfigurationError(
+            f"engine.precision is {wanted}, which a CPU does not compute in hardware. Use bfloat16 or float32 "
+            "there, or --device cuda."
+        )
+    return wanted
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """What convolutions and matrix products are given."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Forward passes in a precision."""
+    dtype = dtype_of(precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """On a GPU, products of float32 are of TF32 for the length of the block."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    if device.type != "cuda":
+        yield
+        return
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -16,7 +17,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from dfad.errors import ConfigurationError, DfadError, nearest
-from dfad.runs.settings import override, read_yaml, require_unchanged, saved_settings, to_yaml
+from dfad.runs.folder import check_folder
+from dfad.runs.settings import override, read_yaml, saved_settings, to_yaml
 
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag that asks for something once, so that its negation has no meaning."""
@@ -75,6 +77,19 @@ class Command:
     overwrite: Action = False
     """Replace a run that the run's folder already holds."""
 
+    def folder(self, prefix: str = "") -> Path:
+        """Where the run is written to, checked before anything expensive is done for it.
+
+        Raises:
+            RunFolderError: if the folder does not admit the run.
+            ConfigurationError: if the run to be resumed was started with other settings.
+        """
+        named = Path("runs") / time.strftime(f"{prefix}{self.preset}-%Y%m%d-%H%M%S")
+        folder = self.resume or self.run_dir or named
+        settings = self.settings  # type: ignore[attr-defined]
+        check_folder(folder, settings, resume=self.resume is not None, overwrite=self.overwrite)
+        return folder
+
 
 CommandT = TypeVar("CommandT", bound=Command)
 T = TypeVar("T")
@@ -89,8 +104,8 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         arguments: the command line; by default the process's.
 
     Raises:
-        ConfigurationError: for an unknown preset, an unreadable file, settings that differ from a resumed run's, or
-            flags that exclude one another.
+        ConfigurationError: for an unknown preset, an unreadable file, a folder that holds no run to resume, or flags
+            that exclude one another.
         SystemExit: with code 2, from tyro and with its message, for an unknown option or a value that does not fit;
             with code 0 after ``--help`` and ``--print_config``.
     """
@@ -114,8 +129,6 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
     prepared = dataclasses.replace(default, preset=preset, settings=settings)  # type: ignore[call-arg]
     command = parse_flags(type(default), arguments, prepared)
-    if saved is not None:
-        require_unchanged(Path(chosen.resume), saved, command.settings)  # type: ignore[attr-defined]
     if command.resume and (command.run_dir or command.overwrite):
         raise ConfigurationError(
             f"--resume {command.resume} continues a run in its own folder. Leave out --run_dir and --overwrite, which "

@@ -4,14 +4,12 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
 
 from dfad import cli
-from dfad.runs.recorder import check_folder
 from dfad.supervised.recipes import RECIPES, Recipe
 from dfad.supervised.teaching import MODEL_FILE, teach
 from dfad.terminal import configure_logging
@@ -35,11 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = cli.parse(Teach(preset="digits"), RECIPES, arguments)
     configure_logging()
     recipe = command.settings
-    if command.resume:
-        run_dir = command.resume
-    else:
-        run_dir = command.run_dir or Path("runs") / time.strftime(f"teacher-{command.preset}-%Y%m%d-%H%M%S")
-        check_folder(run_dir, overwrite=command.overwrite)  # before data are read for nothing
+    run_dir = command.folder("teacher-")
     started = time.perf_counter()
     trainer, accuracy = teach(recipe, run_dir, resume=command.resume is not None, overwrite=command.overwrite)
 

@@ -2,10 +2,8 @@
 
 import copy
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -20,7 +18,6 @@ from dfad.distillation.estimate import Estimate, estimate
 from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.presets import PRESETS, TrainConfig
-from dfad.runs.recorder import check_folder
 from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
@@ -49,11 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = cli.parse(Train(), PRESETS, arguments)
     configure_logging()
     config = command.settings
-    if command.resume:
-        run_dir = command.resume
-    else:
-        run_dir = command.run_dir or Path("runs") / time.strftime(f"{command.preset}-%Y%m%d-%H%M%S")
-        check_folder(run_dir, overwrite=command.overwrite)  # before a teacher is trained for nothing
+    run_dir = command.folder()
     device = choose_device(config.device)
     teacher = load_teacher(config.teacher)
     student = build_student(config)

@@ -20,8 +20,12 @@ class Example(cli.Command):
     settings: Annotated[DistillConfig, cli.Settings] = DistillConfig()
 
 
+def command(*arguments: object) -> Example:
+    return cli.parse(Example(preset="plain"), PRESETS, [str(argument) for argument in arguments])
+
+
 def parse(*arguments: object) -> DistillConfig:
-    return cli.parse(Example(preset="plain"), PRESETS, [str(argument) for argument in arguments]).settings
+    return command(*arguments).settings
 
 
 def write(path: Path, text: str) -> Path:
@@ -122,8 +126,11 @@ def test_a_resumed_run_takes_its_saved_settings_and_no_others(tmp_path):
     (tmp_path / SETTINGS_FILE).write_text(to_yaml(saved))
     assert parse("--resume", tmp_path) == saved
     assert parse("--resume", tmp_path, "--seed", 5) == saved
+    assert command("--resume", tmp_path).folder() == tmp_path
     with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 6; method\.rounds 3 → 4"):
-        parse("--resume", tmp_path, "--seed", 6, "--method.rounds", 4)
+        command("--resume", tmp_path, "--seed", 6, "--method.rounds", 4).folder()
+    with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 1; method\.rounds 3 → 7"):
+        command("--resume", tmp_path, "--preset", "short").folder()
     with pytest.raises(ConfigurationError, match="holds no config.yaml"):
         parse("--resume", tmp_path / "elsewhere")
 

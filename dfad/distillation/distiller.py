@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
-from dfad.errors import ConfigurationError, DivergenceError, Interrupted, RunFolderError
+from dfad.errors import ConfigurationError, DivergenceError, RunFolderError
 from dfad.models.probing import as_outputs, image_shape_of
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
-from dfad.runs.interruption import StopRequest, stop_requests
-from dfad.runs.recorder import MetricBuffer, Recorder, create_folder
-from dfad.runs.settings import require_unchanged, saved_settings, to_yaml
+from dfad.runs.folder import open_folder
+from dfad.runs.loop import run_loop
+from dfad.runs.recorder import MetricBuffer
+from dfad.runs.report import Samples
 from dfad.seeds import stream_seed
 from dfad_kernels import kernel_name
 
@@ -137,54 +138,68 @@ class Distiller:
             RunFolderError: if the folder does not admit this run.
         """
         folder = Path(run_dir) if run_dir is not None else None
-        if resume:
-            if folder is None:
-                raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
-            self._restore(folder)
-        elif folder is not None:
-            create_folder(folder, to_yaml(self.config), overwrite=overwrite)
+        if folder is None and resume:
+            raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
+        if folder is not None:
+            state = open_folder(folder, self.config, resume=resume, overwrite=overwrite)
+            if state is not None:
+                self.load_state_dict(state)
         started, start_round = time.perf_counter(), self.round_index
         with (
-            stop_requests() as stop,
             self.engine.running(),
-            Recorder(folder, self.config.method.rounds, start_round) as recorder,
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
         ):
             self._restore_global_rng()
-            self._run_rounds(recorder, folder, stop)
+            history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - start_round)
         if folder is not None:
-            report.write(folder, self, recorder.history, result)
+            self._report(folder, history, result)
         return result
 
-    def _run_rounds(self, recorder: Recorder, folder: Path | None, stop: StopRequest) -> None:
-        config, rounds = self.config, self.config.method.rounds
+    def _run_rounds(self, folder: Path | None) -> list[dict[str, float]]:
+        log_every, select_every = self.config.recording.log_every, self.config.selection.every
         buffer = MetricBuffer()
+        with run_loop(
+            folder,
+            self.config.method.rounds,
+            lambda: self.round_index,
+            self.state_dict,
+            self.config.recording.checkpoint_every,
+        ) as loop:
+            for _ in loop:
+                buffer.add(self.run_round())
+                if self.bank.is_due(self.round_index):
+                    self._extend_bank()
+                if loop.saving or loop.due(log_every) or loop.due(select_every):
+                    metrics = self._read(buffer, folder)
+                    if loop.due(select_every):
+                        metrics |= self._select()
+                    loop.record(metrics)
+        return loop.history
 
-        def due(every: int) -> bool:
-            return self.round_index % every == 0 or self.round_index == rounds
+    def _report(self, folder: Path, history: Sequence[Mapping[str, float]], result: Result) -> None:
+        report.write_networks(
+            folder,
+            self.config,
+            self.image_shape,
+            self.normalisation,
+            student=self.student.state_dict(),
+            best=self.best,
+            generator=self.generator.state_dict(),
+            rounds=self.round_index,
+        )
+        report.write_result(folder, asdict(result))
+        report.write_pictures(folder, self.samples(report.SAMPLES), self.normalisation, history)
 
-        while self.round_index < rounds:
-            buffer.add(self.run_round())
-            if self.bank.is_due(self.round_index):
-                self._extend_bank()
-            stopping = (
-                stop.requested
-            )  # read once: a signal may come at any moment, and must find its checkpoint written
-            saving = folder is not None and (due(config.recording.checkpoint_every) or stopping)
-            if saving or due(config.recording.log_every) or due(config.selection.every):
-                metrics = self._read(buffer, folder)
-                if due(config.selection.every):
-                    metrics |= self._select()
-                recorder.write(self.round_index, metrics)
-            if saving:
-                assert folder is not None
-                checkpoint.save(folder, self.state_dict())
-            if stopping:
-                where = (
-                    f" Continue with --resume {folder}." if folder else " Nothing was written: no run_dir was given."
-                )
-                raise Interrupted(f"Stopped after round {self.round_index} of {rounds}.{where}", stop.signal_number)
+    @torch.no_grad()
+    def samples(self, count: int) -> Samples:
+        """Generated images and what the teacher takes them for; the same noise each time."""
+        stream = torch.Generator(self.device).manual_seed(stream_seed(self.config.seed, "samples"))
+        noise = torch.randn(count, self.config.generator.noise_dim, generator=stream, device=self.device)
+        with self.engine.autocast(), statistics_kept(self.generator):
+            images = self.generator(noise)
+            confidences, labels = self.teacher(images).logits.float().softmax(dim=1).max(dim=1)
+        return Samples(images.float().cpu(), labels.cpu(), confidences.cpu())
 
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
         # a loss is of the weights before its step; a checkpoint holds those after
@@ -262,14 +277,6 @@ class Distiller:
 
     def _stateful(self) -> dict[str, Any]:
         return {"bank": self.bank, "collapse_guard": self.collapse_guard}
-
-    def _restore(self, folder: Path) -> None:
-        require_unchanged(folder, saved_settings(folder, type(self.config)()), self.config)
-        state = checkpoint.load(folder)
-        if state is None:
-            log.warning("%s was stopped before its first checkpoint; it starts from the beginning.", folder)
-        else:
-            self.load_state_dict(state)
 
     def _restore_global_rng(self) -> None:
         # a student's own dropout draws from PyTorch's global streams

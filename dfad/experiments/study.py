@@ -20,8 +20,9 @@ from dfad.engine import choose_device
 from dfad.experiments.comparisons import REAL_DATA, Beats, Claim, Comparison, Reaches
 from dfad.files import write_atomically
 from dfad.presets import TrainConfig
+from dfad.runs.folder import check_folder
 from dfad.runs.recorder import METRICS
-from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_tree
+from dfad.runs.settings import SETTINGS_FILE, to_tree
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.teaching import teach
 from dfad.terminal import configure_logging
@@ -75,8 +76,7 @@ def run_once(run: Run) -> dict[str, Any]:
     """A run's result and curve: begun, continued or only read, whatever its folder holds."""
     started = (run.folder / SETTINGS_FILE).exists()
     if started:
-        saved = saved_settings(run.folder, type(run.settings)())
-        require_unchanged(run.folder, saved, run.settings)
+        check_folder(run.folder, run.settings, resume=True)
     if not (run.folder / RESULT_FILE).exists():
         log.info("%s, seed %d", run.arm, run.settings.seed)
         if isinstance(run.settings, Recipe):

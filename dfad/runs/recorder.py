@@ -1,9 +1,7 @@
-"""A run's folder and what is written into it while the run goes on."""
+"""The records that a run writes while it goes on."""
 
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,71 +12,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dfad.errors import RunFolderError
 from dfad.files import write_atomically
-from dfad.runs.settings import SETTINGS_FILE
 from dfad.terminal import console
 
 log = logging.getLogger(__name__)
 
 METRICS, EVENTS = "metrics.jsonl", "tensorboard"
-RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", METRICS, "result.json")
-"""What a run writes beside its settings and events."""
 
 Metrics = Mapping[str, float]
-
-
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that a new run must not be written to.
-
-    Args:
-        folder: where; it may exist if it is empty.
-        overwrite: admit one that holds a run. One that holds other things is never admitted.
-
-    Raises:
-        RunFolderError: if it holds a run or other files, or cannot be written to.
-    """
-    # os.path, because Path.exists raises where the parent may not be read
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir():
-        raise RunFolderError(f"{existing} is a file; a run needs a folder. Choose another --run_dir.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RunFolderError(f"There is no permission to write to {existing}. Choose another --run_dir.")
-    if (folder / SETTINGS_FILE).exists():
-        if not overwrite:
-            raise RunFolderError(
-                f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
-                "or choose another --run_dir."
-            )
-    # a run that was killed in its first moment leaves an unfinished settings file
-    elif folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-        raise RunFolderError(f"{folder} holds other files than a run's. Choose an empty --run_dir.")
-
-
-def create_folder(folder: Path, settings: str, *, overwrite: bool) -> None:
-    """Make a run's folder, empty of an earlier run; see :func:`check_folder`.
-
-    Args:
-        folder: where.
-        settings: what the run is started with, as YAML; written last, since it makes the folder a run's.
-        overwrite: admit a folder that holds a run.
-
-    Raises:
-        RunFolderError: if the folder is refused or cannot be made.
-    """
-    check_folder(folder, overwrite=overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # what a user has put beside the run's own files stays
-        for pattern in RUN_FILES:
-            for path in folder.glob(pattern):
-                path.unlink()
-        shutil.rmtree(folder / EVENTS, ignore_errors=True)
-        write_atomically(folder / SETTINGS_FILE, lambda file: file.write(settings.encode()))
-    except OSError as error:
-        raise RunFolderError(
-            f"{folder} cannot be made a run's folder: {error.strerror}. Choose another --run_dir."
-        ) from None
 
 
 class MetricBuffer:

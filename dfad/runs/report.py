@@ -4,60 +4,95 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dfad.config import DistillConfig
 from dfad.files import write_atomically
 from dfad.models.model_file import save_model
-from dfad.modes import statistics_kept
-from dfad.seeds import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from dfad.distillation.distiller import Distiller, Result
 
 SAMPLES = 32
 """Images in ``samples.png``."""
 
 PNG_DPI = 110
 
+Normalisation = tuple[Sequence[float], Sequence[float]]
 
-def write(folder: Path, distiller: Distiller, history: Sequence[dict[str, float]], result: Result) -> None:
-    """Write ``student.safetensors``, ``student_best.safetensors``, ``generator.safetensors``, ``result.json``,
-    ``samples.png`` and ``curves.png``.
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images and what the teacher takes them for, on the CPU."""
+
+    images: Tensor
+    """``(B, channels, height, width)`` as the teacher takes them."""
+    labels: Tensor
+    """``(B,)``."""
+    confidences: Tensor
+    """Probability of each label, ``(B,)``."""
+
+
+def write_networks(
+    folder: Path,
+    config: DistillConfig,
+    image_shape: tuple[int, int, int],
+    normalisation: Normalisation,
+    *,
+    student: Mapping[str, Tensor],
+    best: Mapping[str, Any],
+    generator: Mapping[str, Tensor],
+    rounds: int,
+) -> None:
+    """Write ``student.safetensors``, ``student_best.safetensors`` and ``generator.safetensors``.
 
     Args:
-        folder: the run's.
-        distiller: after its last round.
-        history: the records of ``metrics.jsonl``.
-        result: written as JSON.
+        folder: of the run.
+        config: of the distillation.
+        image_shape: ``(channels, height, width)`` of the generated images.
+        normalisation: mean and standard deviation per channel of the images that the student takes.
+        student: weights after the last round.
+        best: ``round``, ``agreement`` and weights (``state``) of the best student; empty where none was chosen.
+        generator: weights after the last round.
+        rounds: how many were run.
     """
-    config = distiller.config
-    mean, std = distiller.normalisation
-    description = {"image_shape": list(distiller.image_shape), "mean": list(mean), "std": list(std)}
-    architecture = {
-        "factory": config.student.factory,
-        "kwargs": config.student.kwargs,
-        "taps": config.student.taps,
-    }
-    student = {"architecture": architecture, **description}
-    save_model(folder / "student.safetensors", distiller.student.state_dict(), {**student, "round": result.rounds})
-    if distiller.best:
-        best = {**student, "round": result.best_round, "agreement": result.best_agreement}
-        save_model(folder / "student_best.safetensors", distiller.best["state"], best)
-    generator = {
-        "factory": "dfad.models.generator:Generator",
-        "kwargs": {"image_shape": list(distiller.image_shape), **dataclasses.asdict(config.generator)},
-    }
-    save_model(folder / "generator.safetensors", distiller.generator.state_dict(), {"architecture": generator})
-    text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
+    mean, std = normalisation
+    architecture = {"factory": config.student.factory, "kwargs": config.student.kwargs, "taps": config.student.taps}
+    of_student = {"architecture": architecture, "image_shape": image_shape, "mean": list(mean), "std": list(std)}
+    save_model(folder / "student.safetensors", student, {**of_student, "round": rounds})
+    if best:
+        chosen = {"round": best["round"], "agreement": best["agreement"]}
+        save_model(folder / "student_best.safetensors", best["state"], {**of_student, **chosen})
+    kwargs = {"image_shape": image_shape, **dataclasses.asdict(config.generator)}
+    of_generator = {"factory": "dfad.models.generator:Generator", "kwargs": kwargs}
+    save_model(folder / "generator.safetensors", generator, {"architecture": of_generator})
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``."""
+    text = json.dumps(result, indent=2) + "\n"
     write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
-    save(samples_figure(distiller), folder / "samples.png")
+
+
+def write_pictures(
+    folder: Path, samples: Samples, normalisation: Normalisation, history: Sequence[Mapping[str, float]]
+) -> None:
+    """Write ``samples.png`` and ``curves.png``.
+
+    Args:
+        folder: of the run.
+        samples: for ``samples.png``.
+        normalisation: mean and standard deviation per channel, to undo; empty where they are not known.
+        history: the records of ``metrics.jsonl``.
+    """
+    save(samples_figure(samples, normalisation), folder / "samples.png")
     save(curves_figure(history), folder / "curves.png")
 
 
@@ -73,22 +108,18 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
 
 
-def samples_figure(distiller: Distiller) -> Figure:
+def samples_figure(samples: Samples, normalisation: Normalisation) -> Figure:
     """Generated images, each titled with the teacher's label and its confidence."""
-    with torch.no_grad(), distiller.engine.autocast(), statistics_kept(distiller.generator):
-        noise_stream = torch.Generator(distiller.device).manual_seed(stream_seed(distiller.config.seed, "samples"))
-        noise = torch.randn(
-            SAMPLES, distiller.config.generator.noise_dim, generator=noise_stream, device=distiller.device
-        )
-        images = distiller.generator(noise)
-        confidences, labels = distiller.teacher(images).logits.float().softmax(dim=1).max(dim=1)
-    pixels = to_pixels(images.float().cpu(), *distiller.normalisation)
+    pixels = to_pixels(samples.images, *normalisation)
     columns = 8
-    figure = _figure(columns * 1.05, SAMPLES / columns * 1.25)
-    grid: Any = figure.subplots(SAMPLES // columns, columns)
-    for axes, image, label, confidence in zip(grid.flat, pixels, labels.tolist(), confidences.tolist(), strict=True):
+    rows = math.ceil(len(pixels) / columns)
+    figure = _figure(columns * 1.05, rows * 1.25)
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    titles = zip(samples.labels.tolist(), samples.confidences.tolist(), strict=True)
+    for axes, image, (label, confidence) in zip(grid.flat, pixels, titles, strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(f"{label}  {confidence:.0%}", fontsize=8)
+    for axes in grid.flat:
         axes.axis("off")
     return figure
 
@@ -111,7 +142,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> An
     return (pixels.permute(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels.mean(dim=1)).numpy()
 
 
-def curves_figure(history: Sequence[dict[str, float]]) -> Figure:
+def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """Losses, how the student agrees with the teacher, and how the generated images are, over the rounds."""
     panels = {
         "Losses": ("student_loss", "generator_loss"),

@@ -4,12 +4,9 @@ import logging
 from pathlib import Path
 
 from dfad.data import open_dataset
-from dfad.errors import Interrupted
 from dfad.models.model_file import save_model
-from dfad.runs import checkpoint
-from dfad.runs.interruption import stop_requests
-from dfad.runs.recorder import Recorder, create_folder
-from dfad.runs.settings import to_yaml
+from dfad.runs.folder import open_folder
+from dfad.runs.loop import run_loop
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.trainer import SupervisedTrainer
 
@@ -34,9 +31,8 @@ def teach(
         Interrupted: as :func:`train`, and whatever else that raises.
     """
     trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
-    if not resume:
-        create_folder(run_dir, to_yaml(recipe), overwrite=overwrite)
-    elif (state := checkpoint.load(run_dir)) is not None:
+    state = open_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
+    if state is not None:
         trainer.load_state_dict(state)
     accuracy = train(trainer, run_dir)
     save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
@@ -54,27 +50,22 @@ def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
         Interrupted: after SIGINT or SIGTERM, when the checkpoint of the epoch is written.
         DivergenceError: if the loss becomes NaN or infinite.
     """
-    recipe = trainer.recipe
-    epochs = recipe.epochs
-    accuracy = None
-
-    def due(every: int) -> bool:
-        return trainer.epoch % every == 0 or trainer.epoch == epochs
-
+    recipe, accuracy = trainer.recipe, None
     with (
-        stop_requests() as stop,
         trainer.engine.running(),
-        Recorder(folder, epochs, trainer.epoch, task="Training the teacher", unit="epoch") as recorder,
+        run_loop(
+            folder,
+            recipe.epochs,
+            lambda: trainer.epoch,
+            trainer.state_dict,
+            recipe.checkpoint_every,
+            task="Training the teacher",
+            unit="epoch",
+        ) as loop,
     ):
-        while trainer.epoch < epochs:
+        for _ in loop:
             metrics = {"loss": trainer.train_epoch()}
-            if due(recipe.evaluate_every):
+            if loop.due(recipe.evaluate_every):
                 metrics["accuracy"] = accuracy = trainer.accuracy()
-            recorder.write(trainer.epoch, metrics)
-            stopping = stop.requested  # read once: a signal may come at any moment, and must find its checkpoint
-            if folder is not None and (due(recipe.checkpoint_every) or stopping):
-                checkpoint.save(folder, trainer.state_dict())
-            if stopping:
-                where = f" Continue with --resume {folder}." if folder else ""
-                raise Interrupted(f"Stopped after epoch {trainer.epoch} of {epochs}.{where}", stop.signal_number)
+            loop.record(metrics)
     return trainer.accuracy() if accuracy is None else accuracy

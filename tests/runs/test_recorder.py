@@ -2,47 +2,10 @@
 
 import json
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dfad.errors import RunFolderError
-from dfad.runs.recorder import EVENTS, METRICS, MetricBuffer, Recorder, check_folder, create_folder
-from dfad.runs.settings import SETTINGS_FILE
-
-
-class TestFolder:
-    def test_it_is_made_with_its_parents_and_holds_the_settings(self, tmp_path):
-        create_folder(tmp_path / "a" / "b", "seed: 1\n", overwrite=False)
-        assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [SETTINGS_FILE]
-        assert (tmp_path / "a" / "b" / SETTINGS_FILE).read_text() == "seed: 1\n"
-
-    def test_one_that_was_left_in_its_first_moment_is_admitted(self, tmp_path):
-        (tmp_path / (SETTINGS_FILE + ".tmp")).write_text("se")
-        create_folder(tmp_path, "seed: 1\n", overwrite=False)
-        assert [path.name for path in tmp_path.iterdir()] == [SETTINGS_FILE]
-
-    def test_a_run_is_replaced_whole_and_only_where_asked(self, tmp_path):
-        create_folder(tmp_path, "seed: 1\n", overwrite=False)
-        (tmp_path / "student.safetensors").write_text("weights")
-        (tmp_path / EVENTS).mkdir()
-        with pytest.raises(RunFolderError, match="already holds a run"):
-            create_folder(tmp_path, "seed: 2\n", overwrite=False)
-        assert (tmp_path / "student.safetensors").exists()
-        create_folder(tmp_path, "seed: 2\n", overwrite=True)
-        assert [path.name for path in tmp_path.iterdir()] == [SETTINGS_FILE]
-        assert (tmp_path / SETTINGS_FILE).read_text() == "seed: 2\n"
-
-    def test_a_file_in_the_way_is_named(self, tmp_path):
-        (tmp_path / "file").touch()
-        for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-            with pytest.raises(RunFolderError, match="file is a file"):
-                check_folder(folder, overwrite=True)
-
-    def test_a_folder_that_may_not_be_written_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may everything
-        with pytest.raises(RunFolderError, match=f"no permission to write to {tmp_path}"):
-            check_folder(tmp_path / "run", overwrite=False)
+from dfad.runs.recorder import EVENTS, METRICS, MetricBuffer, Recorder
 
 
 def test_the_buffer_gives_means_since_the_last_reading():

@@ -42,18 +42,23 @@ def test_the_files_explain_themselves(finished):
     assert generator(torch.randn(2, 8)).shape == (2, *IMAGE_SHAPE)
 
 
-def test_samples_are_titled_with_what_the_teacher_sees(finished, monkeypatch):
+def test_samples_are_titled_with_what_the_teacher_sees(finished):
     distiller, _, _ = finished
     before = {name: value.clone() for name, value in distiller.generator.state_dict().items()}
-    seen = []
-    monkeypatch.setattr(report, "to_pixels", lambda images, *rest: seen.append(images) or torch.zeros(32, 8, 8).numpy())
-    figure = report.samples_figure(distiller)
-    titles = [axes.get_title().split() for axes in figure.axes]
-    confidences, labels = distiller.teacher(seen[0]).logits.softmax(1).max(1)
+    samples = distiller.samples(report.SAMPLES)
+    titles = [axes.get_title().split() for axes in report.samples_figure(samples, distiller.normalisation).axes]
+    confidences, labels = distiller.teacher(samples.images).logits.softmax(1).max(1)
     assert len(titles) == report.SAMPLES
+    assert torch.equal(samples.images, distiller.samples(report.SAMPLES).images)
     assert [int(label) for label, _ in titles] == labels.tolist()
     assert [confidence for _, confidence in titles] == [f"{value:.0%}" for value in confidences.tolist()]
     assert all(torch.equal(value, before[name]) for name, value in distiller.generator.state_dict().items())
+
+
+def test_any_number_of_samples_is_drawn():
+    samples = report.Samples(torch.rand(5, 1, 4, 4), torch.arange(5), torch.rand(5))
+    drawn = [axes for axes in report.samples_figure(samples, ((), ())).axes if axes.images]
+    assert len(drawn) == 5
 
 
 def test_curves_show_every_metric_at_its_round():

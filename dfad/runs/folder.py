@@ -1,0 +1,90 @@
+"""A run's folder: when it is made, when it is refused, and what state it holds."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dfad.errors import RunFolderError
+from dfad.files import write_atomically
+from dfad.runs import checkpoint
+from dfad.runs.recorder import EVENTS, METRICS
+from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
+
+log = logging.getLogger(__name__)
+
+RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", METRICS, "result.json")
+"""What a run writes beside its settings and events."""
+
+
+def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a folder that does not admit a run; for commands that would do expensive things first.
+
+    Args:
+        folder: of the run; a new one's may exist if it is empty.
+        settings: what the run is started with.
+        resume: the folder must hold a run that was started with these settings.
+        overwrite: a new run may replace one that the folder holds. A folder that holds other things is never admitted.
+
+    Raises:
+        RunFolderError: if it holds a run or other files, or cannot be written to.
+        ConfigurationError: if it holds no run that these settings continue.
+    """
+    if resume:
+        require_unchanged(folder, saved_settings(folder, type(settings)()), settings)
+        return
+    # os.path, because Path.exists raises where the parent may not be read
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        raise RunFolderError(f"{existing} is a file; a run needs a folder. Choose another --run_dir.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunFolderError(f"There is no permission to write to {existing}. Choose another --run_dir.")
+    if (folder / SETTINGS_FILE).exists():
+        if not overwrite:
+            raise RunFolderError(
+                f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
+                "or choose another --run_dir."
+            )
+    # a run that was killed in its first moment leaves an unfinished settings file
+    elif folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise RunFolderError(f"{folder} holds other files than a run's. Choose an empty --run_dir.")
+
+
+def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Make a new run's folder, empty of an earlier run, or find the state that a resumed run continues from.
+
+    Args:
+        folder: of the run; see :func:`check_folder` for this and the others.
+        settings: written as YAML for a new run, and compared with those for a resumed one.
+        resume: continue the run in the folder.
+        overwrite: replace the run in the folder.
+
+    Returns:
+        The newest readable checkpoint; None for a new run, and for one that was stopped before its first.
+
+    Raises:
+        RunFolderError: if the folder is refused or cannot be made, or no checkpoint in it can be read.
+        ConfigurationError: if it holds no run that these settings continue.
+    """
+    check_folder(folder, settings, resume=resume, overwrite=overwrite)
+    if resume:
+        state = checkpoint.load(folder)
+        if state is None:
+            log.warning("%s was stopped before its first checkpoint; it starts from the beginning.", folder)
+        return state
+    text = to_yaml(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # what a user has put beside the run's own files stays
+        for pattern in RUN_FILES:
+            for path in folder.glob(pattern):
+                path.unlink()
+        shutil.rmtree(folder / EVENTS, ignore_errors=True)
+        # last, since it makes the folder a run's
+        write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder} cannot be made a run's folder: {error.strerror}. Choose another --run_dir."
+        ) from None
+    return None

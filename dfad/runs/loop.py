@@ -1,0 +1,105 @@
+"""The loop that all runs share: rounds or epochs that are recorded, saved, and stopped by a signal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfad.errors import Interrupted
+from dfad.runs import checkpoint
+from dfad.runs.interruption import StopRequest, stop_requests
+from dfad.runs.recorder import Metrics, Recorder
+
+
+@dataclass
+class RunLoop:
+    """The rounds of a run that are left; made by :func:`run_loop`.
+
+    .. code-block:: python
+
+        with run_loop(folder, rounds, position, state_dict, checkpoint_every) as loop:
+            for _ in loop:
+                ...  # the next round: afterwards position() is one more
+                loop.record(metrics)
+    """
+
+    folder: Path | None
+    rounds: int
+    position: Callable[[], int]
+    state_dict: Callable[[], dict[str, Any]]
+    checkpoint_every: int
+    unit: str
+    _recorder: Recorder
+    _stop: StopRequest
+    _stopping: bool | None = None
+
+    def __iter__(self) -> Iterator[None]:
+        while self.position() < self.rounds:
+            self._stopping = None
+            yield
+            if self.folder is not None and self.saving:
+                checkpoint.save(self.folder, self.state_dict())
+            if self.stopping:
+                raise Interrupted(self._stopped(), self._stop.signal_number)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this round."""
+        # one answer a round: a signal may come at any moment, and must find its checkpoint written
+        if self._stopping is None:
+            self._stopping = self._stop.requested
+        return self._stopping
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is written after this round; it must not be one of a diverged run."""
+        return self.folder is not None and (self.due(self.checkpoint_every) or self.stopping)
+
+    def due(self, every: int) -> bool:
+        """Whether what is done once in so many rounds, and after the last, is to be done after this one."""
+        return self.position() % every == 0 or self.position() == self.rounds
+
+    def record(self, metrics: Metrics) -> None:
+        """Record metrics of the moment after this round."""
+        self._recorder.write(self.position(), metrics)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """All records of the run, those of earlier processes included."""
+        return self._recorder.history
+
+    def _stopped(self) -> str:
+        where = (
+            f"Continue with --resume {self.folder}." if self.folder else "Nothing was written: no run_dir was given."
+        )
+        return f"Stopped after {self.unit} {self.position()} of {self.rounds}. {where}"
+
+
+@contextmanager
+def run_loop(
+    folder: Path | None,
+    rounds: int,
+    position: Callable[[], int],
+    state_dict: Callable[[], dict[str, Any]],
+    checkpoint_every: int,
+    *,
+    task: str = "Distilling",
+    unit: str = "round",
+) -> Iterator[RunLoop]:
+    """The loop over the rounds of a run that are left. For its length, SIGINT and SIGTERM ask the run to stop.
+
+    Args:
+        folder: of the run, opened before; nothing is written without one.
+        rounds: in all.
+        position: how many of them are done.
+        state_dict: everything that the next round depends on.
+        checkpoint_every: rounds from one checkpoint to the next.
+        task: what is going on, for the terminal.
+        unit: name of a round in records and messages.
+
+    Raises:
+        Interrupted: after a signal, when the checkpoint is written.
+    """
+    with stop_requests() as stop, Recorder(folder, rounds, position(), task=task, unit=unit) as recorder:
+        yield RunLoop(folder, rounds, position, state_dict, checkpoint_every, unit, recorder, stop)

@@ -18,6 +18,7 @@ from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad.engine.precision import autocast, choose_precision, dtype_of, tf32
 from dfad.errors import ConfigurationError
+from dfad_kernels import kernel_name
 from dfad_kernels.cpu.convolution_chain import has_tiles
 
 log = logging.getLogger(__name__)
@@ -80,12 +81,16 @@ class Engine:
         return True
 
     def _check_fuse_batchnorm(self) -> None:
-        if self.device.type != "cpu":
-            raise Unavailable(f"its kernels are for CPUs, and the device is {self.device}")
         if self.compile:
             raise Unavailable("engine.compile is on, and fuses them in its own way")
+        try:
+            kernel_name(self.device)
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from None
 
     def _check_fuse_convolutions(self) -> None:
+        if self.device.type != "cpu":
+            raise Unavailable(f"its kernels are for CPUs, and the device is {self.device}")
         if not self.fuse_batchnorm:
             raise Unavailable("engine.fuse_batchnorm is off, or cannot run here, and it is built on that")
         if self.dtype != torch.bfloat16:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from dfad.errors import ModelError
 from dfad.models.taps import trace
 from dfad.modes import training
-from dfad_kernels.cpu.batch_norm import batch_norm
+from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
 
 
@@ -24,7 +24,8 @@ class FusedBatchNorm(nn.Module):
     """
 
     smallest = 1 << 18
-    """Elements from which on it pays: PyTorch's own operations are called faster, and slower from there."""
+    """Elements from which on it pays on a CPU: PyTorch's own operations are called faster, and slower from there. On a
+    GPU a round is captured, and calls cost nothing."""
 
     def __init__(self, norm: nn.BatchNorm2d, negative_slope: float) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class FusedBatchNorm(nn.Module):
         return (
             norm.training
             and norm.momentum is not None
-            and features.numel() >= self.smallest
+            and (features.device.type == "cuda" or features.numel() >= self.smallest)
             and features.numel() > features.shape[1]  # of a single value there is no variance: PyTorch's own error
             and features.is_contiguous(memory_format=torch.channels_last)
             and (norm.weight is None or norm.weight.dtype == compute_dtype(features))

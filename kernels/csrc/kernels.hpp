@@ -14,12 +14,12 @@ void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient
                                   Array student, Array teacher, Array mixing_coefficient, Indices partner,
                                   double temperature, double scale, Array saved, int threads);
 
-void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
-                        Address running_variance, Address residual, Address weight, Address bias,
-                        double momentum, double slope, double epsilon, int threads);
-void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address weight_gradient,
-                         Address bias_gradient, Address y_gradient, Address y, Address statistics,
-                         Address weight, Address bias, double slope, double epsilon, int threads);
+void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean, Address running_variance,
+                        Address weight, Address bias, Address residual, double momentum, double epsilon, double slope,
+                        int threads);
+void batch_norm_backward(Array x, Address x_gradient, Address weight_gradient, Address bias_gradient,
+                         Address residual_gradient, Address y_gradient, Address y, Address statistics, Address weight,
+                         Address bias, double epsilon, double slope, int threads);
 
 void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
                                 int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,

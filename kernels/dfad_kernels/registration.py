@@ -111,7 +111,7 @@ class FusedLoss(Generic[P]):
         if student.numel() == 0:
             return loss.fill_(0 * scale), saved
         memory_format = agreed_format(arguments[0], arguments[1])
-        with _on(student.device):
+        with current_device(student.device):
             forward = load_kernels(kernels, self.__name__).forward
             out = self._view(loss) if loss.ndim else loss
             forward(out, *self._views(arguments, memory_format), scale, saved=saved)
@@ -135,7 +135,7 @@ class FusedLoss(Generic[P]):
         outputs = [self._view(next(slots)) if need else None for need in needed]
         if loss_gradient.ndim:
             loss_gradient = self._view(loss_gradient.detach().contiguous(memory_format=memory_format))
-        with _on(student.device):
+        with current_device(student.device):
             backward = load_kernels(kernels, self.__name__).backward
             scale = _scale(reduction, student)
             backward(*outputs, loss_gradient.detach(), *self._views(arguments, memory_format), scale, saved=saved)
@@ -308,7 +308,7 @@ def _is_floating(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _on(device: torch.device) -> Any:
+def current_device(device: torch.device) -> Any:
     """Triton launches on the current device, whatever its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

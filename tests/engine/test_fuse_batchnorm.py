@@ -1,7 +1,9 @@
 """Networks whose BatchNorms are computed with what follows them."""
 
 import copy
+import importlib
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
 from dfad.models.generator import Generator
 from dfad.models.probing import as_outputs
 from dfad.modes import statistics_kept
+from tests.kernels.implementations import interpreted
 
 
 def channels_last(network: nn.Module) -> nn.Module:
@@ -142,6 +145,22 @@ def test_the_projects_networks(make, count, additions, calls):
         assert len(calls) == 2 * count
         assert sum(adds for adds, _ in calls) == 2 * additions
     assert {slope for _, slope in calls} >= {0.0}
+
+
+@interpreted
+def test_on_a_gpus_kernels(monkeypatch):
+    """Interpreted, of a network with all that its kernels do."""
+    module = importlib.import_module("dfad.engine.fuse_batchnorm")
+    monkeypatch.setattr(module, "batch_norm", partial(module.batch_norm, kernels="triton"))
+    torch.manual_seed(0)
+    assert_computes_the_same(Residual("functions"), images())
+
+
+@interpreted
+def test_a_gpu_has_it_too_but_no_convolutions():
+    engine = Engine(EngineConfig(precision="float32"), fused=True, device=torch.device("cuda"))
+    assert engine.fuse_batchnorm
+    assert not engine.fuse_convolutions
 
 
 def test_the_generator(calls):

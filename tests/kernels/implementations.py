@@ -57,3 +57,9 @@ CPU_IMPLEMENTATIONS = [
     *(pytest.param(kernels(f"cpp.{level}"), id=f"cpp.{level}") for level in instruction_sets()[:-1]),
     pytest.param(interpreted_triton, id="triton", marks=interpreted),
 ]
+FEATURE_KERNELS = [
+    pytest.param(None, id="operator"),
+    *(pytest.param(f"cpp.{level}", id=f"cpp.{level}") for level in instruction_sets()[:-1]),
+    pytest.param("triton", id="triton", marks=interpreted),
+]
+"""What an operator over features is given as ``kernels``."""

@@ -23,8 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dfad_kernels import activation_boundary_loss, interpolated_kl_div
+from dfad_kernels import activation_boundary_loss, batch_norm, interpolated_kl_div
 from dfad_kernels.gpu import activation_boundary_loss as activation_boundary_module
+from dfad_kernels.gpu import batch_norm as batch_norm_module
+from dfad_kernels.gpu import channels as channels_module
 from dfad_kernels.gpu import interpolated_kl_div as interpolated_kl_div_module
 from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 
@@ -72,8 +74,8 @@ class Launch:
 
 
 @contextmanager
-def recorded(module: Any) -> Iterator[list[Launch]]:
-    """Launches of a module's kernels are written down instead."""
+def recorded(*modules: Any) -> Iterator[list[Launch]]:
+    """Launches of the modules' kernels are written down instead."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -88,17 +90,18 @@ def recorded(module: Any) -> Iterator[list[Launch]]:
 
             return launch
 
-    kernels = {
-        name: value
+    kernels = [
+        (module, name, value)
+        for module in modules
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
-    }
+    ]
     try:
-        for name, function in kernels.items():
+        for module, name, function in kernels:
             setattr(module, name, Recorder(function))
         yield launches
     finally:
-        for name, function in kernels.items():
+        for module, name, function in kernels:
             setattr(module, name, function)
 
 
@@ -111,8 +114,30 @@ def launches_of(op: Any, module: Any, pair: tuple[Tensor, Tensor], needed: list[
     return launches
 
 
+def feature_launches(dtype: torch.dtype) -> list[Launch]:
+    """Of the operators over features: few channels and many, all that may be missing given and not."""
+    launches: list[Launch] = []
+    for channels, adds in ((64, True), (512, False)):
+        x, residual, gradient = (
+            torch.empty(256, channels, 32, 32, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            for _ in range(3)
+        )
+        numbers = [torch.empty(channels, device="meta") for _ in range(4)]
+        options = {"residual": residual} if adds else {}
+        with recorded(batch_norm_module, channels_module) as found:
+            leaf = x.requires_grad_()
+            batch_norm(leaf, *numbers, **options, negative_slope=0.0, kernels="triton").backward(gradient)
+        launches += found
+    return launches
+
+
 def all_launches(dtype: torch.dtype) -> list[Launch]:
     """Every kernel on the aligned path, where sizes are divisible by 16."""
+    return loss_launches(dtype) + feature_launches(dtype)
+
+
+def loss_launches(dtype: torch.dtype) -> list[Launch]:
+    """Of the losses."""
     taps = torch.empty(256, 64, 32, 32, dtype=dtype, device="meta")
     launches = launches_of(activation_boundary_loss, activation_boundary_module, (taps, taps), [True])
     for shape in ((256, RESIDENT_CLASSES), (16, 21, 256, 256), (64, 32000)):
@@ -169,6 +194,8 @@ def nvidia_usage(cubin: bytes) -> dict[str, int]:
 def tensors_read(launch: Launch) -> int:
     """How often a kernel has to load a tensor of the inputs' size."""
     name, settings = launch.function.__name__, launch.arguments
+    if "CHANNELS" in settings:
+        return len(features_of(launch, "x_ptr", "y_ptr", "g_ptr", "r_ptr"))
     if "REVERSED" not in settings:
         return 2
     if "forward" in name:
@@ -178,15 +205,24 @@ def tensors_read(launch: Launch) -> int:
     return 4 if settings["REVERSED"] else 5
 
 
+def features_of(launch: Launch, *names: str) -> list[str]:
+    """Those of the arguments that are given."""
+    return [name for name in names if launch.arguments.get(name) is not None]
+
+
 def tensors_written(launch: Launch) -> int:
-    """Of the inputs' size, in a backward pass."""
+    """Of the inputs' size; by a loss in a backward pass."""
+    if "CHANNELS" in launch.arguments:
+        return len(features_of(launch, "out_ptr", "dx_ptr", "dr_ptr"))
+    if "backward" not in launch.function.__name__:
+        return 0
     return launch.arguments.get("STUDENT", 1) + launch.arguments.get("TEACHER", 0)
 
 
 def wide_accesses(launch: Launch, dtype: torch.dtype, target: str) -> int:
     """128-bit loads or stores that a thread needs for its share of a tile."""
     settings = launch.arguments
-    tile = settings.get("BLOCK") or settings["ROWS"] * settings["CLASSES"]
+    tile = settings.get("BLOCK") or settings.get("ROWS", 1) * (settings.get("CLASSES") or settings["CHANNELS"])
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     return max(1, tile * dtype.itemsize // 16 // threads)
 
@@ -198,7 +234,8 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
     variant = "" if "REVERSED" not in settings else " reversed" if settings["REVERSED"] else " permuted"
     if not settings.get("TEACHER", True):
         variant += ", student alone"
-    layout = "" if "REVERSED" not in settings else f", C = {settings['classes']}"
+    size = settings.get("classes") or settings.get("channels")
+    layout = f", C = {size}" if size else ""
     name = launch.function.__name__.strip("_").removesuffix("_kernel").replace("_", " ") + variant + layout
     if target.startswith("sm"):
         usage = nvidia_usage(compiled.asm["cubin"])
@@ -223,7 +260,7 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
         wide_loads=sum(bits >= 128 for bits in loads),
         expected_loads=tensors_read(launch) * wide_accesses(launch, dtype, target),
         wide_stores=sum(bits >= 128 for bits in stores),
-        expected_stores=("backward" in name) * tensors_written(launch) * wide_accesses(launch, dtype, target),
+        expected_stores=tensors_written(launch) * wide_accesses(launch, dtype, target),
         int32_offsets=len(re.findall(r"tt\.addptr .*, tensor<\d[\dx]*xi32>", compiled.asm["ttir"])),
     )
 

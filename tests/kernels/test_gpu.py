@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from dfad_kernels import activation_boundary_loss, interpolated_kl_div, kernel_name
+from dfad_kernels import activation_boundary_loss, batch_norm, interpolated_kl_div, kernel_name
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import OpCase, Settings
-from tests.kernels import implementations
+from tests.kernels import implementations, test_batch_norm
 from tests.kernels.test_numerics import LAYOUTS, check, each_case, each_dtype
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -101,6 +101,41 @@ def test_compiles_into_one_graph(case: OpCase, generator: Generator) -> None:
         torch.testing.assert_close([loss, *gradients], [expected, *wanted], rtol=0, atol=0)
 
 
+@each_dtype
+def test_batch_norm_matches_the_equation(dtype: torch.dtype, generator: Generator) -> None:
+    shapes = (*test_batch_norm.SHAPES, (3, 1, 40, 8), (64, 16, 32, 32), (2, 2048, 3, 3), (64, 96, 33, 31))
+    for shape, variant in itertools.product(shapes, test_batch_norm.VARIANTS):
+        test_batch_norm.check(shape, dtype, variant, None, generator, device="cuda")
+
+
+def test_batch_norm_moves_running_statistics_without_waiting_and_alike_in_a_graph(generator: Generator) -> None:
+    variant = test_batch_norm.VARIANTS[-1]
+    inputs = test_batch_norm.on("cuda", test_batch_norm.inputs_of((64, 96, 33, 31), variant, torch.float32, generator))
+    x, weight, bias, residual = inputs
+    moved = [torch.full((96,), value, device="cuda") for value in (0.7, 1.3)]
+    expected = [value.clone() for value in moved]
+    upstream = torch.randn(x.shape, generator=generator).cuda()
+
+    def step() -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = batch_norm(leaf, *moved, weight, bias, residual=residual, negative_slope=0.2)
+        return [y, *torch.autograd.grad(y, leaf, upstream)]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        test_batch_norm.reference(x, *expected, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, eager, rtol=0, atol=0)
+    torch.testing.assert_close(moved, expected)
+
+
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count() -> None:
     """Only the last elements differ from zero: a 32-bit offset would miss them."""
@@ -132,3 +167,11 @@ def test_more_elements_than_32_bits_count() -> None:
         assert (gradient[-1:].double() - exact).abs().max() <= 4e-3 * exact.abs().max()
         assert torch.count_nonzero(gradient[:-1]) == 0
         del logits, uniform, leaf, loss, gradient
+
+    features = torch.zeros((1 << 31) // 64 + 8, 64, dtype=torch.bfloat16, device="cuda")
+    features[-8:, -1] = 1000.0
+    mean, variance = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+    y = batch_norm(features, mean, variance, momentum=1.0)
+    assert mean[-1].item() == pytest.approx(8000 / features.shape[0], rel=1e-5)
+    assert torch.count_nonzero(mean[:-1]) == 0
+    assert y[-1, -1].item() == pytest.approx(1000 / variance[-1].item() ** 0.5, rel=1e-2)

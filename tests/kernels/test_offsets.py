@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from triton import language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+from dfad_kernels.gpu.channels import channels_of, offsets_of  # noqa: E402
 from dfad_kernels.gpu.interpolated_kl_div import _offsets, _rows  # noqa: E402
 
 pytestmark = implementations.interpreted
@@ -57,3 +58,28 @@ def test_addresses_past_32_bits(
             step, class_step = (classes, 1) if classes_last else (1, sites)
             address = sample * classes * sites + site * step + c * class_step
             assert out[i, c] == (address if inside else -1)
+
+
+@triton.jit
+def _features_kernel(out_ptr, channels, stretch, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    channel = channels_of(tl.program_id(1), CHANNELS)
+    start = tl.program_id(0).to(tl.int64) * stretch
+    offsets, row = offsets_of(start, channel, channels, ROWS)
+    place = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    tl.store(out_ptr + place, offsets)
+    tl.store(out_ptr + ROWS * CHANNELS + tl.arange(0, ROWS), row)
+
+
+@pytest.mark.parametrize(("program", "stretch", "channels"), [(1 << 17, 1 << 10, 64), (3, 1 << 30, 37), (0, 64, 5)])
+def test_addresses_of_features_past_32_bits(
+    program: int, stretch: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program_id(self: Any, axis: int) -> TensorHandle:
+        return TensorHandle(np.array([program if axis == 0 else 1], dtype=np.int32), tl.int32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+    out = torch.zeros(ROWS * CLASSES + ROWS, dtype=torch.int64)
+    _features_kernel[(1,)](out, channels, stretch, ROWS=ROWS, CHANNELS=CLASSES)
+    rows = program * stretch + torch.arange(ROWS)
+    offsets = rows[:, None] * channels + CLASSES + torch.arange(CLASSES)
+    torch.testing.assert_close(out, torch.cat([offsets.flatten(), rows]), rtol=0, atol=0)

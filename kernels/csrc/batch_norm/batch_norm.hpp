@@ -226,9 +226,9 @@ void normalise(const Rows<T>& walk, Coefficients<Rows<T>>& coefficients, const T
 }
 
 // All are dense; residual, weight and bias may be missing.
-void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean,
-                        Address running_variance, Address residual, Address weight, Address bias,
-                        double momentum, double slope, double epsilon, int threads) {
+void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean, Address running_variance,
+                        Address weight, Address bias, Address residual, double momentum, double epsilon, double slope,
+                        int threads) {
     with_storage(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using Walk = Rows<T>;
@@ -316,12 +316,11 @@ struct Gradient {
     }
 };
 
-// y is given where something was added before the activation;
-// else the side of zero that it lies on is computed again, which takes less than reading it. residual_gradient is
-// missing where nobody needs it, or where there is no activation: it is the incoming gradient itself then.
-void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient, Address weight_gradient,
-                         Address bias_gradient, Address y_gradient, Address y, Address statistics,
-                         Address weight, Address bias, double slope, double epsilon, int threads) {
+// y and residual_gradient are given where something was added before an activation; else the side of zero that y lies on
+// is computed again, which takes less than reading it.
+void batch_norm_backward(Array x, Address x_gradient, Address weight_gradient, Address bias_gradient,
+                         Address residual_gradient, Address y_gradient, Address y, Address statistics, Address weight,
+                         Address bias, double epsilon, double slope, int threads) {
     with_storage(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using Walk = Rows<T>;
@@ -357,19 +356,15 @@ void batch_norm_backward(Array x, Address x_gradient, Address residual_gradient,
             const V incoming = access.read(upstream + i);
             return affine(value, k) > 0 ? incoming : below * incoming;
         };
-        const auto saved = [=](auto access, int64_t i, V, const Affine<V>&, int) {
+        const auto passing_on = [=](auto access, int64_t i, V, const Affine<V>&, int) {
             const V incoming = access.read(upstream + i);
-            return access.read(result + i) > 0 ? incoming : below * incoming;
-        };
-        const auto passing_on = [=](auto access, int64_t i, V value, const Affine<V>& affine, int k) {
-            const V gradient = saved(access, i, value, affine, k);
+            const V gradient = access.read(result + i) > 0 ? incoming : below * incoming;
             access.write(passed_on + i, gradient);
             return gradient;
         };
         const auto passed = [=](auto access, int64_t i, V, const Affine<V>&, int) { return access.read(passed_on + i); };
         if (slope == 1) differentiate(plain, plain);
         else if (residual_gradient.exists()) differentiate(passing_on, passed);
-        else if (y.exists()) differentiate(saved, saved);
         else differentiate(recomputed, recomputed);
     });
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfad_kernels.cpu.batch_norm import address, channels_last
+from dfad_kernels.features import address, channels_last
 from dfad_kernels.registration import cpp_functions, instruction_sets
 
 TILES = "x86_64_amx"

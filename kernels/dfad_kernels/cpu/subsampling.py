@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfad_kernels.cpu.batch_norm import channels_last
+from dfad_kernels.features import channels_last
 from dfad_kernels.registration import cpp_functions
 
 

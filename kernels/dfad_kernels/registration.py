@@ -221,8 +221,12 @@ def kernel_name(device: torch.device | str) -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the C++ kernels were compiled for and this processor runs; the last one is used."""
-    return list(_extension().isa)
+    """Those that the C++ kernels were compiled for and this processor runs; the last one is used. None where there are
+    no such kernels, which a GPU does not need."""
+    try:
+        return list(_extension().isa)
+    except RuntimeError:
+        return []
 
 
 @functools.cache

@@ -39,9 +39,19 @@ def exact(case: OpCase, pair: Any, options: Settings, upstream: Tensor) -> imple
     }
     if "mixing_coefficient" in wide:
         # a number becomes a float32 tensor unless the logits are float64
-        coefficient = torch.as_tensor(options["mixing_coefficient"], dtype=compute_dtype(pair[0]))
+        coefficient = torch.as_tensor(
+            options["mixing_coefficient"], dtype=compute_dtype(pair[0]), device=pair[0].device
+        )
         wide["mixing_coefficient"] = coefficient.double()
     return implementations.reference(case, [x.double() for x in pair], wide, lambda _: upstream.double())
+
+
+def test_the_equation_is_computed_where_the_pair_is() -> None:
+    case = next(case for case in CASES if case.name == "interpolated_kl_div")
+    pair = [torch.zeros(4, 3, device="meta") for _ in range(2)]
+    upstream = torch.ones((), device="meta")
+    loss, gradients = exact(case, pair, {"mixing_coefficient": 0.3, "reduction": "mean"}, upstream)
+    assert {x.device.type for x in (loss, *gradients)} == {"meta"}
 
 
 REFERENCE_TOLERANCE = 2e-5

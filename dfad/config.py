@@ -148,13 +148,22 @@ class InterpolationConfig:
     batchnorm: Literal["update", "keep"] = "update"
     """Whether mixed images move the running statistics of the student's BatchNorms."""
 
-    step: Literal["joint", "own"] = "joint"
+    step: Literal["joint", "own", "within"] = "joint"
     """Mixed images add a term to the loss of the step, or make an optimizer step of their own; there, where the teacher
-    is asked about them, they are learned as all images are: by the discrepancy and the activation regularizer."""
+    is asked about them, they are learned as all images are: by the discrepancy and the activation regularizer. Or they
+    take the place of a share of the batch, the weight, at no cost; the teacher is asked about them then."""
 
     def __post_init__(self) -> None:
         _not_negative(weight=self.weight)
         _positive(concentration=self.concentration, temperature=self.temperature)
+        if self.step == "within":
+            _require(self.weight <= 1, "weight", self.weight, "at most 1 where step is within: a share of the batch")
+            _require(self.labels == "teacher" or not self.weight, "labels", self.labels, "teacher where step is within")
+
+    @property
+    def adds_images(self) -> bool:
+        """Whether the student is shown mixed images on top of those of the batch."""
+        return self.weight > 0 and self.step != "within"
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,46 @@ class RegularizerConfig:
 
 
 @dataclass(frozen=True)
+class ImageBankConfig:
+    """A store of the images that the generator makes in its own steps; students learn from it instead of fresh ones."""
+
+    size: int = 0
+    """Images that it holds, 8 bits per channel; 0: no bank, every image of a student step is fresh."""
+
+    newest: float = 0.25
+    """Share of a student step's images that are drawn of the generator's last batch."""
+
+    def __post_init__(self) -> None:
+        _not_negative(size=self.size)
+        _require(0 <= self.newest <= 1, "newest", self.newest, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random views of the images of a student step; the teacher is asked about the very view."""
+
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+
+    crop: int = 0
+    """Shift by up to so many pixels in each direction."""
+
+    padding: Literal["reflect", "zero"] = "reflect"
+    """What a shift brings in: the image's reflection, or zeros, the mean of normalised images."""
+
+    cutout: int = 0
+    """Set a square of so many pixels to zero, its centre anywhere in the image."""
+
+    colour: float = 0.0
+    """Change each image's contrast by up to this fraction, and shift each channel by up to so many standard
+    deviations."""
+
+    def __post_init__(self) -> None:
+        _not_negative(crop=self.crop, cutout=self.cutout)
+        _require(0 <= self.colour < 1, "colour", self.colour, "in [0, 1)")
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """One round: student steps on generated images, then one step of the generator against the student."""
 
@@ -184,8 +233,14 @@ class MethodConfig:
     student_steps: int = 5
     """Student steps per round."""
 
+    generator_steps: int = 1
+    """Generator steps per round."""
+
     batch_size: int = 128
     """Images per step."""
+
+    warm_up: int = 0
+    """Generator steps before the first round, without the adversary: there is no student yet to disagree with."""
 
     discrepancy: Literal["l1", "kl"] = "l1"
     """Mean absolute difference of the logits (DFAD), or KL divergence of the soft labels."""
@@ -196,29 +251,49 @@ class MethodConfig:
     adversarial: float = 1.0
     """Weight of the negated discrepancy in the generator's loss."""
 
+    adversary: Literal["all", "agreeing"] = "all"
+    """Images that the adversary's gradient comes from: all, or those alone on whose class student and teacher agree."""
+
     student_batchnorm: Literal["train", "eval"] = "train"
     """Mode of the student's BatchNorms in the generator's step: moving statistics (DFAD) or fixed ones."""
 
     activation: ActivationConfig = ActivationConfig()
     interpolation: InterpolationConfig = InterpolationConfig()
     regularizers: RegularizerConfig = RegularizerConfig()
+    image_bank: ImageBankConfig = ImageBankConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
 
     def __post_init__(self) -> None:
-        _positive(rounds=self.rounds, student_steps=self.student_steps, temperature=self.temperature)
+        _positive(rounds=self.rounds, student_steps=self.student_steps, generator_steps=self.generator_steps)
+        _positive(temperature=self.temperature)
         # BatchNorm in training mode has no variance to take of a single value per channel
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
-        _not_negative(adversarial=self.adversarial)
+        _not_negative(adversarial=self.adversarial, warm_up=self.warm_up)
+        bank = self.image_bank.size
+        if bank:
+            need = f"at least the batch size, {self.batch_size}, or 0 for no bank"
+            _require(bank >= self.batch_size, "image_bank.size", bank, need)
+            _require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
+        shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
+        need = "0 where every weight of regularizers is 0, for they alone shape its images"
+        _require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
 
     @property
     def images_per_round(self) -> int:
         """Images that are generated."""
-        return (self.student_steps + 1) * self.batch_size
+        fresh = 0 if self.image_bank.size else self.student_steps
+        return (fresh + self.generator_steps) * self.batch_size
+
+    @property
+    def student_images_per_round(self) -> int:
+        """Images that the student is trained on."""
+        return (1 + self.interpolation.adds_images) * self.student_steps * self.batch_size
 
     @property
     def queries_per_round(self) -> int:
         """Images that the teacher is asked about."""
-        mixed = self.interpolation.weight > 0 and self.interpolation.labels == "teacher"
-        return self.images_per_round + mixed * self.student_steps * self.batch_size
+        mixed = self.interpolation.adds_images and self.interpolation.labels == "teacher"
+        return ((1 + mixed) * self.student_steps + self.generator_steps) * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -241,7 +316,7 @@ class OptimizerConfig:
     """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
 
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Constant; to zero along half a cosine; or by a factor at milestones."""
+    """Constant; to zero along half a cosine, after the warm-up; or by a factor at milestones."""
 
     milestones: tuple[float, ...] = (0.2, 0.4)
     """Where the step schedule decays, as fractions of all rounds."""
@@ -249,20 +324,26 @@ class OptimizerConfig:
     decay: float = 0.1
     """Factor of the step schedule at each milestone."""
 
+    warm_up: float = 0.0
+    """Fraction of all rounds in which the learning rate rises, in a line from a hundredth."""
+
     def __post_init__(self) -> None:
         _positive(lr=self.lr, decay=self.decay)
         _not_negative(weight_decay=self.weight_decay)
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         for i, beta in enumerate(self.betas):
             _require(0 <= beta < 1, f"betas[{i}]", beta, "in [0, 1)")
+        _require(0 <= self.warm_up < 1, "warm_up", self.warm_up, "in [0, 1)")
         increasing = sorted(self.milestones) == list(self.milestones)
         inside = all(0 < milestone < 1 for milestone in self.milestones)
         _require(increasing and inside, "milestones", self.milestones, "increasing fractions between 0 and 1")
 
     def factor(self, progress: float) -> float:
         """What the learning rate is multiplied by when a fraction ``progress`` of the rounds is done."""
+        if progress < self.warm_up:
+            return 0.01 + 0.99 * progress / self.warm_up
         if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
+            return 0.5 * (1 + math.cos(math.pi * (progress - self.warm_up) / (1 - self.warm_up)))
         if self.schedule == "step":
             return float(self.decay ** sum(progress >= milestone for milestone in self.milestones))
         return 1.0

@@ -68,6 +68,7 @@ def estimate_table(cost: Estimate) -> Table:
     table.add_row("student parameters", f"{cost.student_parameters:,}")
     table.add_row("generator parameters", f"{cost.generator_parameters:,}")
     table.add_row("GFLOP per round", f"{cost.flops_per_round / 1e9:,.2f}")
+    table.add_row("PFLOP in all", f"{cost.total_flops / 1e15:,.4g}")
     table.add_row("peak memory of a round, MB", f"{cost.peak_memory / 1e6:,.1f}")
     table.add_row("seconds per round", f"{cost.seconds_per_round:.4g}")
     table.add_row("seconds in all", f"{cost.total_seconds:,.1f}")
@@ -108,6 +109,7 @@ def result_table(
     table.add_row("after round", "", str(result.rounds), str(result.best_round or ""))
     table.add_row("parameters", parameters(teacher), parameters(student), parameters(student))
     table.add_row("images generated", "", f"{result.images:,}")
+    table.add_row("images that the student was shown", "", f"{result.student_images:,}")
     table.add_row("rounds per second", "", f"{result.rounds_per_second:.2f}")
     table.add_row("seconds", "", f"{result.seconds:.1f}")
     return table

@@ -401,6 +401,12 @@ BUNDLES = {
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
         --engine.fold_batchnorm on --engine.fuse_batchnorm on --engine.merge_upsampling on
         --engine.fuse_convolutions off --engine.keep_memory on --engine.cuda_graph off --engine.compile off""",
+    "recipe": """--method.warm_up 3 --method.generator_steps 2 --method.adversary agreeing
+        --method.image_bank.size 64 --method.image_bank.newest 0.5 --method.augmentation.flip
+        --method.augmentation.crop 2 --method.augmentation.padding zero --method.augmentation.cutout 2
+        --method.augmentation.colour 0.1 --method.interpolation.weight 0.5 --method.interpolation.labels teacher
+        --method.interpolation.step within --method.regularizers.one_hot 1 --optimizer.student.warm_up 0.1
+        --optimizer.generator.warm_up 0.1""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
         --method.activation.weight 0""",

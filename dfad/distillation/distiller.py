@@ -38,11 +38,13 @@ class Result:
 
     rounds: int
     images: int
-    """Generated images that a network was trained on."""
+    """Generated images, those of the generator's warm-up included."""
+    student_images: int
+    """Images that the student was trained on, mixed ones included; of an image bank, each as often as it was drawn."""
     teacher_queries: int
-    """Images that the teacher was asked about in training."""
+    """Images that the teacher was asked about in training, in the warm-up too."""
     seconds: float
-    """Of the rounds of this process, recording and selection included."""
+    """Of this process: warm-up, rounds, recording and selection."""
     rounds_per_second: float
     agreement: float | None
     """Of the last student with the teacher on the bank of generated images."""
@@ -93,7 +95,8 @@ class Distiller:
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
         self.round = Round(teacher, student, config, self.engine, self.image_shape)
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
-        self.round_index = 0
+        self.round_index = -method.warm_up
+        """Rounds that are done; below 0, the steps that the generator's warm-up still has to do."""
         self.best: dict[str, Any] = {}
         """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
         self.collapse_guard = CollapseGuard(
@@ -117,15 +120,19 @@ class Distiller:
         return self.round.generator
 
     def run_round(self) -> Mapping[str, Tensor]:
-        """The next round; returns what is worth recording, on the device."""
-        terms = self.round.run(self.round_index / self.config.method.rounds)
+        """The next round, or the next step of the generator's warm-up; returns what is worth recording, on the
+        device."""
+        if self.round_index < 0:
+            terms = self.round.warm_up()
+        else:
+            terms = self.round.run(self.round_index / self.config.method.rounds)
         self.round_index += 1
         return terms
 
     # The run
 
     def fit(self, run_dir: Path | str | None = None, *, resume: bool = False, overwrite: bool = False) -> Result:
-        """Run all rounds.
+        """Run the generator's warm-up and all rounds.
 
         Args:
             run_dir: folder for metrics, checkpoints, networks and pictures; nothing is written without one.
@@ -151,7 +158,7 @@ class Distiller:
         ):
             self._restore_global_rng()
             history = self._run_rounds(folder)
-            result = self._result(time.perf_counter() - started, self.round_index - start_round)
+            result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
         if folder is not None:
             self._report(folder, history, result)
         return result
@@ -165,14 +172,17 @@ class Distiller:
             lambda: self.round_index,
             self.state_dict,
             self.config.recording.checkpoint_every,
+            first=-self.config.method.warm_up,
         ) as loop:
             for _ in loop:
                 buffer.add(self.run_round())
                 if self.bank.is_due(self.round_index):
                     self._extend_bank()
-                if loop.saving or loop.due(log_every) or loop.due(select_every):
+                selecting = self.round_index > 0 and loop.due(select_every)
+                # at 0, the end of the warm-up, all are due: its metrics are not those of a round
+                if loop.saving or loop.due(log_every) or selecting:
                     metrics = self._read(buffer, folder)
-                    if loop.due(select_every):
+                    if selecting:
                         metrics |= self._select()
                     loop.record(metrics)
         return loop.history
@@ -271,7 +281,8 @@ class Distiller:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         for name, generator in self.round.rng.items():
-            generator.set_state(state["rng"][name])
+            if name in state["rng"]:  # a checkpoint of before there was such a stream was not drawing from it
+                generator.set_state(state["rng"][name])
         self._global_rng = state["rng"]
         self.round_index, self.best = state["round"], state["best"]
 
@@ -290,10 +301,12 @@ class Distiller:
     def _result(self, seconds: float, rounds: int) -> Result:
         method = self.config.method
         last = self._select() if self.round_index else {}
+        warm_up = method.warm_up * method.batch_size
         return Result(
             rounds=self.round_index,
-            images=self.round_index * method.images_per_round,
-            teacher_queries=self.round_index * method.queries_per_round,
+            images=warm_up + self.round_index * method.images_per_round,
+            student_images=self.round_index * method.student_images_per_round,
+            teacher_queries=warm_up + self.round_index * method.queries_per_round,
             seconds=seconds,
             rounds_per_second=rounds / seconds if rounds else 0.0,
             agreement=last.get("agreement"),

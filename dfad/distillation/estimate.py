@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,13 @@ class Estimate:
     generator_parameters: int
     flops_per_round: int
     """Of convolutions and matrix products; a multiplication and an addition count as two."""
+    total_flops: int
+    """Of all rounds and the generator's warm-up."""
     peak_memory: int
-    """Bytes: allocated on a GPU; on a CPU of the tensors of a round, parameters and optimizer state."""
+    """Bytes: allocated on a GPU; on a CPU of the tensors of a round, parameters, optimizer state and image bank."""
     seconds_per_round: float
     total_seconds: float
-    """Of all rounds; evaluation and checkpoints come on top."""
+    """Of all rounds and the generator's warm-up; evaluation and checkpoints come on top."""
 
 
 class TensorMemory(TorchDispatchMode):
@@ -81,29 +83,44 @@ def estimate(distiller: Distiller) -> Estimate:
 
 
 def _measured(distiller: Distiller) -> Estimate:
-    device = distiller.device
-    with unchained(), FlopCounterMode(display=False) as flops:
-        distiller.round()
+    method = distiller.config.method
+    warm_up_flops, warm_up_seconds = 0, 0.0
+    if method.warm_up:
+        warm_up_flops = method.warm_up * _flops(distiller.round.warm_up)
+        warm_up_seconds = method.warm_up * _seconds(distiller.round.warm_up, distiller.device)
+    flops_per_round = _flops(distiller.round)
     peak_memory = _peak_memory(distiller)
     for _ in range(WARM_UP_ROUNDS):
-        distiller.run_round()
-    seconds = []
-    for _ in range(TIMED_ROUNDS):
-        _wait(device)
-        started = time.perf_counter()
-        distiller.run_round()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    seconds_per_round = sorted(seconds)[TIMED_ROUNDS // 2]
+        distiller.round.run(0.0)
+    seconds_per_round = _seconds(lambda: distiller.round.run(0.0), distiller.device)
     return Estimate(
         teacher_parameters=distiller.teacher.parameter_count,
         student_parameters=_count(distiller.student),
         generator_parameters=_count(distiller.generator),
-        flops_per_round=flops.get_total_flops(),
+        flops_per_round=flops_per_round,
+        total_flops=warm_up_flops + method.rounds * flops_per_round,
         peak_memory=peak_memory,
         seconds_per_round=seconds_per_round,
-        total_seconds=seconds_per_round * distiller.config.method.rounds,
+        total_seconds=warm_up_seconds + method.rounds * seconds_per_round,
     )
+
+
+def _flops(work: Callable[[], object]) -> int:
+    with unchained(), FlopCounterMode(display=False) as flops:
+        work()
+    return flops.get_total_flops()
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the median of a few."""
+    seconds = []
+    for _ in range(TIMED_ROUNDS):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[TIMED_ROUNDS // 2]
 
 
 def _peak_memory(distiller: Distiller) -> int:

@@ -1,7 +1,6 @@
 """The round: student steps on generated images, then the generator against the student."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,19 +8,25 @@ from torch import Tensor, nn
 
 from dfad import functional
 from dfad.config import DistillConfig
+from dfad.distillation.augmentation import Augmentation
 from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.distillation.image_bank import ImageBank
+from dfad.distillation.interpolation import VirtualInterpolation
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
-from dfad.errors import ModelError
-from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
+from dfad.errors import ConfigurationError, ModelError
+from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
 from dfad.models.probing import as_outputs, dry_forward
 from dfad.models.taps import Outputs, has_batchnorm
-from dfad.modes import frozen, statistics_kept
+from dfad.modes import frozen
 from dfad.seeds import stream_seed
 
 Terms = dict[str, Tensor]
+
+STREAMS_OF_A_ROUND = ("noise", "mixing", "augmentation", "image_bank")
+"""Random streams that a round draws from."""
 
 
 class Round:
@@ -36,6 +41,7 @@ class Round:
 
     Raises:
         ModelError: if the networks cannot be combined as the configuration asks.
+        ConfigurationError: if the images are too small for the augmentation.
     """
 
     def __init__(
@@ -51,6 +57,11 @@ class Round:
         self.device = engine.device
         self.image_shape = image_shape
         method = config.method
+        if method.augmentation.crop >= min(image_shape[1:]):
+            raise ConfigurationError(
+                f"method.augmentation.crop is {method.augmentation.crop}; it must be less than the height and width of "
+                f"the teacher's images, {image_shape[1]}×{image_shape[2]}."
+            )
         teacher_outputs = dry_forward(teacher, image_shape)
         student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
         if method.regularizers.batchnorm and not has_batchnorm(teacher):
@@ -81,18 +92,25 @@ class Round:
             method.activation.scaling,
             fused=config.fused,
         )
-        self.interpolation = InterpolatedKLDivLoss(method.interpolation.temperature, fused=config.fused)
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
 
-        self.rng = {name: torch.Generator(self.device) for name in ("noise", "mixing", "bank", "probe")}
+        self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
         for name, stream in self.rng.items():
             stream.manual_seed(stream_seed(config.seed, name))
+        self.interpolation = VirtualInterpolation(
+            method.interpolation, method.batch_size, self.rng["mixing"], fused=config.fused
+        )
+        self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"])
+        size = method.image_bank.size
+        self.image_bank = ImageBank(size, image_shape, self.device) if size else None
 
     def __call__(self) -> Terms:
-        """Student steps, then a generator step; returns what is worth recording, on the device."""
+        """Student steps, then generator steps; returns what is worth recording of the last ones, on the device."""
         for _ in range(self.config.method.student_steps):
             student_terms = self.student_step()
-        return {**student_terms, **self.generator_step()}
+        for _ in range(self.config.method.generator_steps):
+            generator_terms = self.generator_step()
+        return {**student_terms, **generator_terms}
 
     def run(self, progress: float) -> Mapping[str, Tensor]:
         """One round, the way the engine runs it.
@@ -101,28 +119,44 @@ class Round:
             progress: fraction of all rounds that is done, for the schedules of the learning rates.
         """
         self.set_learning_rates(progress)
-        return self.engine.run(self, [self.rng["noise"], self.rng["mixing"]])
+        return self.engine.run(self, [self.rng[name] for name in STREAMS_OF_A_ROUND])
+
+    def warm_up(self) -> Mapping[str, Tensor]:
+        """One step of the generator before the first round, without the student; never part of a captured graph."""
+        set_learning_rate(self.generator_optimizer, self.config.optimizer.generator.lr)
+        return self.generator_step(adversary=False)
 
     def student_step(self) -> Terms:
-        """One step of the student towards the teacher on fresh images, and one on mixed images where these have a step
-        of their own; returns the terms of its loss."""
-        method = self.config.method
+        """One step of the student towards the teacher, and one on mixed images where these have a step of their own;
+        returns the terms of its loss."""
         self.student.train()
         with torch.no_grad(), self.engine.autocast():
-            images = self.generator(self.sample_noise(method.batch_size))
+            images = self.interpolation.within(self.student_images())
             teacher = self.teacher(images)
-        interpolation = method.interpolation
         with self.engine.autocast():
             terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
-            if interpolation.weight and interpolation.step == "joint":
+            if self.interpolation.joins_the_loss:
                 terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
         loss = self.imitation_loss(terms)
         self.engine.descend(loss, self.student_optimizer)
-        if interpolation.weight and interpolation.step == "own":
+        if self.interpolation.has_own_step:
             with self.engine.autocast():
                 terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
-            self.engine.descend(interpolation.weight * terms["interpolation"], self.student_optimizer)
+            self.engine.descend(
+                self.config.method.interpolation.weight * terms["interpolation"], self.student_optimizer
+            )
         return {"student_loss": loss.detach(), **_prefixed("student", terms)}
+
+    def student_images(self) -> Tensor:
+        """The images of a student step: fresh ones, or from the bank; as student and teacher are to see them."""
+        method = self.config.method
+        if self.image_bank is None:
+            images = self.generator(self.sample_noise(method.batch_size))
+        else:
+            newest = round(method.image_bank.newest * method.batch_size)
+            images = self.image_bank.sample(method.batch_size, newest, method.batch_size, self.rng["image_bank"])
+            images = images.to(self.engine.dtype)
+        return self.augmentation(images)
 
     def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
         """How far the student is from the teacher on one batch."""
@@ -143,21 +177,25 @@ class Round:
 
     def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
         """The student's loss on mixed images; the images of the step serve again."""
-        config = self.config.method.interpolation
-        coefficient = self.sample_mixing_coefficient()
+        form = self.interpolation
+        coefficient = form.sample_coefficient()
         mixed = functional.mix(images, coefficient)
-        with nullcontext() if config.batchnorm == "update" else statistics_kept(self.student):
+        with form.statistics(self.student):
             student = as_outputs(self.student(mixed))
-        if config.labels == "interpolated":
-            return self.interpolation(student.logits, teacher_logits, coefficient)
+        if not form.asks_the_teacher:
+            return form.divergence(student.logits, teacher_logits, coefficient)
         with torch.no_grad():
             teacher = self.teacher(mixed)
-        if config.step == "own":
+        if form.has_own_step:
             return self.imitation_loss(self.imitation_terms(student, teacher))
-        return self.interpolation(student.logits, teacher.logits, torch.ones_like(coefficient))
+        return form.divergence(student.logits, teacher.logits, torch.ones_like(coefficient))
 
-    def generator_step(self) -> Terms:
-        """One step of the generator towards images on which student and teacher disagree."""
+    def generator_step(self, *, adversary: bool = True) -> Terms:
+        """One step of the generator towards images on which student and teacher disagree; its images go to the bank.
+
+        Args:
+            adversary: ask the student; without it, the regularizers alone shape the images.
+        """
         method = self.config.method
         regularizers = method.regularizers
         self.student.train(method.student_batchnorm == "train")
@@ -167,10 +205,7 @@ class Round:
                 teacher, features = (
                     self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
                 )
-                student = as_outputs(self.student(images))
-                terms = {"adversarial": -self.discrepancy(student.logits, teacher.logits)}
-                if method.activation.generator_weight:
-                    terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
+                terms = self.adversarial_terms(as_outputs(self.student(images)), teacher) if adversary else {}
                 if regularizers.batchnorm:
                     terms["batchnorm"] = self.batchnorm_statistics(features)
                 if regularizers.one_hot:
@@ -186,7 +221,22 @@ class Round:
             }
             loss = _weighted_sum(terms, weights)
             self.engine.descend(loss, self.generator_optimizer)
+        if self.image_bank is not None:
+            self.image_bank.add(images)
         return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
+
+    def adversarial_terms(self, student: Outputs, teacher: Outputs) -> Terms:
+        """How near the student is to the teacher on one batch, negated."""
+        method = self.config.method
+        student_logits, teacher_logits = student.logits, teacher.logits
+        if method.adversary == "agreeing":
+            agree = (student_logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).unsqueeze(1)
+            student_logits = torch.where(agree, student_logits, student_logits.detach())
+            teacher_logits = torch.where(agree, teacher_logits, teacher_logits.detach())
+        terms = {"adversarial": -self.discrepancy(student_logits, teacher_logits)}
+        if method.activation.generator_weight:
+            terms["activation"] = -self.activation(self.connectors(student.taps), teacher.taps)
+        return terms
 
     def set_learning_rates(self, progress: float) -> None:
         """To those of the schedules when a fraction ``progress`` of all rounds is done."""
@@ -200,14 +250,6 @@ class Round:
         """Standard normal noise ``(count, noise_dim)``."""
         shape = (count, self.config.generator.noise_dim)
         return torch.randn(shape, generator=self.rng[stream], device=self.device)
-
-    def sample_mixing_coefficient(self) -> Tensor:
-        """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
-        config = self.config.method.interpolation
-        shape = (self.config.method.batch_size, 2) if config.coefficient == "sample" else (2,)
-        concentration = torch.full(shape, config.concentration, device=self.device)
-        # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
-        return torch._sample_dirichlet(concentration, self.rng["mixing"])[..., 0]
 
     def _new_generator(self) -> Generator:
         return Generator(
@@ -243,6 +285,7 @@ class Round:
             "generator": self.generator,
             "connectors": self.connectors,
             "scaler": self.engine.scaler,
+            **({"image_bank": self.image_bank} if self.image_bank is not None else {}),
         }
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -30,6 +30,7 @@ class RunLoop:
     state_dict: Callable[[], dict[str, Any]]
     checkpoint_every: int
     unit: str
+    first: int
     _recorder: Recorder
     _stop: StopRequest
     _stopping: bool | None = None
@@ -73,7 +74,10 @@ class RunLoop:
         where = (
             f"Continue with --resume {self.folder}." if self.folder else "Nothing was written: no run_dir was given."
         )
-        return f"Stopped after {self.unit} {self.position()} of {self.rounds}. {where}"
+        done, rounds, of_what = self.position(), self.rounds, ""
+        if done < 0:
+            done, rounds, of_what = done - self.first, -self.first, " of the warm-up"
+        return f"Stopped after {self.unit} {done} of {rounds}{of_what}. {where}"
 
 
 @contextmanager
@@ -86,6 +90,7 @@ def run_loop(
     *,
     task: str = "Distilling",
     unit: str = "round",
+    first: int = 0,
 ) -> Iterator[RunLoop]:
     """The loop over the rounds of a run that are left. For its length, SIGINT and SIGTERM ask the run to stop.
 
@@ -97,9 +102,13 @@ def run_loop(
         checkpoint_every: rounds from one checkpoint to the next.
         task: what is going on, for the terminal.
         unit: name of a round in records and messages.
+        first: position at which the run begins; below 0 where it warms up before its first round.
 
     Raises:
         Interrupted: after a signal, when the checkpoint is written.
     """
-    with stop_requests() as stop, Recorder(folder, rounds, position(), task=task, unit=unit) as recorder:
-        yield RunLoop(folder, rounds, position, state_dict, checkpoint_every, unit, recorder, stop)
+    with (
+        stop_requests() as stop,
+        Recorder(folder, rounds, position(), first=first, task=task, unit=unit) as recorder,
+    ):
+        yield RunLoop(folder, rounds, position, state_dict, checkpoint_every, unit, first, recorder, stop)

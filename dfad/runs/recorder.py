@@ -52,14 +52,23 @@ class Recorder:
         folder: the run's; without one, metrics go to the terminal and :attr:`history` alone.
         rounds: of the whole run.
         start: rounds done before (a resumed run); later records of an interrupted run are dropped.
+        first: where the run begins; below 0 where it warms up before its first round.
         task: what is going on, for the terminal.
         unit: name of a round in records and log lines.
     """
 
     def __init__(
-        self, folder: Path | None, rounds: int, start: int = 0, *, task: str = "Distilling", unit: str = "round"
+        self,
+        folder: Path | None,
+        rounds: int,
+        start: int = 0,
+        *,
+        first: int = 0,
+        task: str = "Distilling",
+        unit: str = "round",
     ) -> None:
         self.rounds = rounds
+        self.first = first
         self.unit = unit
         self.history: list[dict[str, float]] = []
         self._file = self._events = None
@@ -70,7 +79,7 @@ class Recorder:
             self.history = _records_until(folder / METRICS, start, unit)
             _rewrite(folder / METRICS, self.history)
             self._file = (folder / METRICS).open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start > first else None)
         self._progress = (
             Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -80,7 +89,7 @@ class Recorder:
             else None
         )  # fmt: skip
         if self._progress:
-            self._task = self._progress.add_task(task, total=rounds, completed=start, status="")
+            self._task = self._progress.add_task(task, total=rounds - first, completed=start - first, status="")
 
     def __enter__(self) -> "Recorder":
         if self._progress:
@@ -109,7 +118,9 @@ class Recorder:
                 self._events.add_scalar(name, value, round_index)
         status = _status(metrics)
         if self._progress:
-            self._progress.update(self._task, completed=round_index, status=status)
+            self._progress.update(self._task, completed=round_index - self.first, status=status)
+        elif round_index < 0:
+            log.info("Warm-up %d/%d  %s", round_index - self.first, -self.first, status)
         else:
             log.info("%s %d/%d  %s", self.unit.capitalize(), round_index, self.rounds, status)
 

@@ -120,7 +120,7 @@ class TestLosses:
         distiller = Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
         images, coefficient = torch.randn(16, *IMAGE_SHAPE), torch.rand(16)
         monkeypatch.setattr(distiller.round, "generator", lambda noise: images)
-        monkeypatch.setattr(distiller.round, "sample_mixing_coefficient", lambda: coefficient)
+        monkeypatch.setattr(distiller.round.interpolation, "sample_coefficient", lambda: coefficient)
         with torch.no_grad():
             t = teacher.eval()(images)
             s = student.train()(images)
@@ -178,7 +178,7 @@ class TestLosses:
             teacher, student, with_method(config, interpolation=interpolation), image_shape=IMAGE_SHAPE
         )
         images, coefficient = torch.randn(16, *IMAGE_SHAPE), torch.rand(16)
-        distiller.round.sample_mixing_coefficient = lambda: coefficient
+        distiller.round.interpolation.sample_coefficient = lambda: coefficient
         distiller.student.eval()
         mixed = functional.mix(images, coefficient)
         with torch.no_grad():
@@ -195,7 +195,7 @@ class TestLosses:
             teacher, student, with_method(config, interpolation=interpolation), image_shape=IMAGE_SHAPE
         )
         coefficient, steps = torch.rand(16), []
-        monkeypatch.setattr(distiller.round, "sample_mixing_coefficient", lambda: coefficient)
+        monkeypatch.setattr(distiller.round.interpolation, "sample_coefficient", lambda: coefficient)
         descend = distiller.engine.descend
         monkeypatch.setattr(
             distiller.engine, "descend", lambda loss, optimizer: steps.append(loss.item()) or descend(loss, optimizer)
@@ -279,7 +279,7 @@ def test_mixing_coefficients_follow_the_beta_distribution(teacher, student, conf
     interpolation = replace(config.method.interpolation, concentration=0.3)
     settings = with_method(config, interpolation=interpolation, batch_size=20000)
     distiller = Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
-    drawn = distiller.round.sample_mixing_coefficient()
+    drawn = distiller.round.interpolation.sample_coefficient()
     assert drawn.shape == (20000,)
     assert drawn.mean() == pytest.approx(0.5, abs=0.01)
     assert drawn.var() == pytest.approx(1 / (4 * (2 * 0.3 + 1)), rel=0.03)

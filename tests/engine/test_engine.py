@@ -92,7 +92,7 @@ class TestPartsComputeTheSame:
         assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
 
 
-class _NoWaiting(TorchDispatchMode):
+class NoWaiting(TorchDispatchMode):
     """Fails on whatever would make the host wait for a GPU, or change the device."""
 
     WAITING = frozenset(
@@ -118,14 +118,14 @@ class TestWhatACaptureNeeds:
     def test_the_host_never_waits_inside_a_round(self, step, teacher, config):
         interpolation = replace(config.method.interpolation, step=step, labels="teacher")
         distiller = make(teacher, replace(config, method=replace(config.method, interpolation=interpolation)))
-        with _NoWaiting():
+        with NoWaiting():
             distiller.engine.run(distiller.round)
 
     @pytest.mark.parametrize(
         "wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool((x > 0).all()), lambda x: x.unique()]
     )
     def test_that_test_would_notice(self, wait):
-        with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
+        with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
             wait(torch.randn(4))
 
     def test_nothing_moves_in_memory_between_rounds(self, teacher, config):

@@ -1,0 +1,83 @@
+"""Other views of an image: flipped, shifted, partly hidden, of other colours."""
+
+import torch
+from torch import Tensor
+
+from dfad.config import AugmentationConfig
+
+
+class Augmentation:
+    """A random view of each image of a batch; student and teacher are both shown that view.
+
+    Nothing here waits for the device.
+
+    Args:
+        config: which views.
+        rng: the random stream, on the device of the images.
+    """
+
+    def __init__(self, config: AugmentationConfig, rng: torch.Generator) -> None:
+        self.config = config
+        self.rng = rng
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Views ``(B, channels, height, width)`` of such images, normalised; of the same dtype, channels last."""
+        config = self.config
+        if config.flip or config.crop:
+            images = self._flip_and_crop(images)
+        if config.cutout:
+            images = self._cut_out(images)
+        if config.colour:
+            images = self._jitter(images)
+        return images
+
+    def _flip_and_crop(self, images: Tensor) -> Tensor:
+        """One gather for both: output pixel ``(i, j)`` is input pixel ``(rows[i], columns[j])``."""
+        batch, _, height, width = images.shape
+        rows = torch.arange(height, device=images.device).expand(batch, -1)
+        columns = torch.arange(width, device=images.device).expand(batch, -1)
+        if self.config.flip:
+            columns = torch.where(self._integers(batch, 0, 1) == 1, width - 1 - columns, columns)
+        crop = self.config.crop
+        if crop:
+            rows = rows + self._integers(batch, -crop, crop)
+            columns = columns + self._integers(batch, -crop, crop)
+        pixels = images.permute(0, 2, 3, 1)
+        samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
+        view = pixels[samples, _reflected(rows, height).unsqueeze(2), _reflected(columns, width).unsqueeze(1)]
+        if crop and self.config.padding == "zero":
+            inside = _inside(rows, height).unsqueeze(2) & _inside(columns, width).unsqueeze(1)
+            view = view * inside.unsqueeze(3)
+        return view.permute(0, 3, 1, 2)
+
+    def _cut_out(self, images: Tensor) -> Tensor:
+        batch, _, height, width = images.shape
+        side = self.config.cutout
+
+        def hidden(length: int) -> Tensor:
+            positions = torch.arange(length, device=images.device)
+            distance = positions - self._integers(batch, 0, length - 1) + side // 2
+            return (distance >= 0) & (distance < side)
+
+        mask = hidden(height).unsqueeze(2) & hidden(width).unsqueeze(1)
+        return images * ~mask.unsqueeze(1)
+
+    def _jitter(self, images: Tensor) -> Tensor:
+        batch, channels = images.shape[:2]
+        numbers = torch.rand((batch, 1 + channels), generator=self.rng, device=images.device) * 2 - 1
+        change = (self.config.colour * numbers).to(images.dtype).view(batch, -1, 1, 1)
+        return images * (1 + change[:, :1]) + change[:, 1:]
+
+    def _integers(self, batch: int, least: int, most: int) -> Tensor:
+        """One for each image, ``(B, 1)``."""
+        return torch.randint(least, most + 1, (batch, 1), generator=self.rng, device=self.rng.device)
+
+
+def _reflected(positions: Tensor, length: int) -> Tensor:
+    """Positions beyond an edge, reflected at the outermost pixel."""
+    positions = positions.abs()
+    return torch.minimum(positions, 2 * (length - 1) - positions)
+
+
+def _inside(positions: Tensor, length: int) -> Tensor:
+    return (positions >= 0) & (positions < length)

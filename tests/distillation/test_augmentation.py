@@ -1,0 +1,134 @@
+"""Random views of images."""
+
+import pytest
+import torch
+
+from dfad.config import AugmentationConfig
+from dfad.distillation.augmentation import Augmentation
+from tests.engine.test_engine import NoWaiting
+
+SHAPE = (3, 6, 8)
+
+
+def augment(images: torch.Tensor, seed: int = 4, **views) -> torch.Tensor:
+    return Augmentation(AugmentationConfig(**views), torch.Generator().manual_seed(seed))(images)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(64, *SHAPE)
+
+
+def test_without_views_images_are_as_they_were(images):
+    assert augment(images) is images
+
+
+def test_half_of_the_images_are_mirrored(images):
+    images = images[:1].expand(2000, -1, -1, -1)
+    view = augment(images, flip=True)
+    mirrored = (view == images.flip(3)).flatten(1).all(dim=1)
+    as_it_was = (view == images).flatten(1).all(dim=1)
+    assert (mirrored ^ as_it_was).all()
+    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.056)  # five standard errors
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+def test_a_crop_is_a_window_of_the_padded_image(padding, images):
+    crop = 2
+    view = augment(images, crop=crop, padding=padding)
+    mode = {"reflect": "reflect", "zero": "constant"}[padding]
+    padded = torch.nn.functional.pad(images, (crop,) * 4, mode=mode)
+    height, width = SHAPE[1:]
+    found = torch.zeros(2 * crop + 1, 2 * crop + 1)
+    for number, image in enumerate(view):
+        windows = [
+            (y, x)
+            for y in range(2 * crop + 1)
+            for x in range(2 * crop + 1)
+            if torch.equal(padded[number, :, y : y + height, x : x + width], image)
+        ]
+        assert len(windows) == 1
+        found[windows[0]] += 1
+    # each shift, both ways
+    assert (found.sum(dim=0) > 0).all()
+    assert (found.sum(dim=1) > 0).all()
+
+
+def test_a_crop_of_nothing_and_a_flip_keep_every_value(images):
+    view = augment(images, flip=True)
+    assert torch.equal(view.flatten(1).sort(dim=1).values, images.flatten(1).sort(dim=1).values)
+
+
+def test_crops_bring_in_no_other_values(images):
+    view = augment(images, flip=True, crop=3)
+    for before, after in zip(images, view, strict=True):
+        assert torch.isin(after, before).all()
+
+
+def test_a_square_is_cut_out():
+    view = augment(torch.ones(500, *SHAPE), cutout=4)
+    hidden = view == 0
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
+    rows, columns = hidden[:, 0].any(dim=2).sum(dim=1), hidden[:, 0].any(dim=1).sum(dim=1)
+    assert torch.equal(rows * columns, hidden[:, 0].sum(dim=(1, 2)))  # a rectangle
+    # whole inside, or cut by an edge: never without its centre
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 4, 2, 4)
+    assert hidden.any(dim=0).all()  # it comes everywhere
+    assert ((view == 0) | (view == 1)).all()
+
+
+def test_colours_change_within_bounds(images):
+    view = augment(images, colour=0.2)
+    spreads = []
+    for before, after in zip(images, view, strict=True):
+        shifts = []
+        for channel in range(3):
+            x, y = before[channel].flatten(), after[channel].flatten()
+            slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+            offset = y.mean() - slope * x.mean()
+            torch.testing.assert_close(y, slope * x + offset, rtol=1e-4, atol=1e-4)
+            assert abs(slope - 1) <= 0.2001
+            assert abs(offset) <= 0.2001
+            shifts.append((slope.item(), offset.item()))
+        slopes, offsets = zip(*shifts, strict=True)
+        assert max(slopes) - min(slopes) < 1e-3  # one contrast for all channels
+        spreads.append(max(offsets) - min(offsets))
+    assert sum(spread > 0.01 for spread in spreads) > 55  # a shift for each
+    assert (view - images).abs().max() > 0.1
+
+
+EVERY_VIEW = {"flip": True, "crop": 2, "cutout": 3, "colour": 0.1}
+
+
+def test_a_seed_decides(images):
+    first, again, other = (augment(images, seed, **EVERY_VIEW) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["reflect", "zero"])
+def test_dtype_and_shape_stay_and_the_view_is_channels_last(dtype, padding, images):
+    view = augment(images.to(dtype), padding=padding, **EVERY_VIEW)
+    assert view.dtype == dtype
+    assert view.shape == images.shape
+    assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_waits_for_the_device(images):
+    with NoWaiting():
+        for padding in ("reflect", "zero"):
+            augment(images, padding=padding, **EVERY_VIEW)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"crop": -1}, "crop is -1; it must be finite and not negative"),
+        ({"cutout": -3}, "cutout is -3"),
+        ({"colour": 1.0}, r"colour is 1\.0; it must be in \[0, 1\)"),
+    ],
+)
+def test_impossible_views_are_refused(views, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentationConfig(**views)

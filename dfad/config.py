@@ -205,22 +205,22 @@ class AugmentationConfig:
     flip: bool = False
     """Mirror half of the images, left to right."""
 
-    crop: int = 0
-    """Shift by up to so many pixels in each direction."""
+    crop: float = 0.0
+    """Shift by up to this fraction of height and width in each direction; 4 of 32 pixels are 0.125."""
 
     padding: Literal["reflect", "zero"] = "reflect"
     """What a shift brings in: the image's reflection, or zeros, the mean of normalised images."""
 
-    cutout: int = 0
-    """Set a square of so many pixels to zero, its centre anywhere in the image."""
+    cutout: float = 0.0
+    """Set a rectangle of this fraction of height and width to zero, its centre anywhere in the image."""
 
     colour: float = 0.0
     """Change each image's contrast by up to this fraction, and shift each channel by up to so many standard
     deviations."""
 
     def __post_init__(self) -> None:
-        _not_negative(crop=self.crop, cutout=self.cutout)
-        _require(0 <= self.colour < 1, "colour", self.colour, "in [0, 1)")
+        for name in ("crop", "cutout", "colour"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ class Augmentation:
             columns = torch.where(self._integers(batch, 0, 1) == 1, width - 1 - columns, columns)
         crop = self.config.crop
         if crop:
-            rows = rows + self._integers(batch, -crop, crop)
-            columns = columns + self._integers(batch, -crop, crop)
+            down, right = int(crop * height), int(crop * width)
+            rows = rows + self._integers(batch, -down, down)
+            columns = columns + self._integers(batch, -right, right)
         pixels = images.permute(0, 2, 3, 1)
         samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
         view = pixels[samples, _reflected(rows, height).unsqueeze(2), _reflected(columns, width).unsqueeze(1)]
@@ -52,9 +53,9 @@ class Augmentation:
 
     def _cut_out(self, images: Tensor) -> Tensor:
         batch, _, height, width = images.shape
-        side = self.config.cutout
 
         def hidden(length: int) -> Tensor:
+            side = int(self.config.cutout * length)
             positions = torch.arange(length, device=images.device)
             distance = positions - self._integers(batch, 0, length - 1) + side // 2
             return (distance >= 0) & (distance < side)

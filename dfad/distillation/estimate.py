@@ -84,11 +84,10 @@ def estimate(distiller: Distiller) -> Estimate:
 
 def _measured(distiller: Distiller) -> Estimate:
     method = distiller.config.method
-    warm_up_flops, warm_up_seconds = 0, 0.0
+    total_flops, flops_per_round = count_flops(distiller)
+    warm_up_seconds = 0.0
     if method.warm_up:
-        warm_up_flops = method.warm_up * _flops(distiller.round.warm_up)
         warm_up_seconds = method.warm_up * _seconds(distiller.round.warm_up, distiller.device)
-    flops_per_round = _flops(distiller.round)
     peak_memory = _peak_memory(distiller)
     for _ in range(WARM_UP_ROUNDS):
         distiller.round.run(0.0)
@@ -98,11 +97,20 @@ def _measured(distiller: Distiller) -> Estimate:
         student_parameters=_count(distiller.student),
         generator_parameters=_count(distiller.generator),
         flops_per_round=flops_per_round,
-        total_flops=warm_up_flops + method.rounds * flops_per_round,
+        total_flops=total_flops,
         peak_memory=peak_memory,
         seconds_per_round=seconds_per_round,
         total_seconds=warm_up_seconds + method.rounds * seconds_per_round,
     )
+
+
+def count_flops(distiller: Distiller) -> tuple[int, int]:
+    """FLOPs of a whole run and of one of its rounds, counted on a step and a round: the distiller has moved on
+    afterwards."""
+    method = distiller.config.method
+    warm_up = method.warm_up * _flops(distiller.round.warm_up) if method.warm_up else 0
+    per_round = _flops(distiller.round)
+    return warm_up + method.rounds * per_round, per_round
 
 
 def _flops(work: Callable[[], object]) -> int:

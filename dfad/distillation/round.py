@@ -14,7 +14,7 @@ from dfad.distillation.image_bank import ImageBank
 from dfad.distillation.interpolation import VirtualInterpolation
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
-from dfad.errors import ConfigurationError, ModelError
+from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
@@ -41,7 +41,6 @@ class Round:
 
     Raises:
         ModelError: if the networks cannot be combined as the configuration asks.
-        ConfigurationError: if the images are too small for the augmentation.
     """
 
     def __init__(
@@ -57,11 +56,6 @@ class Round:
         self.device = engine.device
         self.image_shape = image_shape
         method = config.method
-        if method.augmentation.crop >= min(image_shape[1:]):
-            raise ConfigurationError(
-                f"method.augmentation.crop is {method.augmentation.crop}; it must be less than the height and width of "
-                f"the teacher's images, {image_shape[1]}×{image_shape[2]}."
-            )
         teacher_outputs = dry_forward(teacher, image_shape)
         student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
         if method.regularizers.batchnorm and not has_batchnorm(teacher):

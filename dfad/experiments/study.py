@@ -16,6 +16,7 @@ import torch
 
 from dfad.assembly import build_distiller, build_student, load_teacher
 from dfad.data.evaluation import Evaluator
+from dfad.distillation.estimate import count_flops
 from dfad.engine import choose_device
 from dfad.experiments.comparisons import REAL_DATA, Beats, Claim, Comparison, Reaches
 from dfad.files import write_atomically
@@ -141,9 +142,15 @@ def _summary(
         summary["best_accuracy"] = spread([result["best_accuracy"] for result in results])
         # the rate of a resumed run's last process stands for all of it
         summary["seconds"] = spread([result["rounds"] / result["rounds_per_second"] for result in results])
+        method = settings.method
         looks = list(zip(*(result["curve"] for result in results), strict=True))
+        rounds = [look[0][0] for look in looks]
+        warm_up = method.warm_up * method.batch_size
+        summary["student_images"] = method.rounds * method.student_images_per_round
+        summary["petaflop"] = _cost(settings) / 1e15
         summary["curve"] = {
-            "images": [look[0][0] * settings.method.images_per_round for look in looks],
+            "images": [warm_up + done * method.images_per_round for done in rounds],
+            "student_images": [done * method.student_images_per_round for done in rounds],
             "mean": [statistics.mean(accuracy for _, accuracy in look) for look in looks],
             "std": [_deviation([accuracy for _, accuracy in look]) for look in looks],
         }
@@ -151,6 +158,11 @@ def _summary(
         summary["published"] = comparison.published[arm]
         summary["reproduced"] = summary["accuracy"]["mean"] >= comparison.published[arm] - comparison.tolerance
     return summary
+
+
+def _cost(config: TrainConfig) -> int:
+    """FLOPs of a run."""
+    return count_flops(build_distiller(load_teacher(config.teacher), build_student(config), config))[0]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

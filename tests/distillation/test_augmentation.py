@@ -34,17 +34,17 @@ def test_half_of_the_images_are_mirrored(images):
 
 @pytest.mark.parametrize("padding", ["reflect", "zero"])
 def test_a_crop_is_a_window_of_the_padded_image(padding, images):
-    crop = 2
-    view = augment(images, crop=crop, padding=padding)
+    view = augment(images, crop=0.4, padding=padding)
     mode = {"reflect": "reflect", "zero": "constant"}[padding]
-    padded = torch.nn.functional.pad(images, (crop,) * 4, mode=mode)
+    down, right = 2, 3  # of 6 and 8 pixels
+    padded = torch.nn.functional.pad(images, (right, right, down, down), mode=mode)
     height, width = SHAPE[1:]
-    found = torch.zeros(2 * crop + 1, 2 * crop + 1)
+    found = torch.zeros(2 * down + 1, 2 * right + 1)
     for number, image in enumerate(view):
         windows = [
             (y, x)
-            for y in range(2 * crop + 1)
-            for x in range(2 * crop + 1)
+            for y in range(2 * down + 1)
+            for x in range(2 * right + 1)
             if torch.equal(padded[number, :, y : y + height, x : x + width], image)
         ]
         assert len(windows) == 1
@@ -60,19 +60,19 @@ def test_a_crop_of_nothing_and_a_flip_keep_every_value(images):
 
 
 def test_crops_bring_in_no_other_values(images):
-    view = augment(images, flip=True, crop=3)
+    view = augment(images, flip=True, crop=0.5)
     for before, after in zip(images, view, strict=True):
         assert torch.isin(after, before).all()
 
 
 def test_a_square_is_cut_out():
-    view = augment(torch.ones(500, *SHAPE), cutout=4)
+    view = augment(torch.ones(500, *SHAPE), cutout=0.5)
     hidden = view == 0
     assert torch.equal(hidden[:, 0], hidden[:, 2])
     rows, columns = hidden[:, 0].any(dim=2).sum(dim=1), hidden[:, 0].any(dim=1).sum(dim=1)
     assert torch.equal(rows * columns, hidden[:, 0].sum(dim=(1, 2)))  # a rectangle
-    # whole inside, or cut by an edge: never without its centre
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 4, 2, 4)
+    # 3 of 6 by 4 of 8 pixels, whole inside or cut by an edge: never without its centre
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 3, 2, 4)
     assert hidden.any(dim=0).all()  # it comes everywhere
     assert ((view == 0) | (view == 1)).all()
 
@@ -97,7 +97,18 @@ def test_colours_change_within_bounds(images):
     assert (view - images).abs().max() > 0.1
 
 
-EVERY_VIEW = {"flip": True, "crop": 2, "cutout": 3, "colour": 0.1}
+EVERY_VIEW = {"flip": True, "crop": 0.4, "cutout": 0.5, "colour": 0.1}
+
+
+def test_the_largest_crop_still_has_a_reflection():
+    images = torch.randn(50, *SHAPE)
+    view = augment(images, crop=0.99)
+    assert all(torch.isin(after, before).all() for before, after in zip(images, view, strict=True))
+
+
+def test_an_image_of_one_pixel_has_one_view():
+    images = torch.randn(4, 3, 1, 1)
+    assert torch.equal(augment(images, flip=True, crop=0.9, cutout=0.9), images)
 
 
 def test_a_seed_decides(images):
@@ -124,8 +135,8 @@ def test_nothing_waits_for_the_device(images):
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        ({"crop": -1}, "crop is -1; it must be finite and not negative"),
-        ({"cutout": -3}, "cutout is -3"),
+        ({"crop": -0.1}, r"crop is -0\.1; it must be in \[0, 1\)"),
+        ({"cutout": 1.0}, r"cutout is 1\.0; it must be in \[0, 1\)"),
         ({"colour": 1.0}, r"colour is 1\.0; it must be in \[0, 1\)"),
     ],
 )

@@ -11,7 +11,18 @@ from dfad.config import GeneratorConfig, InterpolationConfig, RecordingConfig, S
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ConfigurationError, DfadError
 from dfad.experiments import study
-from dfad.experiments.comparisons import COMPARISONS, FULL, PLAIN, REAL_DATA, Beats, Comparison, Reaches, Sooner, arms
+from dfad.experiments.comparisons import (
+    COMPARISONS,
+    FULL,
+    PLAIN,
+    REAL_DATA,
+    RECIPE_FULL,
+    Beats,
+    Comparison,
+    Reaches,
+    Sooner,
+    arms,
+)
 from dfad.experiments.study import judge
 from dfad.presets import PRESETS
 from dfad.supervised.recipes import RECIPES, NetworkConfig
@@ -67,6 +78,10 @@ def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, 
         if name != REAL_DATA:
             assert arm["images"] == 4 * 3 * 16
             assert arm["curve"]["images"] == [2 * 3 * 16, 4 * 3 * 16]
+            mixed_too = 1 if name == PLAIN else 2
+            assert arm["student_images"] == mixed_too * 4 * 2 * 16
+            assert arm["curve"]["student_images"] == [mixed_too * 2 * 2 * 16, mixed_too * 4 * 2 * 16]
+            assert 0 < arm["petaflop"] < 1e-3
             assert arm["curve"]["mean"][-1] == pytest.approx(arm["accuracy"]["mean"])
     assert record["arms"][PLAIN]["reproduced"] is False
     assert "published" not in record["arms"][FULL]
@@ -185,12 +200,14 @@ def test_one_seed_has_no_standard_error():
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_arms_differ_in_the_parts_of_the_method_alone(name):
     compared = COMPARISONS[name].arms
-    base = compared[FULL]
+    base = compared[FULL if FULL in compared else RECIPE_FULL]
     parts = {"activation", "interpolation", "regularizers", "adversarial"}
     for config in compared.values():
         same = {part: getattr(base.method, part) for part in parts}
         assert replace(config, method=replace(config.method, **same)) == base
         assert config.method.images_per_round == base.method.images_per_round
+        if FULL not in compared:  # the recipe mixes within a batch: its arms differ in nothing that costs
+            assert config.method.student_images_per_round == base.method.student_images_per_round
     for claim in COMPARISONS[name].claims:
         assert {claim.arm, getattr(claim, "other", claim.arm)} <= set(compared)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.race import Rules, replayed
 from bench.rounds import CASES, Case, contenders, make_distiller
-from dfad.distillation.estimate import TensorMemory
+from dfad.distillation.tensor_memory import TensorMemory
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfad.distillation.distiller import Distiller
+from dfad.engine import wait_for
+from dfad.models.probing import parameter_count
 
 aten = torch.ops.aten
 COUNTED = {aten.convolution, aten.convolution_backward, aten.addmm, aten.mm}
@@ -74,7 +76,7 @@ class Floor:
             (config.optimizer.generator, [distiller.generator], 1),
         ]
         for optimizer, networks, steps in trained:
-            size = ACCESSES[optimizer.name] * sum(_parameters(network) for network in networks)
+            size = ACCESSES[optimizer.name] * sum(parameter_count(network) for network in networks)
             source, target = torch.randn(-(-size // 2), device=device), torch.empty(-(-size // 2), device=device)
             self.work.append((_call(target.copy_, [source]), steps))
 
@@ -88,18 +90,12 @@ def _call(function: Callable[..., object], arguments: Sequence[Any]) -> Callable
     return lambda: function(*arguments)
 
 
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def _seconds(call: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
     seconds = []
     for _ in range(repetitions + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from dfad.config import DistillConfig, TeacherConfig
@@ -13,7 +12,7 @@ from dfad.errors import ModelError
 from dfad.models.factory import build
 from dfad.models.model_file import load_model
 from dfad.models.weights import load_weights
-from dfad.seeds import stream_seed
+from dfad.seeds import seeded, stream_seed
 from dfad.supervised.cache import cached_teacher
 
 
@@ -59,8 +58,7 @@ def build_student(config: DistillConfig) -> nn.Module:
         raise ModelError(
             "There is no student. Give --student.factory package.module:callable or a name of dfad.models."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(config.seed, "student"))
+    with seeded(stream_seed(config.seed, "student")):
         student = build(config.student.factory, config.student.kwargs, config.student.taps)
     if config.student.checkpoint:
         load_weights(student, config.student.checkpoint)

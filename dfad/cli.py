@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
-from dfad.errors import ConfigurationError, DfadError, nearest
+from dfad.errors import ConfigurationError, DfadError, unknown
 from dfad.runs.folder import check_folder
 from dfad.runs.settings import override, read_yaml, saved_settings, to_yaml
 
@@ -119,9 +119,7 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
     tree = read_yaml(Path(chosen.config)) if chosen.config else {}
     preset = chosen.preset or tree.pop("preset", None) or default.preset
     if preset not in presets:
-        raise ConfigurationError(
-            f"There is no preset {preset!r}.{nearest(preset, presets)} Choose one of: {', '.join(presets)}."
-        )
+        raise ConfigurationError(unknown("preset", preset, presets))
     if saved is not None and not chosen.preset and not chosen.config:
         settings = saved
     else:

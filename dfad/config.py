@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dfad.validation import fraction, not_negative, positive, require
+
 Keywords = dict[str, Any]
 """Keyword arguments; a JSON object on the command line."""
 
@@ -17,19 +19,9 @@ Switch = Literal["auto", "on", "off"]
 """``auto``: on where ``fused`` is and the machine can; ``on``: or an error that says why not; ``off``."""
 
 
-def _require(condition: bool, name: str, value: object, need: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; it must be {need}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        _require(math.isfinite(value) and value > 0, name, value, "positive and finite")
-
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        _require(math.isfinite(value) and value >= 0, name, value, "finite and not negative")
+def half_cosine(progress: float) -> float:
+    """From 1 to 0 along half a cosine, while ``progress`` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,9 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         for name in ("channels", "image_size"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "a positive number")
-        _require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean {self.mean}")
-        _positive(**{f"std[{i}]": value for i, value in enumerate(self.std)})
+            require(value is None or value > 0, name, value, "a positive number")
+        require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean {self.mean}")
+        positive(**{f"std[{i}]": value for i, value in enumerate(self.std)})
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class GeneratorConfig:
     """Channels before the last convolution; the first stage has twice as many."""
 
     def __post_init__(self) -> None:
-        _positive(noise_dim=self.noise_dim, width=self.width)
+        positive(noise_dim=self.noise_dim, width=self.width)
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,8 @@ class ActivationConfig:
     """Weight, negated, in the generator's loss: it then also seeks images whose activations disagree."""
 
     def __post_init__(self) -> None:
-        _not_negative(weight=self.weight, generator_weight=self.generator_weight)
-        _positive(margin=self.margin)
+        not_negative(weight=self.weight, generator_weight=self.generator_weight)
+        positive(margin=self.margin)
 
 
 @dataclass(frozen=True)
@@ -154,11 +146,11 @@ class InterpolationConfig:
     take the place of a share of the batch, the weight, at no cost; the teacher is asked about them then."""
 
     def __post_init__(self) -> None:
-        _not_negative(weight=self.weight)
-        _positive(concentration=self.concentration, temperature=self.temperature)
+        not_negative(weight=self.weight)
+        positive(concentration=self.concentration, temperature=self.temperature)
         if self.step == "within":
-            _require(self.weight <= 1, "weight", self.weight, "at most 1 where step is within: a share of the batch")
-            _require(self.labels == "teacher" or not self.weight, "labels", self.labels, "teacher where step is within")
+            require(self.weight <= 1, "weight", self.weight, "at most 1 where step is within: a share of the batch")
+            require(self.labels == "teacher" or not self.weight, "labels", self.labels, "teacher where step is within")
 
     @property
     def adds_images(self) -> bool:
@@ -180,7 +172,7 @@ class RegularizerConfig:
     """Weight of the negative entropy of the batch's mean prediction."""
 
     def __post_init__(self) -> None:
-        _not_negative(batchnorm=self.batchnorm, one_hot=self.one_hot, diversity=self.diversity)
+        not_negative(batchnorm=self.batchnorm, one_hot=self.one_hot, diversity=self.diversity)
 
 
 @dataclass(frozen=True)
@@ -194,8 +186,8 @@ class ImageBankConfig:
     """Share of a student step's images that are drawn of the generator's last batch."""
 
     def __post_init__(self) -> None:
-        _not_negative(size=self.size)
-        _require(0 <= self.newest <= 1, "newest", self.newest, "in [0, 1]")
+        not_negative(size=self.size)
+        require(0 <= self.newest <= 1, "newest", self.newest, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -219,8 +211,7 @@ class AugmentationConfig:
     deviations."""
 
     def __post_init__(self) -> None:
-        for name in ("crop", "cutout", "colour"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        fraction(crop=self.crop, cutout=self.cutout, colour=self.colour)
 
 
 @dataclass(frozen=True)
@@ -264,19 +255,19 @@ class MethodConfig:
     augmentation: AugmentationConfig = AugmentationConfig()
 
     def __post_init__(self) -> None:
-        _positive(rounds=self.rounds, student_steps=self.student_steps, generator_steps=self.generator_steps)
-        _positive(temperature=self.temperature)
+        positive(rounds=self.rounds, student_steps=self.student_steps, generator_steps=self.generator_steps)
+        positive(temperature=self.temperature)
         # BatchNorm in training mode has no variance to take of a single value per channel
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
-        _not_negative(adversarial=self.adversarial, warm_up=self.warm_up)
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
+        not_negative(adversarial=self.adversarial, warm_up=self.warm_up)
         bank = self.image_bank.size
         if bank:
             need = f"at least the batch size, {self.batch_size}, or 0 for no bank"
-            _require(bank >= self.batch_size, "image_bank.size", bank, need)
-            _require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
+            require(bank >= self.batch_size, "image_bank.size", bank, need)
+            require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
         need = "0 where every weight of regularizers is 0, for they alone shape its images"
-        _require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
+        require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
 
     @property
     def images_per_round(self) -> int:
@@ -328,22 +319,20 @@ class OptimizerConfig:
     """Fraction of all rounds in which the learning rate rises, in a line from a hundredth."""
 
     def __post_init__(self) -> None:
-        _positive(lr=self.lr, decay=self.decay)
-        _not_negative(weight_decay=self.weight_decay)
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        for i, beta in enumerate(self.betas):
-            _require(0 <= beta < 1, f"betas[{i}]", beta, "in [0, 1)")
-        _require(0 <= self.warm_up < 1, "warm_up", self.warm_up, "in [0, 1)")
+        positive(lr=self.lr, decay=self.decay)
+        not_negative(weight_decay=self.weight_decay)
+        fraction(momentum=self.momentum, warm_up=self.warm_up)
+        fraction(**{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
         increasing = sorted(self.milestones) == list(self.milestones)
         inside = all(0 < milestone < 1 for milestone in self.milestones)
-        _require(increasing and inside, "milestones", self.milestones, "increasing fractions between 0 and 1")
+        require(increasing and inside, "milestones", self.milestones, "increasing fractions between 0 and 1")
 
     def factor(self, progress: float) -> float:
         """What the learning rate is multiplied by when a fraction ``progress`` of the rounds is done."""
         if progress < self.warm_up:
             return 0.01 + 0.99 * progress / self.warm_up
         if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (progress - self.warm_up) / (1 - self.warm_up)))
+            return half_cosine((progress - self.warm_up) / (1 - self.warm_up))
         if self.schedule == "step":
             return float(self.decay ** sum(progress >= milestone for milestone in self.milestones))
         return 1.0
@@ -406,7 +395,7 @@ class SelectionConfig:
     """Rounds between two looks (and evaluations, where an evaluation set is given)."""
 
     def __post_init__(self) -> None:
-        _positive(bank_size=self.bank_size, every=self.every)
+        positive(bank_size=self.bank_size, every=self.every)
 
 
 @dataclass(frozen=True)
@@ -430,8 +419,8 @@ class CollapseConfig:
     """Fraction of the rounds in which an untrained generator may yet make images of few classes."""
 
     def __post_init__(self) -> None:
-        _not_negative(budget=self.budget, class_entropy=self.class_entropy, pairwise_diversity=self.pairwise_diversity)
-        _require(0 <= self.grace <= 1, "grace", self.grace, "in [0, 1]")
+        not_negative(budget=self.budget, class_entropy=self.class_entropy, pairwise_diversity=self.pairwise_diversity)
+        require(0 <= self.grace <= 1, "grace", self.grace, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -445,7 +434,7 @@ class RecordingConfig:
     """Rounds between two checkpoints."""
 
     def __post_init__(self) -> None:
-        _positive(log_every=self.log_every, checkpoint_every=self.checkpoint_every)
+        positive(log_every=self.log_every, checkpoint_every=self.checkpoint_every)
 
 
 @dataclass(frozen=True)
@@ -472,4 +461,4 @@ class DistillConfig:
     recording: RecordingConfig = RecordingConfig()
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")

@@ -51,6 +51,12 @@ class Interrupted(DfadError):
         self.exit_code = 128 + signal_number  # the shell's convention
 
 
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The paragraph for a name that does not exist, with the closest that does and all of them."""
+    known = list(known)
+    return f"There is no {kind} {name!r}.{nearest(name, known)} Choose one of: {', '.join(known)}."
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the candidate closest to ``name``, or nothing where none is close."""
     matches = get_close_matches(name, list(candidates), n=1, cutoff=0.5)

@@ -25,6 +25,7 @@ from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.factory import build
 from dfad.models.model_file import load_model
+from dfad.models.probing import require_same_classes
 from dfad.models.weights import load_weights
 from dfad.runs.settings import override
 from dfad.terminal import configure_logging
@@ -169,11 +170,8 @@ def _predictions(
             f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
             f"{dataset.image_shape}: {error}. Choose other data, or --data.image_size for image files."
         ) from error
-    if logits.shape[1] != len(dataset.classes):
-        raise ModelError(
-            f"{type(network).__name__} tells {logits.shape[1]} classes apart, {dataset.name} has "
-            f"{len(dataset.classes)}. Choose the data that it was trained for."
-        )
+    remedy = "Choose the data that it was trained for."
+    require_same_classes(network, logits.shape[1], dataset.name, len(dataset.classes), remedy)
     return logits, labels
 
 

@@ -6,9 +6,9 @@ from typing import ParamSpec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfad import functional
+from dfad.modes import BatchNorm
 from dfad_kernels import FusedLoss, activation_boundary_loss, interpolated_kl_div
 
 P = ParamSpec("P")
@@ -129,7 +129,7 @@ class BatchNormStatisticsLoss(nn.Module):
         norms: the BatchNorms, whose running statistics are read at each call.
     """
 
-    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+    def __init__(self, norms: Sequence[BatchNorm]) -> None:
         super().__init__()
         self.norms = list(norms)  # a list, not a ModuleList: they belong to the teacher
 

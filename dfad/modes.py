@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""A layer that normalises with the statistics of the batch, or with those that it kept."""
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
         module
         for network in networks
         for module in network.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if isinstance(module, BatchNorm) and module.track_running_stats
     ]
     for norm in norms:
         norm.track_running_stats = False

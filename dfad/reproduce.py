@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfad import cli
-from dfad.errors import ConfigurationError, nearest
+from dfad.errors import ConfigurationError, unknown
 from dfad.experiments.comparisons import COMPARISONS, REAL_DATA, Comparison
 from dfad.experiments.provenance import machine
 from dfad.experiments.study import execute, plan, summarise
@@ -20,6 +20,7 @@ from dfad.presets import TrainConfig
 from dfad.runs import report
 from dfad.supervised.cache import cached_teacher
 from dfad.terminal import configure_logging
+from dfad.validation import positive
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ class Reproduce:
     """File for the record besides the one in the runs' folder, such as bench/results/reproduce-digits.json."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        positive(seeds=self.seeds, processes=self.processes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,15 +97,12 @@ def located(command: Reproduce) -> Comparison:
         ConfigurationError: if there is none of that name or no such arm, or its teacher must be given.
     """
     if command.comparison not in COMPARISONS:
-        raise ConfigurationError(
-            f"There is no comparison {command.comparison!r}.{nearest(command.comparison, COMPARISONS)} Choose one of: "
-            f"{', '.join(COMPARISONS)}."
-        )
+        raise ConfigurationError(unknown("comparison", command.comparison, COMPARISONS))
     comparison = COMPARISONS[command.comparison]
     known = [*comparison.arms, *([REAL_DATA] if comparison.ceiling else [])]
     for arm in command.arms:
         if arm not in known:
-            raise ConfigurationError(f"There is no arm {arm!r}.{nearest(arm, known)} Choose among: {', '.join(known)}.")
+            raise ConfigurationError(unknown("arm", arm, known))
     chosen = command.arms or known
     data = replace(next(iter(comparison.arms.values())).data, root=command.root)
     checkpoint_path = command.teacher

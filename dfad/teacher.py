@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfad import cli
+from dfad.models.probing import parameter_count
 from dfad.supervised.recipes import RECIPES, Recipe
 from dfad.supervised.teaching import MODEL_FILE, teach
 from dfad.terminal import configure_logging
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer, accuracy = teach(recipe, run_dir, resume=command.resume is not None, overwrite=command.overwrite)
 
     table = Table("data", "network", "parameters", "accuracy", "seconds")
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    parameters = parameter_count(trainer.network)
     seconds = time.perf_counter() - started
     table.add_row(trainer.dataset.name, recipe.network.factory, f"{parameters:,}", f"{accuracy:.4f}", f"{seconds:.1f}")
     Console().print(table)

@@ -17,6 +17,7 @@ from dfad.distillation.distiller import Result
 from dfad.distillation.estimate import Estimate, estimate
 from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
+from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
 from dfad.terminal import configure_logging
 
@@ -97,7 +98,7 @@ def result_table(
     """What a run came to, for people."""
 
     def parameters(network: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+        return f"{parameter_count(network):,}"
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.2%}"

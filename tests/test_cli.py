@@ -127,9 +127,9 @@ def test_a_resumed_run_takes_its_saved_settings_and_no_others(tmp_path):
     assert parse("--resume", tmp_path) == saved
     assert parse("--resume", tmp_path, "--seed", 5) == saved
     assert command("--resume", tmp_path).folder() == tmp_path
-    with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 6; method\.rounds 3 → 4"):
-        command("--resume", tmp_path, "--seed", 6, "--method.rounds", 4).folder()
-    with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 1; method\.rounds 3 → 7"):
+    with pytest.raises(ConfigurationError, match="Changed: seed 5 → 6"):
+        command("--resume", tmp_path, "--seed", 6).folder()
+    with pytest.raises(ConfigurationError, match="Changed: seed 5 → 1"):
         command("--resume", tmp_path, "--preset", "short").folder()
     with pytest.raises(ConfigurationError, match="holds no config.yaml"):
         parse("--resume", tmp_path / "elsewhere")

@@ -161,7 +161,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"num_classes": 7, "in_channels": 1}, "tells 7 classes apart, digits has 10"),
+            ({"num_classes": 7, "in_channels": 1}, "has 7 classes and digits 10"),
             ({"num_classes": 10, "in_channels": 3}, r"does not take the images of digits.*\(1, 8, 8\)"),
         ],
     )

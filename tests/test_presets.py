@@ -10,6 +10,7 @@ from dfad.assembly import build_student
 from dfad.config import ImageBankConfig, StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.estimate import count_flops
+from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
 from tests.conftest import with_method
 
@@ -68,4 +69,4 @@ def test_own_runs_on_images_of_any_size(size, channels):
 def test_the_digits_student_has_at_most_a_third_of_its_teachers_parameters():
     student = build_student(PRESETS["digits"])
     teacher = models.convnet(channels=(32, 64, 128), in_channels=1)
-    assert 3 * sum(p.numel() for p in student.parameters()) <= sum(p.numel() for p in teacher.parameters())
+    assert 3 * parameter_count(student) <= parameter_count(teacher)

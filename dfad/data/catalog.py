@@ -11,7 +11,7 @@ from dfad.data.formats.folder import read_folder
 from dfad.data.formats.idx import read_mnist
 from dfad.data.formats.svhn import read_svhn
 from dfad.data.formats.webdataset import read_webdataset
-from dfad.errors import DataError, nearest
+from dfad.errors import DataError, unknown
 
 READERS: dict[str, Callable[[DataConfig], Dataset]] = {
     "digits": read_digits,
@@ -36,7 +36,5 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     kind = config.name.partition("/")[0]
     if kind not in READERS:
-        raise DataError(
-            f"There is no data set {config.name!r}.{nearest(kind, READERS)} Choose one of: {', '.join(READERS)}."
-        )
+        raise DataError(unknown("data set", config.name, READERS))
     return READERS[kind](config)

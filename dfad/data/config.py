@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dfad.validation import positive, require
+
 Backend = Literal["auto", "native", "dali"]
 
 
@@ -36,7 +38,6 @@ class DataConfig:
     """Leave out image files that do not decode or do not fit the rest, and list them, instead of stopping."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction is {self.test_fraction}; it must be between 0 and 1")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be positive")
+        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1")
+        if self.image_size is not None:
+            positive(image_size=self.image_size)

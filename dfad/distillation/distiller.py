@@ -26,7 +26,7 @@ from dfad.runs.folder import open_folder
 from dfad.runs.loop import run_loop
 from dfad.runs.recorder import MetricBuffer
 from dfad.runs.report import Samples
-from dfad.seeds import stream_seed
+from dfad.seeds import seeded, stream_seed
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
@@ -152,10 +152,8 @@ class Distiller:
             if state is not None:
                 self.load_state_dict(state)
         started, start_round = time.perf_counter(), self.round_index
-        with (
-            self.engine.running(),
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-        ):
+        # a student's own dropout draws from PyTorch's global generators
+        with self.engine.running(), seeded(stream_seed(self.config.seed, "networks"), self.device):
             self._restore_global_rng()
             history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
@@ -290,13 +288,10 @@ class Distiller:
         return {"bank": self.bank, "collapse_guard": self.collapse_guard}
 
     def _restore_global_rng(self) -> None:
-        # a student's own dropout draws from PyTorch's global streams
-        if not self._global_rng:
-            torch.manual_seed(stream_seed(self.config.seed, "networks"))
-            return
-        torch.set_rng_state(self._global_rng["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
+        if self._global_rng:
+            torch.set_rng_state(self._global_rng["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
 
     def _result(self, seconds: float, rounds: int) -> Result:
         method = self.config.method

@@ -1,20 +1,18 @@
 """What a run will cost, measured on a few of its rounds."""
 
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfad.distillation.distiller import Distiller
+from dfad.distillation.tensor_memory import TensorMemory
+from dfad.engine import wait_for
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS
 from dfad.engine.fuse_convolutions import unchained
+from dfad.models.probing import parameter_count
 
 TIMED_ROUNDS = 5
 """Rounds whose median time counts, after the warm-up."""
@@ -36,40 +34,6 @@ class Estimate:
     seconds_per_round: float
     total_seconds: float
     """Of all rounds and the generator's warm-up; evaluation and checkpoints come on top."""
-
-
-class TensorMemory(TorchDispatchMode):
-    """Bytes of the tensors that come into being, and how many of them live at once at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        return result
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's memory until it is freed; views of one storage count once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, storage.nbytes()).atexit = False
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def estimate(distiller: Distiller) -> Estimate:
@@ -94,8 +58,8 @@ def _measured(distiller: Distiller) -> Estimate:
     seconds_per_round = _seconds(lambda: distiller.round.run(0.0), distiller.device)
     return Estimate(
         teacher_parameters=distiller.teacher.parameter_count,
-        student_parameters=_count(distiller.student),
-        generator_parameters=_count(distiller.generator),
+        student_parameters=parameter_count(distiller.student),
+        generator_parameters=parameter_count(distiller.generator),
         flops_per_round=flops_per_round,
         total_flops=total_flops,
         peak_memory=peak_memory,
@@ -123,10 +87,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Of one call, the median of a few."""
     seconds = []
     for _ in range(TIMED_ROUNDS):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[TIMED_ROUNDS // 2]
 
@@ -137,20 +101,7 @@ def _peak_memory(distiller: Distiller) -> int:
         distiller.round()
         return torch.cuda.max_memory_allocated(distiller.device)
     memory = TensorMemory()
-    for tensor in tree_leaves(distiller.state_dict()):
-        if isinstance(tensor, Tensor):
-            memory.count(tensor)
-    for value in distiller.teacher.network.state_dict().values():
-        memory.count(value)
+    memory.count([distiller.state_dict(), distiller.teacher.network.state_dict()])
     with memory:
         distiller.round()
     return memory.peak
-
-
-def _count(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

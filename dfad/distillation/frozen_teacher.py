@@ -5,13 +5,13 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.errors import ModelError
-from dfad.models.probing import as_outputs
+from dfad.models.probing import as_outputs, parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
+from dfad.modes import BatchNorm
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class FrozenTeacher:
 
     def __init__(self, teacher: nn.Module, engine: Engine) -> None:
         teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self.parameter_count = sum(parameter.numel() for parameter in teacher.parameters())
-        self.norms: list[_BatchNorm] = []
+        self.parameter_count = parameter_count(teacher)
+        self.norms: list[BatchNorm] = []
         """Its BatchNorms, in the order of what :meth:`with_statistics` returns of them."""
         self.measured: BatchNormTaps | None = None
         if has_batchnorm(teacher):

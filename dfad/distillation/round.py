@@ -18,10 +18,10 @@ from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
-from dfad.models.probing import as_outputs, dry_forward
+from dfad.models.probing import as_outputs, dry_forward, require_same_classes
 from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import frozen
-from dfad.seeds import stream_seed
+from dfad.seeds import seeded, stream_seed
 
 Terms = dict[str, Tensor]
 
@@ -63,8 +63,7 @@ class Round:
                 f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
                 "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config.seed, "generator"))
+        with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
             uses_taps = method.activation.weight or method.activation.generator_weight
             connectors: nn.Module = (
@@ -255,8 +254,7 @@ class Round:
 
     def fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
         """Of a generator that has learned nothing, the ``number``-th of this run."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(self.config.seed, f"generator-{number}"))
+        with seeded(stream_seed(self.config.seed, f"generator-{number}")):
             return self._new_generator().state_dict()
 
     # State
@@ -294,12 +292,9 @@ def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[in
             f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
             f"width): {str(error).splitlines()[0]}. Give --student.kwargs that fit."
         ) from None
-    classes = outputs.logits.shape[1], teacher.logits.shape[1]
-    if classes[0] != classes[1]:
-        raise ModelError(
-            f"The student tells {classes[0]} classes apart and the teacher {classes[1]}; both must tell the same. "
-            f"Set --student.kwargs '{{\"num_classes\": {classes[1]}}}'."
-        )
+    classes = teacher.logits.shape[1]
+    remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."
+    require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)
     return outputs
 
 

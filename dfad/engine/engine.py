@@ -186,6 +186,12 @@ class Engine:
         self.scaler.update()
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a name; ``auto`` takes a GPU where there is one.
 

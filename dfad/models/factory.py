@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dfad import models
-from dfad.errors import ModelError, nearest
+from dfad.errors import ModelError, nearest, unknown
 from dfad.models.taps import with_taps
 
 
@@ -42,10 +42,8 @@ def resolve(factory: str) -> Callable[..., Any]:
     module_name, _, attribute = factory.partition(":")
     if not attribute:
         if factory not in models.__all__:
-            raise ModelError(
-                f"There is no network {factory!r} in dfad.models.{nearest(factory, models.__all__)} "
-                f"There are: {', '.join(models.__all__)}. Your own is named package.module:callable."
-            )
+            message = unknown("network", factory, models.__all__)
+            raise ModelError(f"{message} Your own is named package.module:callable.")
         return getattr(models, factory)
     try:
         found: Any = importlib.import_module(module_name)

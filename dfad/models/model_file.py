@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dfad.errors import ModelError
 from dfad.files import write_atomically
 from dfad.models.factory import build
-from dfad.models.weights import load_weights, read_weights
+from dfad.models.weights import fill, read_weights
 
 MANIFEST = "manifest"
 """Name of the manifest among a file's metadata."""
@@ -68,10 +68,11 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"The model {path} does not tell its architecture. Name a file that dfad.train or dfad.teacher wrote, or "
             "give the architecture with --factory and, where it needs them, --kwargs."
         )
-    if weights_hash(read_weights(path)) != manifest.get("weights_sha256"):
+    weights = read_weights(path)
+    if weights_hash(weights) != manifest.get("weights_sha256"):
         raise ModelError(f"The weights in {path} are not those that its manifest was written for; the file is damaged.")
     network = build(architecture["factory"], architecture.get("kwargs"), architecture.get("taps") or ())
-    load_weights(network, path)
+    fill(network, weights, path)
     return network.eval(), manifest
 
 

@@ -57,6 +57,31 @@ def image_shape_of(
     )
 
 
+def parameter_count(network: nn.Module) -> int:
+    """How many numbers a network learns."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def require_same_classes(network: nn.Module, classes: int, other: str, other_classes: int, remedy: str) -> None:
+    """Refuse a network that was made for other classes.
+
+    Args:
+        network: named in the message.
+        classes: of the network.
+        other: the teacher or data set that it goes with.
+        other_classes: of that.
+        remedy: a sentence on what to do.
+
+    Raises:
+        ModelError: if the numbers differ.
+    """
+    if classes != other_classes:
+        raise ModelError(
+            f"{type(network).__name__} has {classes} classes and {other} {other_classes}; both must have the same "
+            f"number of classes. {remedy}"
+        )
+
+
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
     """What a network returns for two blank images, in eval mode and without a graph; its mode is restored."""
     parameter = next(network.parameters(), torch.empty(0))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfad.errors import ModelError, nearest
+from dfad.modes import BatchNorm
 
 
 class Outputs(NamedTuple):
@@ -81,7 +81,7 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
 class _RecordingBatchNorm(nn.Module):
     """Stands in the place of a BatchNorm in eval mode and keeps what reached it."""
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: BatchNorm) -> None:
         super().__init__()
         self.norm = norm
         self.features: Tensor | None = None
@@ -104,13 +104,13 @@ class BatchNormTaps(nn.Module):
         self.recorders: list[_RecordingBatchNorm] = []
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, _BatchNorm) and child.running_mean is not None:
+                if isinstance(child, BatchNorm) and child.running_mean is not None:
                     recorder = _RecordingBatchNorm(child)
                     setattr(parent, name, recorder)
                     self.recorders.append(recorder)
 
     @property
-    def norms(self) -> list[_BatchNorm]:
+    def norms(self) -> list[BatchNorm]:
         """The BatchNorms, in the order of the features that :meth:`forward` returns."""
         return [recorder.norm for recorder in self.recorders]
 
@@ -125,4 +125,4 @@ class BatchNormTaps(nn.Module):
 
 def has_batchnorm(network: nn.Module) -> bool:
     """Whether a network holds statistics of the data that it was trained on."""
-    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in network.modules())
+    return any(isinstance(module, BatchNorm) and module.running_mean is not None for module in network.modules())

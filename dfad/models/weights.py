@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -70,12 +70,26 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
     Args:
         network: the network, written in place.
-        path: see :func:`read_weights`; prefixes that wrappers put before every name are stripped.
+        path: see :func:`read_weights`.
 
     Raises:
-        ModelError: if the file is of another architecture; names the first missing, unexpected and mis-shaped entries.
+        ModelError: if the file cannot be read or is of another architecture; see :func:`fill`.
     """
-    given, wanted = read_weights(path), network.state_dict()
+    fill(network, read_weights(path), path)
+
+
+def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put weights that were read from a file into a network, all names and shapes matching.
+
+    Args:
+        network: the network, written in place.
+        weights: its state dict; prefixes that wrappers put before every name are stripped.
+        path: the file, for messages.
+
+    Raises:
+        ModelError: if they are of another architecture; names the first missing, unexpected and mis-shaped entries.
+    """
+    given, wanted = weights, network.state_dict()
     while not given.keys() & wanted.keys() and (prefix := _common_prefix(given)):
         given = {name.removeprefix(prefix): value for name, value in given.items()}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dfad.data import open_dataset
-from dfad.errors import ConfigurationError, nearest
+from dfad.errors import ConfigurationError, unknown
 from dfad.models.model_file import save_model
 from dfad.runs.settings import to_tree
 from dfad.supervised.recipes import RECIPES
@@ -38,9 +38,7 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
         DataError: if its data are not there.
     """
     if name not in RECIPES:
-        raise ConfigurationError(
-            f"There is no teacher recipe {name!r}.{nearest(name, RECIPES)} Choose one of: {', '.join(RECIPES)}."
-        )
+        raise ConfigurationError(unknown("teacher recipe", name, RECIPES))
     recipe = RECIPES[name]
     settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"

@@ -1,12 +1,11 @@
 """How a teacher is trained on data: frozen values, and presets of them."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dfad.config import EngineConfig, Keywords, Precision, Switch
+from dfad.config import EngineConfig, Keywords, Precision, Switch, half_cosine
 from dfad.data import AugmentConfig, DataConfig
+from dfad.validation import fraction, not_negative, positive, require
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,16 @@ class Recipe:
     """Epochs between two checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "evaluate_every", "checkpoint_every"):
-            _check(self, name, "positive and finite", lambda value: math.isfinite(value) and value > 0)
+        positive(
+            epochs=self.epochs,
+            lr=self.lr,
+            evaluate_every=self.evaluate_every,
+            checkpoint_every=self.checkpoint_every,
+        )
         # BatchNorm in training mode has no variance to take of a single value per channel
-        _check(self, "batch_size", "2 or more", lambda value: value >= 2)
-        _check(self, "weight_decay", "finite and not negative", lambda value: math.isfinite(value) and value >= 0)
-        for name in ("momentum", "label_smoothing", "ema"):
-            _check(self, name, "in [0, 1)", lambda value: 0 <= value < 1)
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
+        not_negative(weight_decay=self.weight_decay)
+        fraction(momentum=self.momentum, label_smoothing=self.label_smoothing, ema=self.ema)
 
     @property
     def engine(self) -> EngineConfig:
@@ -100,13 +102,7 @@ class Recipe:
         warm_up = 0.3 if self.schedule == "onecycle" else 0.0
         if progress < warm_up:
             return 1 / 25 + (1 - 1 / 25) * progress / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
-
-
-def _check(recipe: Recipe, name: str, need: str, holds: Callable[[float], bool]) -> None:
-    value = getattr(recipe, name)
-    if not holds(value):
-        raise ValueError(f"{name} is {value}; it must be {need}")
+        return half_cosine((progress - warm_up) / (1 - warm_up))
 
 
 def _cifar(name: str) -> Recipe:

@@ -18,8 +18,9 @@ from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with
 from dfad.errors import ConfigurationError, DivergenceError, ModelError
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
-from dfad.models.probing import as_outputs, dry_forward
+from dfad.models.probing import as_outputs, dry_forward, require_same_classes
 from dfad.runs.settings import to_tree
+from dfad.seeds import seeded
 from dfad.supervised.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,7 @@ class SupervisedTrainer:
         self.device = choose_device(recipe.device)
         self.engine = Engine(recipe.engine, fused=True, device=self.device)
         self.kwargs = network_kwargs(recipe, dataset)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed):
             network = build(recipe.network.factory, self.kwargs)
         _check_fit(network, dataset)
         self.network = self.engine.place(network)
@@ -103,8 +103,8 @@ class SupervisedTrainer:
         self.network.train()
         total = torch.zeros((), device=self.device)
         batches = self.train_source.batches(plan, recipe.batch_size, drop_last=True)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed + self.epoch)  # for networks with dropout: a resumed run draws the same
+        # for networks with dropout: a resumed run draws the same
+        with seeded(recipe.seed + self.epoch, self.device):
             for index, (images, labels) in enumerate(batches):
                 progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
                 set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
@@ -177,8 +177,5 @@ def _check_fit(network: nn.Module, dataset: Dataset) -> None:
             f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
             f"{dataset.image_shape}: {error}. Choose another --network.factory or --network.kwargs."
         ) from error
-    if classes != len(dataset.classes):
-        raise ModelError(
-            f"{type(network).__name__} tells {classes} classes apart, {dataset.name} has {len(dataset.classes)}. Give "
-            f"--network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
-        )
+    remedy = f"Give --network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
+    require_same_classes(network, classes, dataset.name, len(dataset.classes), remedy)

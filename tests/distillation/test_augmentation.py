@@ -5,7 +5,7 @@ import torch
 
 from dfad.config import AugmentationConfig
 from dfad.distillation.augmentation import Augmentation
-from tests.engine.test_engine import NoWaiting
+from tests.waiting import NoWaiting
 
 SHAPE = (3, 6, 8)
 

@@ -8,8 +8,15 @@ from torch import nn
 
 from dfad.config import ActivationConfig, MethodConfig
 from dfad.distillation.distiller import Distiller
-from dfad.distillation.estimate import TensorMemory, estimate
+from dfad.distillation.estimate import estimate
+from dfad.distillation.tensor_memory import CHECKED_WITH, TensorMemory
+from dfad.models.probing import parameter_count
 from tests.conftest import IMAGE_SHAPE, with_method
+
+
+def test_private_interfaces_are_those_that_were_checked():
+    """Read the source of TorchDispatchMode in a newer version, then name it."""
+    assert torch.__version__.rpartition(".")[0] in CHECKED_WITH
 
 
 def test_memory_counts_what_lives_at_once():
@@ -30,8 +37,8 @@ def test_memory_counts_what_lives_at_once():
 def test_the_estimate_of_a_run(teacher, student, config):
     distiller = Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
     cost = estimate(distiller)
-    assert cost.student_parameters == sum(p.numel() for p in student.parameters())
-    assert cost.teacher_parameters == sum(p.numel() for p in teacher.parameters())
+    assert cost.student_parameters == parameter_count(student)
+    assert cost.teacher_parameters == parameter_count(teacher)
     assert cost.total_seconds == pytest.approx(cost.seconds_per_round * config.method.rounds)
     images = config.method.batch_size * IMAGE_SHAPE[1] * IMAGE_SHAPE[2] * 4
     assert cost.peak_memory > 4 * (cost.student_parameters + cost.teacher_parameters) + images

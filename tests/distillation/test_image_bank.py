@@ -5,7 +5,7 @@ import torch
 
 from dfad.config import ImageBankConfig, InterpolationConfig, MethodConfig, RegularizerConfig
 from dfad.distillation.image_bank import RANGE, ImageBank
-from tests.engine.test_engine import NoWaiting
+from tests.waiting import NoWaiting
 
 SHAPE = (3, 4, 6)
 

@@ -26,7 +26,7 @@ from dfad.distillation.estimate import estimate
 from dfad.errors import Interrupted
 from dfad.models.taps import Outputs
 from tests.conftest import IMAGE_SHAPE, with_method
-from tests.engine.test_engine import NoWaiting
+from tests.waiting import NoWaiting
 
 WARM_UP, BANK, BATCH = 3, 40, 16
 

@@ -21,6 +21,7 @@ from dfad.engine.fuse_batchnorm import FusedBatchNorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward
 from tests.conftest import IMAGE_SHAPE, with_method
+from tests.waiting import NoWaiting
 
 CPU = torch.device("cpu")
 ALL_OFF = EngineConfig(
@@ -90,25 +91,6 @@ class TestPartsComputeTheSame:
         assert {parameter.dtype for parameter in distiller.student.parameters()} == {torch.float32}
         convolutions = [m for m in distiller.teacher.network.modules() if isinstance(m, nn.Conv2d)]
         assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on whatever would make the host wait for a GPU, or change the device."""
-
-    WAITING = frozenset(
-        ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount")
-    )
-
-    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
-        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        waits = by_mask or name in self.WAITING
-        assert not waits, f"{function} waits for the device"
-        moved = kwargs.get("device") is not None and any(isinstance(a, torch.Tensor) for a in args)
-        assert not moved or torch.device(kwargs["device"]) == args[0].device, f"{function} copies between devices"
-        return function(*args, **kwargs)
 
 
 class TestWhatACaptureNeeds:

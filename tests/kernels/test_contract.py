@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, library
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfad_kernels
 from dfad_kernels import FusedLoss, activation_boundary_loss, interpolated_kl_div, kernel_name, registration
@@ -25,6 +24,7 @@ from dfad_kernels.testing import CASES, TOLERANCE, OpCase
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation, differentiate
 from tests.kernels.memory import guarded
+from tests.waiting import NoWaiting
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_implementation = pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
@@ -252,22 +252,8 @@ def test_the_interpreter_lock_is_released() -> None:
     assert ticks > 20  # about 1: the lock was held
 
 
-class NoSynchronization(TorchDispatchMode):
-    """Fails on every operation that makes the host wait for the device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "unique", "masked_select", "bincount")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.WAITING, f"{name} waits for the device"
-        if name in ("_to_copy", "copy_"):
-            devices = {x.device.type for x in args if isinstance(x, Tensor)} | {(kwargs or {}).get("device")}
-            assert devices <= {None, "cpu"}, f"{name} copies between devices"
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_guard_against_waiting_works() -> None:
-    with NoSynchronization(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+    with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(1).item()
 
 
@@ -280,7 +266,7 @@ def test_nothing_waits_for_the_device(case: OpCase, generator: Generator) -> Non
         for reduction in ("mean", "none"):
             for options in case.settings(4, generator):
                 for implementation in (implementations.interpreted_triton, implementations.operator):
-                    with NoSynchronization():
+                    with NoWaiting():
                         implementation(case, pair, {**options, "reduction": reduction}, torch.ones_like)
 
 

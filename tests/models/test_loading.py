@@ -53,7 +53,7 @@ def test_a_factory_is_called_with_its_keyword_arguments(factory):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet200", {}, r"no network 'resnet200' in dfad\.models\. Did you mean 'resnet20'\?"),
+        ("resnet200", {}, r"no network 'resnet200'\. Did you mean 'resnet20'\?"),
         ("no.such.package:network", {}, "cannot be imported: ModuleNotFoundError"),
         ("user_networks:Plein", {}, "Did you mean 'Plain'"),
         ("user_networks:HERE", {}, "is a str; it must be callable"),

@@ -1,0 +1,56 @@
+"""Memory of the tensors on a CPU, which has no counter of its own as a GPU has."""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CHECKED_WITH = ("2.11", "2.13")
+"""Versions of PyTorch whose ``TorchDispatchMode`` was read: its documentation names no public module to import it
+from."""
+
+
+class TensorMemory(TorchDispatchMode):
+    """Bytes of the tensors that come into being, and how many of them live at once at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count(result)
+        return result
+
+    def count(self, value: Any) -> None:
+        """Count the memory of a tensor, or of all in nested lists and dictionaries, until it is freed; views of one
+        storage count once."""
+        for tensor in _tensors(value):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address not in self._seen:
+                self._seen.add(address)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, address, storage.nbytes()).atexit = False
+
+    def _free(self, address: int, size: int) -> None:
+        self._seen.discard(address)
+        self.live -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,31 @@
+"""Checks of settings: errors that quote the name, the value and what is needed."""
+
+import math
+
+
+def require(condition: bool, name: str, value: object, need: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        ValueError: if the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {need}")
+
+
+def positive(**values: float) -> None:
+    """Refuse values that are not positive and finite."""
+    for name, value in values.items():
+        require(math.isfinite(value) and value > 0, name, value, "positive and finite")
+
+
+def not_negative(**values: float) -> None:
+    """Refuse values that are negative or not finite."""
+    for name, value in values.items():
+        require(math.isfinite(value) and value >= 0, name, value, "finite and not negative")
+
+
+def fraction(**values: float) -> None:
+    """Refuse values outside [0, 1)."""
+    for name, value in values.items():
+        require(0 <= value < 1, name, value, "in [0, 1)")

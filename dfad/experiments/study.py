@@ -30,7 +30,7 @@ from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
 
-RESULT_FILE = "result.json"
+RESULT_FILE, COST_FILE = "result.json", "cost.json"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def run_once(run: Run) -> dict[str, Any]:
         else:
             _distil(run.settings, run.folder, resume=started)
     result: dict[str, Any] = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+    if not isinstance(run.settings, Recipe):
+        result["flops"] = _flops(run.settings, run.folder / COST_FILE)
     records = map(json.loads, (run.folder / METRICS).read_text(encoding="utf-8").splitlines())
     curve = [(record.get("round", 0), record["accuracy"]) for record in records if "accuracy" in record]
     return {**result, "seed": run.settings.seed, "curve": curve}
@@ -94,6 +96,14 @@ def _distil(config: TrainConfig, folder: Path, *, resume: bool) -> None:
     teacher = load_teacher(config.teacher)
     evaluate = Evaluator(config.data, choose_device(config.device), teacher.normalisation)
     build_distiller(teacher, build_student(config), config, evaluate).fit(folder, resume=resume)
+
+
+def _flops(config: TrainConfig, path: Path) -> int:
+    """FLOPs of a run, counted once."""
+    if not path.exists():
+        flops, _ = count_flops(build_distiller(load_teacher(config.teacher), build_student(config), config))
+        write_atomically(path, lambda file: file.write(json.dumps({"flops": flops}).encode()))
+    return int(json.loads(path.read_text(encoding="utf-8"))["flops"])
 
 
 def _train_on_real_data(recipe: Recipe, folder: Path, *, resume: bool) -> None:
@@ -147,7 +157,7 @@ def _summary(
         rounds = [look[0][0] for look in looks]
         warm_up = method.warm_up * method.batch_size
         summary["student_images"] = method.rounds * method.student_images_per_round
-        summary["petaflop"] = _cost(settings) / 1e15
+        summary["petaflop"] = results[0]["flops"] / 1e15
         summary["curve"] = {
             "images": [warm_up + done * method.images_per_round for done in rounds],
             "student_images": [done * method.student_images_per_round for done in rounds],
@@ -158,11 +168,6 @@ def _summary(
         summary["published"] = comparison.published[arm]
         summary["reproduced"] = summary["accuracy"]["mean"] >= comparison.published[arm] - comparison.tolerance
     return summary
-
-
-def _cost(config: TrainConfig) -> int:
-    """FLOPs of a run."""
-    return count_flops(build_distiller(load_teacher(config.teacher), build_student(config), config))[0]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ A red check of a contender's loss or gradient stops its benchmark.
 
 import functools
 import importlib.util
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.race import Rules, replayed
-from dfad.experiments.provenance import machine
+from bench.device import DEVICE, ON_GPU, captured, cold_cache
+from bench.race import Outcome, Rules
 from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.testing import CASES, OpCase, relative_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXING_COEFFICIENT = 0.3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,6 +36,11 @@ class Task:
     def id(self) -> str:
         """The name without what a shell minds."""
         return self.name.replace(", ", "-").replace(" ", "-")
+
+    @property
+    def kind(self) -> str:
+        """The name without the size."""
+        return self.name.rpartition(" ")[0]
 
 
 def published_activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
@@ -98,7 +101,7 @@ def _plain(shape: tuple[int, ...], name: str) -> Task:
         "torch.compile": compiled(plain_kl_div),
         "ours": lambda s, t: interpolated_kl_div(s, t, 1.0),
     }
-    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+    if ON_GPU and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerKLDIVLoss
 
         liger = LigerKLDIVLoss(reduction="batchmean")
@@ -108,11 +111,12 @@ def _plain(shape: tuple[int, ...], name: str) -> Task:
 
 def tasks() -> list[Task]:
     """Taps of ResNet-18, logits of small to very many classes, dense logits; larger ones where a GPU is."""
-    gpu = DEVICE == "cuda"
-    batch = 256 if gpu else 64
+    batch = 256 if ON_GPU else 64
     taps = [(batch, 64, 32, 32), (batch, 128, 16, 16), (batch, 256, 8, 8), (batch, 512, 4, 4)]
-    logits = [(256, 10), (256, 100), (256, 1000), (256 if gpu else 64, 32000)]
-    dense = (16, 21, 256, 256) if gpu else (16, 21, 128, 128)
+    if ON_GPU:
+        taps.insert(0, (512, 64, 32, 32))  # 32 M elements
+    logits = [(256, 10), (256, 100), (256, 1000), (1024 if ON_GPU else 64, 32000)]
+    dense = (16, 21, 320, 320) if ON_GPU else (16, 21, 128, 128)
     return [
         *(_activation_boundary(shape, f"activation boundary, taps {_size(shape)}") for shape in taps),
         *(_interpolated_kl_div(shape, f"interpolated KL, logits {_size(shape)}") for shape in logits),
@@ -146,69 +150,41 @@ def check(task: Task, loss: Loss, dtype: torch.dtype) -> None:
     assert relative_error(gradient, wanted) <= tolerance
 
 
-def synchronized() -> float:
-    """Seconds, when the device has done what it was given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @pytest.fixture(scope="module")
-def cold() -> Callable[[], None]:
+def cold() -> Callable[[], object]:
     """Empties the GPU's cache, so that a run finds its tensors in memory."""
-    if DEVICE == "cpu":
-        return lambda: None
-    junk = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
-    return lambda: junk.zero_() and None
-
-
-def launched_as(launch: str, function: Callable[[], object]) -> Callable[[], object]:
-    """The function as it is, or as a CUDA graph."""
-    if launch == "eager":
-        return function
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    return cold_cache()
 
 
 def copying(bytes_moved: int) -> Callable[[], object]:
-    """A copy that moves as many bytes: half of them read, half written."""
-    source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=DEVICE)
+    """A copy that moves as many bytes: half of them read, half written. Random ones: a GPU compresses zeros."""
+    source = torch.randint(256, (bytes_moved // 2,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-launched = pytest.mark.parametrize("launch", ["eager", "graph"] if DEVICE == "cuda" else ["eager"])
+def races() -> Iterator[Any]:
+    """Task, dtype, launch and direction; of a telling part the largest of each kind, forward and backward."""
+    launches = ("eager", "graph") if ON_GPU else ("eager",)
+    telling = {task.kind: task for task in sorted(TASKS, key=lambda task: torch.Size(task.shape).numel())}
+    for task in TASKS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for launch in launches:
+                for direction in ("forward", "forward+backward"):
+                    told = telling[task.kind] is task and direction != "forward" and launch == launches[-1]
+                    words = f"{task.id}-{str(dtype).removeprefix('torch.')}-{direction}-{launch}"
+                    marks = () if told else (pytest.mark.full,)
+                    yield pytest.param(task, dtype, launch, direction, id=words, marks=marks)
 
 
-@pytest.mark.benchmark(timer=replayed)
-@pytest.mark.parametrize(
-    ("task", "contender"),
-    [
-        pytest.param(task, name, id=f"{task.name}-{name}".replace(" ", "-"))
-        for task in TASKS
-        for name in (*task.contenders, "copy")
-    ],
-)
-@each_dtype
-@launched
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize(("task", "dtype", "launch", "direction"), races())
 def test_loss(
     task: Task,
-    contender: str,
     dtype: torch.dtype,
     launch: str,
     direction: str,
-    race: Any,
-    cold: Callable[[], None],
-    benchmark: Any,
+    race: Callable[..., None],
+    cold: Callable[[], object],
     request: pytest.FixtureRequest,
 ) -> None:
     """Losses beside a copy of as many bytes."""
@@ -216,10 +192,11 @@ def test_loss(
     forward, backward = task.case.bytes_moved(student, gradients=1)
     bytes_moved = forward if direction == "forward" else forward + backward
     budget = request.config.getoption("--seconds")
+    launched = captured if launch == "graph" else lambda function: function
 
     def enter(name: str) -> Callable[[], object]:
         if name == "copy":
-            return launched_as(launch, copying(bytes_moved))
+            return launched(copying(bytes_moved))
         loss = task.contenders[name]
         if name == "torch.compile":
             torch.compiler.reset()  # what was compiled for other sizes counts against a limit, past which nothing is
@@ -231,20 +208,19 @@ def test_loss(
                     return loss(student, teacher)
             return torch.autograd.grad(loss(student, teacher), student)
 
-        return launched_as(launch, run)
+        return launched(run)
 
-    def rounds(run: Callable[[], object]) -> int:
-        start = synchronized()
-        run()
-        return max(5, min(int(budget / max(synchronized() - start, 1e-9)), 500))
+    def bandwidth(outcomes: Mapping[str, Outcome], name: str) -> dict[str, Any]:
+        fastest = outcomes[name].fastest
+        found = {"bytes": bytes_moved, "gigabytes_per_second": bytes_moved / fastest / 1e9}
+        if ON_GPU:
+            found["captured"] = launch == "graph"
+        if "copy" in outcomes:
+            found["share_of_copy_bandwidth"] = outcomes["copy"].fastest / fastest
+        return found
 
     group = f"{task.name}, {str(dtype).removeprefix('torch.')}, {direction}, {launch}"
-    rules = Rules(rounds, synchronized, turns=5, warm_up=2, prepare=cold)
-    outcomes = race(group, enter, rules, always=("copy",))
-    fastest = min(outcomes[contender].seconds)
-    benchmark.extra_info |= {
-        "bytes": bytes_moved,
-        "gigabytes_per_second": bytes_moved / fastest / 1e9,
-        "share_of_copy_bandwidth": min(outcomes["copy"].seconds) / fastest,
-        "machine": machine(),
-    }
+    rules = Rules(
+        rounds=lambda seconds: max(5, min(int(budget / max(seconds, 1e-9)), 500)), turns=5, warm_up=2, prepare=cold
+    )
+    race(group, {name: functools.partial(enter, name) for name in (*task.contenders, "copy")}, rules, bandwidth)

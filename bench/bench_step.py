@@ -4,9 +4,9 @@ Below them, choices of how a round is built against their alternatives: mixed im
 statistics taken before the folding, BatchNorms computed with what follows them, and with the convolutions before them.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.race import Rules, replayed
-from bench.rounds import CASES, Case, contenders, make_distiller
+from bench.device import DEVICE, ON_GPU, captured, cold_cache
+from bench.race import Contender, Outcome, Rules
+from bench.rounds import CASES, TELLING, Case, contenders, make_distiller
 from dfad.distillation.tensor_memory import TensorMemory
+from dfad.engine.cuda_graph import WARM_UP_ROUNDS
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
@@ -24,63 +26,55 @@ from dfad.losses import BatchNormStatisticsLoss
 from dfad.models.resnet import BasicBlock
 from dfad.models.taps import BatchNormTaps, with_taps
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNNABLE = [pytest.param(case, id=case.name) for case in CASES if DEVICE.type == "cuda" or not case.gpu_only]
+RUNNABLE = [pytest.param(case, id=case.name) for case in CASES if ON_GPU or not case.gpu_only]
 
 
-def wait() -> None:
-    """For the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(round_: Callable[[], object]) -> int:
-    """Bytes: allocated on a GPU; on a CPU of the tensors that a round makes."""
-    if DEVICE.type == "cuda":
+def peak_memory(round_: Callable[[], object]) -> dict[str, Any]:
+    """Bytes: allocated on a GPU, by a round that is not replayed, whose memory is the graph's; on a CPU of the tensors
+    that a round makes."""
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         round_()
-        return torch.cuda.max_memory_allocated()
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
     with TensorMemory() as memory:
         round_()
-    return memory.peak
+    return {"peak_memory_bytes": memory.peak}
 
 
-def seconds() -> float:
-    """When the device has done what it was given."""
-    wait()
-    return time.perf_counter()
-
-
-ON_GPU = DEVICE.type == "cuda"
 RULES = Rules(
-    rounds=lambda run: 40 if ON_GPU else 10,
-    timer=seconds,
+    rounds=lambda seconds: 40 if ON_GPU else 10,
     # the memory of a GPU does not hold all contenders at once
-    turns=1 if ON_GPU else 10,
-    # more than a CUDA graph waits for before it is captured
-    warm_up=6 if ON_GPU else 1,
+    turns=1 if ON_GPU else 5,
+    warm_up=2,
 )
-CONTENDERS = dict(contenders(DEVICE))
 torch._dynamo.config.recompile_limit = 64  # several contenders compile the same networks in one process
 
 
-@pytest.mark.benchmark(timer=replayed)
 @pytest.mark.parametrize("case", RUNNABLE)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_round(case: Case, contender: str, race: Any, benchmark: Any) -> None:
-    rules = replace(RULES, inspect=lambda run: {"peak_memory_bytes": peak_memory(run)})
-    race(f"round {case.name}", lambda name: CONTENDERS[name](case), rules)
-    median = benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "rounds_per_second": 1 / median,
-        "images_per_second": case.method.images_per_round / median,
-    }
+def test_round(case: Case, race: Callable[..., None], request: pytest.FixtureRequest) -> None:
+    """Whole rounds; on a GPU they are captured in the warm-up or, without one, launched as they are."""
+    makers = contenders(DEVICE)
+    names: Sequence[str] = list(makers)
+    if not request.config.getoption("--full"):
+        names = [name for name in names if name in TELLING]
+
+    def enter(name: str) -> Contender:
+        if ON_GPU:
+            torch.cuda.empty_cache()
+        return makers[name](case)
+
+    def rates(outcomes: Mapping[str, Outcome], name: str) -> dict[str, float]:
+        median = outcomes[name].row("", "")["median"]
+        return {"rounds_per_second": 1 / median, "images_per_second": case.method.images_per_round / median}
+
+    # on a GPU the round is captured in the warm-up, and inspected before that
+    rules = replace(RULES, warm_up=WARM_UP_ROUNDS + 2 if ON_GPU else 1, inspect=peak_memory)
+    race(f"round {case.name}", {name: partial(enter, name) for name in names}, rules, rates)
 
 
-@pytest.mark.benchmark(timer=replayed)
+@pytest.mark.full
 @pytest.mark.parametrize("case", RUNNABLE)
-@pytest.mark.parametrize("contender", ["two batches", "one batch"])
-def test_mixed_images_in_two_batches_or_one(case: Case, contender: str, race: Any) -> None:
+def test_mixed_images_in_two_batches_or_one(case: Case, race: Callable[..., None]) -> None:
     """The student forward and backward on images and mixed images; one batch would share BatchNorm statistics."""
 
     def enter(name: str) -> Callable[[], object]:
@@ -99,13 +93,12 @@ def test_mixed_images_in_two_batches_or_one(case: Case, contender: str, race: An
 
         return run
 
-    race(f"mixed images {case.name}", enter, RULES)
+    race(f"mixed images {case.name}", {name: partial(enter, name) for name in ("two batches", "one batch")}, RULES)
 
 
-@pytest.mark.benchmark(timer=replayed)
+@pytest.mark.full
 @pytest.mark.parametrize("case", [c for c in RUNNABLE if c.id != "mnist-lenet5"])
-@pytest.mark.parametrize("contender", ["as it is", "folded"])
-def test_batchnorm_statistics(case: Case, contender: str, race: Any) -> None:
+def test_batchnorm_statistics(case: Case, race: Callable[..., None]) -> None:
     """The teacher forward and backward to the images, with the statistics of what reaches each BatchNorm.
 
     Of the folded network they are taken of what its convolutions return; a loss would still have to divide them by the
@@ -134,27 +127,24 @@ def test_batchnorm_statistics(case: Case, contender: str, race: Any) -> None:
 
         return run
 
-    race(f"BatchNorm statistics {case.name}", enter, RULES)
+    race(f"BatchNorm statistics {case.name}", {name: partial(enter, name) for name in ("as it is", "folded")}, RULES)
 
 
-@pytest.mark.skipif(ON_GPU, reason="is for CPUs")
-@pytest.mark.benchmark(timer=replayed)
-@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("channels", [pytest.param(16, marks=pytest.mark.full), 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("residual", [False, True], ids=["", "addition"])
-@pytest.mark.parametrize("contender", ["PyTorch", "torch.compile", "ours"])
+@pytest.mark.parametrize("residual", [pytest.param(False, marks=pytest.mark.full), True], ids=["", "addition"])
 def test_batchnorm_and_what_follows(
-    channels: int, dtype: torch.dtype, residual: bool, contender: str, race: Any
+    channels: int, dtype: torch.dtype, residual: bool, race: Callable[..., None]
 ) -> None:
-    """Forward and backward of a BatchNorm, an addition where there is one, and a ReLU."""
-    shape = (64, channels, 32, 32)
+    """Forward and backward of a BatchNorm, an addition where there is one, and a ReLU; as a CUDA graph on a GPU."""
+    shape = (512 if ON_GPU else 64, channels, 32, 32)
     features, added, upstream = (
-        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
+        torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
     )
     operands = [features.requires_grad_(), added.requires_grad_()] if residual else [features.requires_grad_()]
 
     def enter(name: str) -> Callable[[], object]:
-        norm = nn.BatchNorm2d(channels)
+        norm = nn.BatchNorm2d(channels, device=DEVICE)
 
         def separate(features: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
             normalised = norm(features)
@@ -166,18 +156,20 @@ def test_batchnorm_and_what_follows(
             "ours": FusedBatchNorm(norm, negative_slope=0.0),
         }
         torch.testing.assert_close(compute[name](*operands), separate(*operands), rtol=0.02, atol=0.02)
-        return lambda: torch.autograd.grad(compute[name](*operands), [*operands, *norm.parameters()], upstream)
+        return captured(
+            lambda: torch.autograd.grad(compute[name](*operands), [*operands, *norm.parameters()], upstream)
+        )
 
     task = f"BatchNorm, {'addition, ' if residual else ''}ReLU {'x'.join(map(str, shape))}"
     group = f"{task}, {str(dtype).removeprefix('torch.')}, forward+backward"
-    race(group, enter, replace(RULES, rounds=lambda run: 100))
+    entrants = {name: partial(enter, name) for name in ("PyTorch", "torch.compile", "ours")}
+    race(group, entrants, replace(RULES, turns=5, rounds=lambda seconds: 100, prepare=cold_cache()))
 
 
 @pytest.mark.skipif(ON_GPU, reason="is for CPUs")
-@pytest.mark.benchmark(timer=replayed)
+@pytest.mark.full
 @pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
-@pytest.mark.parametrize("contender", ["PyTorch", "BatchNorm", "convolution and BatchNorm"])
-def test_residual_blocks(channels: int, size: int, contender: str, race: Any) -> None:
+def test_residual_blocks(channels: int, size: int, race: Callable[..., None]) -> None:
     """Forward and backward of a stage of ResNet-20 in bfloat16: three blocks; what is fused names the contender."""
     x = torch.randn(64, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     upstream = torch.randn_like(x)
@@ -198,8 +190,7 @@ def test_residual_blocks(channels: int, size: int, contender: str, race: Any) ->
 
         return run
 
-    race(
-        f"stage of ResNet-20 64x{channels}x{size}x{size}, forward+backward",
-        enter,
-        replace(RULES, rounds=lambda run: 50),
-    )
+    names = ("PyTorch", "BatchNorm", "convolution and BatchNorm")
+    entrants = {name: partial(enter, name) for name in names}
+    group = f"stage of ResNet-20 64x{channels}x{size}x{size}, forward+backward"
+    race(group, entrants, replace(RULES, rounds=lambda seconds: 50))

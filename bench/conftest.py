@@ -1,30 +1,56 @@
-"""What all benchmarks share: the machine they ran on, the table of ratios, the record in ``bench/results``.
+"""What all benchmarks share: races between contenders, the table of ratios, the record.
 
-A group holds contenders for one task. Ratios are between the fastest rounds of a run, those that nothing disturbed.
+``pytest bench`` runs a telling part in minutes, ``pytest bench --full`` everything. Races are timed here; what
+pytest-benchmark times of a single thing stands in the same record.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import records
-from bench.race import outcomes, race
+from bench.race import Contender, Outcome, Rules, Run, hold
 from dfad.experiments.provenance import device_name, file_name, machine
-
-__all__ = ["outcomes", "race"]
 
 OURS = "ours"
 
+COLUMNS = {
+    "published": ("published", "published, TF32"),
+    "by hand": ("repaired", "reference", "PyTorch", "unfused"),
+    "compiled": ("torch.compile", "repaired + torch.compile"),
+    "least": ("floor", "copy"),
+}
+"""Of the last table, and the contenders whose fastest stands there."""
+
+MEASURED = pytest.StashKey[list[dict[str, Any]]]()
+
+ROOT = Path(__file__).parents[1]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=1.5, help="how long each operator is measured")
-    parser.addoption("--record", action="store_true", help="write what was measured to <results>/<machine>.json")
+    parser.addoption("--full", action="store_true", help="run every benchmark and contender, not a telling part")
+    parser.addoption("--contenders", default="", help="names of contenders, with semicolons between; all others rest")
+    parser.addoption("--seconds", type=float, default=0.5, help="how long each operator is measured")
+    parser.addoption("--record", action="store_true", help=f"write to {records.RESULTS.relative_to(ROOT)}")
     parser.addoption(
-        "--results", type=Path, default=records.RESULTS, help="folder of the records; bench/results by default"
+        "--results", type=Path, help="folder of the JSON that is written; runs/bench by default, see --record"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: runs with --full alone")
+    config.stash[MEASURED] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -32,21 +58,47 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.update(machine())
 
 
+@pytest.fixture
+def race(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Holds a race and records it; fails where a contender did, when the others are through."""
+
+    def run(
+        group: str,
+        entrants: Mapping[str, Callable[[], Contender | Run]],
+        rules: Rules,
+        details: Callable[[Mapping[str, Outcome], str], Mapping[str, Any]] = lambda outcomes, name: {},
+    ) -> None:
+        wanted = [name for name in request.config.getoption("--contenders").split(";") if name]
+        outcomes = hold({name: enter for name, enter in entrants.items() if not wanted or name in wanted}, rules)
+        timed = {name: outcome for name, outcome in outcomes.items() if outcome.error is None}
+        rows = [{**outcome.row(group, name), **details(timed, name)} for name, outcome in timed.items()]
+        request.config.stash[MEASURED].extend(rows)
+        write(rows, request.config)
+        errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
+        if errors:
+            words = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in errors.items())
+            pytest.fail(f"{group}: {words}")
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One table of ratios, and the record."""
+    """All times, and last one table of ratios."""
     session = getattr(config, "_benchmarksession", None)
-    measured = [entry(benchmark) for benchmark in session.benchmarks if benchmark] if session else []
+    alone = [entry(benchmark) for benchmark in session.benchmarks if benchmark] if session else []
+    measured = config.stash[MEASURED] + alone
     if not measured:
         return
-    terminalreporter.section(f"ratios on {device_name()}")
-    for line in table(measured):
-        terminalreporter.write_line(line)
-    if config.getoption("--record"):
-        terminalreporter.write_line(f"written to {record(measured, config.getoption('--results'))}")
+    path = write(alone, config)
+    for title, lines in {"all times": times(measured), "ratios": ratios(measured)}.items():
+        terminalreporter.section(f"{title}, {device_name()}")
+        for line in lines:
+            terminalreporter.write_line(line)
+    terminalreporter.write_line(f"All of it is in {path}.")
 
 
 def entry(benchmark: Any) -> dict[str, Any]:
-    """A benchmark as it is recorded; times in seconds."""
+    """What pytest-benchmark has timed, as it is recorded; times in seconds."""
     stats = benchmark.stats
     return {
         "group": benchmark.group,
@@ -58,28 +110,49 @@ def entry(benchmark: Any) -> dict[str, Any]:
     }
 
 
-def table(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """For each group its contenders: time, time over ours, bandwidth and its share of a copy's."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def by_group(measured: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows by group and contender."""
+    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in measured:
-        groups[row["group"]].append(row)
-    for group, rows in groups.items():
-        ours = next((row["seconds"] for row in rows if row["contender"] == OURS), None)
-        copy = next((row["seconds"] for row in rows if row["contender"] == "copy"), None)
-        yield f"{group}"
-        for row in sorted(rows, key=lambda row: -row["seconds"]):
-            ratio = f"{row['seconds'] / ours:8.2f} ×" if ours else " " * 10
+        groups[row["group"]][row["contender"]] = row
+    return groups
+
+
+def times(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """For each group its contenders, the slowest first: time, bandwidth, and whether it ran as a CUDA graph."""
+    for group, rows in by_group(measured).items():
+        yield group
+        for name, row in sorted(rows.items(), key=lambda item: -item[1]["seconds"]):
             width = f"{row['bytes'] / row['seconds'] / 1e9:8.1f} GB/s" if "bytes" in row else ""
-            share = f"{copy / row['seconds']:6.0%} of a copy" if copy else ""
-            yield f"  {row['contender']:<22}{row['seconds'] * 1e3:11.3f} ms {ratio} {width} {share}"
+            graph = "as a CUDA graph" if row.get("captured") else ""
+            yield f"  {name:<48}{row['seconds'] * 1e3:11.3f} ms {width} {graph}".rstrip()
 
 
-def record(measured: list[dict[str, Any]], results: Path) -> Path:
-    """Adds to the machine's file; groups that were measured again are replaced."""
-    path = results / file_name()
+def ratios(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """One line for each task that something of this project does."""
+    yield "How long others take for the same work, as multiples of ours: above 1, ours is faster. 'published' is what"
+    yield "papers print; 'by hand' plain PyTorch, with care; 'compiled' the same through torch.compile; 'least' what no"
+    yield "program can do without: a round's convolutions and matrix products alone, or a copy of as many bytes."
+    yield f"{'task':<66}{'ours, ms':>10}" + "".join(f"{column:>11}" for column in COLUMNS)
+    for group, rows in by_group(measured).items():
+        if OURS not in rows:
+            continue
+        ours = rows[OURS]["seconds"]
+        cells = []
+        for names in COLUMNS.values():
+            found = [rows[name]["seconds"] / ours for name in names if name in rows]
+            cells.append(f"{min(found):9.2f} ×" if found else "")
+        yield f"{group:<66}{ours * 1e3:10.3f}{''.join(f'{cell:>11}' for cell in cells)}".rstrip()
+
+
+def write(measured: list[dict[str, Any]], config: pytest.Config) -> Path:
+    """Add to the machine's file; groups that were measured again are replaced."""
+    chosen = config.getoption("--results")
+    folder = chosen or (records.RESULTS if config.getoption("--record") else ROOT / "runs" / "bench")
+    path: Path = folder / file_name()
     kept = records.load(path) if path.exists() else {"benchmarks": []}
-    again = {row["group"] for row in measured}
-    rows = [row for row in kept["benchmarks"] if row["group"] not in again]
+    again = {(row["group"], row["contender"]) for row in measured}
+    rows = [row for row in kept["benchmarks"] if (row["group"], row["contender"]) not in again]
     rows += [{**row, "machine": machine()} for row in measured]
     records.save(path, {**kept, "device": device_name(), "benchmarks": rows})
     return path

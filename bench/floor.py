@@ -1,6 +1,5 @@
 """The floor of a round: its convolutions and matrix products alone, and the bytes of its optimizer updates."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.device import seconds_of
 from dfad.distillation.distiller import Distiller
-from dfad.engine import wait_for
 from dfad.models.probing import parameter_count
 
 aten = torch.ops.aten
@@ -69,7 +68,7 @@ class Floor:
         for (function, *signatures), count in recorder.calls.items():
             formats = (torch.contiguous_format, torch.channels_last)
             calls = [_call(function, [_argument(s, device, f) for s in signatures]) for f in formats]
-            self.work.append((min(calls, key=lambda call: _seconds(call, device)), count))
+            self.work.append((min(calls, key=_seconds), count))
         config = distiller.config
         trained = [
             (config.optimizer.student, [distiller.student, distiller.round.connectors], config.method.student_steps),
@@ -90,12 +89,6 @@ def _call(function: Callable[..., object], arguments: Sequence[Any]) -> Callable
     return lambda: function(*arguments)
 
 
-def _seconds(call: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
-    seconds = []
-    for _ in range(repetitions + 1):
-        wait_for(device)
-        started = time.perf_counter()
-        call()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+def _seconds(call: Callable[[], object], repetitions: int = 5) -> float:
+    call()
+    return min(seconds_of(call) for _ in range(repetitions))

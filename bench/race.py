@@ -1,41 +1,51 @@
-"""Contenders timed in turns: what slows a machine down for a while slows all of them, and leaves their ratios alone.
-
-pytest-benchmark times one test to its end, and then the next one. So the first test of a race times all of them, and
-each is given back its own times by a clock that tells nothing else.
-"""
+"""Contenders timed in turns: what slows a machine down for a while slows all of them, and leaves their ratios alone."""
 
 import gc
+import statistics
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import pytest
+from bench.device import seconds_of
 
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to do a task."""
+
+    run: Run
+
+    running: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What it changes in the process for as long as it runs."""
+
+    details: Callable[[], Mapping[str, Any]] = dict
+    """What is known about it when it has run."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """How a race is held."""
 
-    rounds: Callable[[Run], int]
-    """How often a contender is timed."""
-
-    timer: Callable[[], float]
-    """Seconds, when the device has done what it was given."""
+    rounds: Callable[[float], int]
+    """How often a contender is timed, of the seconds that one more run takes before."""
 
     turns: int
     """How often the contenders alternate; with one turn each leaves its memory to the next."""
 
     warm_up: int
-    """Untimed runs before the first turn. Before each further one there is one, where it is of more than one round."""
+    """Untimed runs before the first turn, inspection aside. Before each further turn there is one."""
 
     prepare: Run = lambda: None
     """What precedes each run, untimed."""
 
-    inspect: Callable[[Run], Mapping[str, Any]] = lambda run: {}
-    """What else is to be told of a contender."""
+    inspect: Callable[[Run], Mapping[str, Any]] | None = None
+    """Runs a contender once after its first run, in which its state is allocated, and tells something about it."""
+
+    clock: Callable[[Run], float] = seconds_of
+    """Seconds of one run."""
 
 
 @dataclass
@@ -43,113 +53,85 @@ class Outcome:
     """What became of a contender."""
 
     seconds: list[float] = field(default_factory=list)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
 
+    @property
+    def fastest(self) -> float:
+        """Seconds of the run that nothing disturbed."""
+        return min(self.seconds)
 
-def hold(entrants: Mapping[str, Callable[[], Run]], rules: Rules) -> dict[str, Outcome]:
+    def row(self, group: str, contender: str) -> dict[str, Any]:
+        """As it is recorded; times in seconds."""
+        median = statistics.median(self.seconds)
+        row = {"group": group, "contender": contender, "seconds": self.fastest, "median": median}
+        return {**row, "rounds": len(self.seconds), **self.details}
+
+
+def hold(entrants: Mapping[str, Callable[[], Contender | Run]], rules: Rules) -> dict[str, Outcome]:
     """Time contenders; one that cannot enter, or fails, is out of the race.
 
     Args:
         entrants: by name, what builds and checks each.
         rules: how they are timed.
     """
-    outcomes = {name: Outcome() for name in entrants}
-    runs: dict[str, Run] = {}
-    rounds: dict[str, int] = {}
-
-    def attempt(name: str, step: Callable[[], None]) -> None:
+    lanes = {name: _Lane(enter, rules) for name, enter in entrants.items()}
+    together = [list(lanes.values())] if rules.turns > 1 else [[lane] for lane in lanes.values()]
+    for group in together:
+        for lane in group:
+            lane.attempt(lane.enter)
+        gc.collect()
+        gc.disable()
         try:
-            step()
-        except Exception as error:  # it is raised again in the contender's own test
-            outcomes[name].error = error
-            runs.pop(name, None)
-
-    def enter(name: str) -> None:
-        run = entrants[name]()
-        for _ in range(rules.warm_up):
-            run()
-        rounds[name] = rules.rounds(run)
-        runs[name] = run
-
-    def take_turn(name: str, turn: int) -> None:
-        first, last = (rounds[name] * k // rules.turns for k in (turn, turn + 1))
-        if turn and last - first > 1:
-            runs[name]()  # the others have emptied the caches
-        for _ in range(first, last):
-            rules.prepare()
-            started = rules.timer()
-            runs[name]()
-            outcomes[name].seconds.append(rules.timer() - started)
-
-    for name in entrants:
-        attempt(name, partial(enter, name))
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rules.turns):
-            for name in list(runs):
-                attempt(name, partial(take_turn, name, turn))
-    finally:
-        gc.enable()
-    for name, run in list(runs.items()):
-        outcomes[name].details = rules.inspect(run)
-    return outcomes
+            for turn in range(rules.turns):
+                for lane in group:
+                    lane.attempt(lambda lane=lane, turn=turn: lane.take(turn))  # type: ignore[misc]
+        finally:
+            gc.enable()
+        for lane in group:
+            lane.contender = None
+    return {name: lane.outcome for name, lane in lanes.items()}
 
 
-class _Clock:
-    now = 0.0
+class _Lane:
+    def __init__(self, build: Callable[[], Contender | Run], rules: Rules) -> None:
+        self.build = build
+        self.rules = rules
+        self.outcome = Outcome()
+        self.contender: Contender | None = None
+        self.rounds = 0
 
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
+    def attempt(self, step: Run) -> None:
+        if self.outcome.error is None:
+            try:
+                step()
+            except Exception as error:
+                self.outcome.error = error
+                self.contender = None
 
+    def enter(self) -> None:
+        built = self.build()
+        self.contender = built if isinstance(built, Contender) else Contender(built)
 
-_CLOCK = _Clock()
+    def take(self, turn: int) -> None:
+        rules, contender = self.rules, self.contender
+        assert contender is not None
+        with contender.running():
+            if turn == 0:
+                self.warm_up(contender)
+            else:
+                contender.run()  # the others have emptied the caches
+            for _ in range(self.rounds * turn // rules.turns, self.rounds * (turn + 1) // rules.turns):
+                rules.prepare()
+                self.outcome.seconds.append(rules.clock(contender.run))
+            self.outcome.details |= contender.details()
 
-
-def replayed() -> float:
-    """The timer of a test whose times are known."""
-    return _CLOCK.now
-
-
-@pytest.fixture(scope="session")
-def outcomes() -> dict[Any, dict[str, Outcome]]:
-    """Of the races that were held."""
-    return {}
-
-
-@pytest.fixture
-def race(
-    request: pytest.FixtureRequest, outcomes: dict[Any, dict[str, Outcome]], benchmark: Any
-) -> Callable[..., dict[str, Outcome]]:
-    """Reports a test's ``contender`` in a group, after a race against all that this test is to run in that group."""
-
-    def run(group: str, enter: Callable[[str], Run], rules: Rules, always: tuple[str, ...] = ()) -> dict[str, Outcome]:
-        own = request.node.callspec.params["contender"]
-        key = (group, own) if rules.turns == 1 else group
-        if key not in outcomes:
-            names = [own] if rules.turns == 1 else _rivals(request)
-            outcomes[key] = hold({name: partial(enter, name) for name in dict.fromkeys((*names, *always))}, rules)
-        outcome = outcomes[key][own]
-        if outcome.error is not None:
-            raise outcome.error
-        benchmark.group = group
-        benchmark.extra_info |= {"contender": own, **outcome.details}
-        times = iter(outcome.seconds)
-        benchmark.pedantic(_CLOCK.advance, setup=lambda: ((next(times),), {}), rounds=len(outcome.seconds))
-        return outcomes[key]
-
-    return run
-
-
-def _rivals(request: pytest.FixtureRequest) -> list[str]:
-    """Contenders of the tests that were chosen and differ in nothing else."""
-
-    def others(item: Any) -> Any:
-        return item.function, {name: value for name, value in item.callspec.params.items() if name != "contender"}
-
-    return [
-        item.callspec.params["contender"]
-        for item in request.session.items
-        if hasattr(item, "callspec") and others(item) == others(request.node)
-    ]
+    def warm_up(self, contender: Contender) -> None:
+        rules = self.rules
+        contender.run()
+        if rules.inspect is not None:
+            self.outcome.details |= rules.inspect(contender.run)
+        for _ in range(rules.warm_up - 1):
+            contender.run()
+        rules.prepare()
+        self.rounds = rules.rounds(rules.clock(contender.run))

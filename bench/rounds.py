@@ -1,15 +1,18 @@
 """Contenders for whole rounds: the loop as published, the same repaired, and this project's, a part at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_ops import published_activation_boundary
+from bench.device import captured
 from bench.floor import Floor
+from bench.race import Contender
 from dfad import models
 from dfad.config import (
     ActivationConfig,
@@ -23,6 +26,7 @@ from dfad.config import (
 )
 from dfad.distillation.distiller import Distiller
 from dfad.engine import has_bfloat16
+from dfad.engine.precision import float32_products
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
 
@@ -185,11 +189,17 @@ class PublishedRound:
         return torch.randn(self.case.method.batch_size, self.case.generator.noise_dim, device=self.device)
 
 
-def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool) -> Callable[[], object]:
+def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool) -> Contender:
     """This project's round with the given parts."""
     teacher, student = case.networks()
     config = case.config(device, engine=engine, fused=fused)
-    return Distiller(teacher, student, config, image_shape=case.image_shape).run_round
+    return contender(Distiller(teacher, student, config, image_shape=case.image_shape))
+
+
+def contender(distiller: Distiller) -> Contender:
+    """A distiller's rounds."""
+    engine = distiller.engine
+    return Contender(distiller.run_round, engine.running, lambda: {"captured": engine.captured})
 
 
 def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distiller:
@@ -199,7 +209,23 @@ def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distill
     return Distiller(teacher, student, config, image_shape=case.image_shape)
 
 
-def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> Callable[[], object]:
+def floor(case: Case, device: torch.device) -> Contender:
+    """The floor of our round, as a CUDA graph where there is a GPU."""
+    distiller = make_distiller(case, device, fuse_convolutions="off")
+    with distiller.engine.running():
+        replay = captured(Floor(distiller))
+    return Contender(replay, distiller.engine.running, lambda: {"captured": device.type == "cuda"})
+
+
+def published(case: Case, device: torch.device, *, with_tf32: bool) -> Contender:
+    """The loop as published; whether products are of TF32 is nothing that it decides."""
+    precision: Literal["tf32", "ieee"] = "tf32" if with_tf32 else "ieee"
+    return Contender(
+        PublishedRound(case, device), partial(float32_products, precision), lambda: {"products": precision}
+    )
+
+
+def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> Contender:
     """The repaired round with torch.compile's own CUDA graphs around each network."""
     teacher, student = case.networks()
     config = case.config(device, engine=engine, fused=False)
@@ -211,41 +237,41 @@ def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> C
         torch.compiler.cudagraph_mark_step_begin()
         distiller.run_round()
 
-    return round_
+    return Contender(round_, distiller.engine.running)
 
 
-def contenders(device: torch.device) -> Sequence[tuple[str, Callable[[Case], Callable[[], object]]]]:
-    """Names and makers of rounds, from the slowest idea to the fastest; and the floor of the fastest."""
+def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
+    """Makers of rounds, from the slowest idea to the fastest; and the floor of the fastest."""
+    on_gpu = device.type == "cuda"
     repaired = repaired_engine(device)
-    with_losses = repaired
-    with_folding = replace(with_losses, fold_batchnorm="on")
+    with_folding = replace(repaired, fold_batchnorm="on")
     with_merging = replace(with_folding, merge_upsampling="on")
     with_optimizers = replace(with_merging, fused_optimizers="on")
-    steps = [
-        ("losses", with_losses),
-        ("losses, folding", with_folding),
-        ("losses, folding, merging", with_merging),
-        ("losses, folding, merging, optimizers", with_optimizers),
-    ]
-    # the last parts are those that the machine has
-    if device.type == "cuda":
-        best = replace(with_optimizers, cuda_graph="on")
-    else:
-        with_batchnorm = replace(with_optimizers, fuse_batchnorm="on")
-        steps.append(("losses, folding, merging, optimizers, BatchNorm", with_batchnorm))
-        best = replace(with_batchnorm, fuse_convolutions="auto", keep_memory="auto")
-    steps += [
-        ("ours", best),
-        ("ours + torch.compile", replace(with_optimizers, cuda_graph=best.cuda_graph, compile="on")),
-    ]
-    names_and_makers: list[tuple[str, Callable[[Case], Callable[[], object]]]] = [
-        ("published", lambda case: PublishedRound(case, device)),
-        ("repaired", lambda case: ours(case, device, repaired, fused=False)),
-        ("repaired + torch.compile", lambda case: ours(case, device, replace(repaired, compile="on"), fused=False)),
-    ]
-    if device.type == "cuda":
-        names_and_makers.append(("repaired + reduce-overhead", lambda case: reduce_overhead(case, device, repaired)))
-    for name, engine in steps:
-        names_and_makers.append((name, partial(ours, device=device, engine=engine, fused=True)))
-    names_and_makers.append(("floor", lambda case: Floor(make_distiller(case, device, fuse_convolutions="off"))))
-    return names_and_makers
+    best = EngineConfig(cuda_graph="on" if on_gpu else "off")
+    compiled = replace(best, compile="on", fuse_batchnorm="off", fuse_convolutions="off")
+
+    def make(engine: EngineConfig, *, fused: bool = True) -> Callable[[Case], Contender]:
+        return partial(ours, device=device, engine=engine, fused=fused)
+
+    makers: dict[str, Callable[[Case], Contender]] = {
+        "published": partial(published, device=device, with_tf32=False),
+        "repaired": make(repaired, fused=False),
+        "repaired + torch.compile": make(replace(repaired, compile="on"), fused=False),
+        "losses": make(repaired),
+        "losses, folding": make(with_folding),
+        "losses, folding, merging": make(with_merging),
+        "losses, folding, merging, optimizers": make(with_optimizers),
+        "losses, folding, merging, optimizers, BatchNorm": make(replace(with_optimizers, fuse_batchnorm="on")),
+        "ours": make(best),
+        "ours + torch.compile": make(compiled),
+        "floor": partial(floor, device=device),
+    }
+    if on_gpu:
+        makers["published, TF32"] = partial(published, device=device, with_tf32=True)
+        makers["repaired + reduce-overhead"] = partial(reduce_overhead, device=device, engine=repaired)
+        makers["ours without the graph"] = make(replace(best, cuda_graph="off"))
+    return makers
+
+
+TELLING = ("published", "published, TF32", "repaired", "ours", "ours without the graph", "floor")
+"""Contenders of a telling part, which compile nothing."""

@@ -16,7 +16,7 @@ from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
-from dfad.engine.precision import autocast, choose_precision, dtype_of, tf32
+from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_products
 from dfad.errors import ConfigurationError
 from dfad_kernels import kernel_name
 from dfad_kernels.cpu.convolution_chain import has_tiles
@@ -132,7 +132,7 @@ class Engine:
                 stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
                 torch.backends.cudnn.benchmark = self.fused  # shapes never change
             if self.precision == "tf32":
-                stack.enter_context(tf32(self.device))
+                stack.enter_context(float32_products("tf32"))
             if self.keep_memory:
                 stack.enter_context(keep_memory())
             stack.callback(self.forget_graphs)

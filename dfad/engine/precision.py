@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 
@@ -52,17 +53,14 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 @contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """On a GPU, products of float32 are of TF32 for the length of the block."""
+def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """What a GPU computes products of float32 in, for the length of the block."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    if device.type != "cuda":
-        yield
-        return
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
-        setting.fp32_precision = "tf32"
+        setting.fp32_precision = precision
     try:
         yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

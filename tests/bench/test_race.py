@@ -1,12 +1,19 @@
 """Contenders that are timed in turns."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from bench.race import Rules, hold
+from bench import records
+from bench.conftest import by_group, ratios, times
+from bench.race import Contender, Rules, hold
 
-pytest_plugins = "pytester"
+ROOT = Path(__file__).parents[2]
 
 
 class World:
@@ -25,8 +32,13 @@ class World:
 
         return lambda: run
 
+    def clock(self, run: Callable[[], object]) -> float:
+        started = self.now
+        run()
+        return self.now - started
+
     def rules(self, rounds: int, **options) -> Rules:
-        return Rules(rounds=lambda run: rounds, timer=lambda: self.now, **{"turns": 2, "warm_up": 1, **options})
+        return Rules(rounds=lambda seconds: rounds, clock=self.clock, **{"turns": 2, "warm_up": 1, **options})
 
 
 def test_contenders_alternate_and_keep_their_own_times():
@@ -34,18 +46,20 @@ def test_contenders_alternate_and_keep_their_own_times():
     outcomes = hold({"a": world.entrant("a", 1.0), "b": world.entrant("b", 2.0)}, world.rules(4))
     assert outcomes["a"].seconds == [1.0] * 4
     assert outcomes["b"].seconds == [2.0] * 4
-    assert "".join(world.log) == "a" + "b" + "aabb" + "aaabbb"  # warm-up, first turn, second turn behind an untimed run
-
-
-def test_a_turn_of_one_round_is_not_warmed_up_again():
-    world = World()
-    hold({"a": world.entrant("a", 1.0), "b": world.entrant("b", 1.0)}, world.rules(3, turns=3))
-    assert "".join(world.log) == "ab" + "ab" * 3
+    # a warm-up, a run that decides how many follow, and two; then an untimed run, and two
+    assert "".join(world.log) == "aaaa" + "bbbb" + "aaa" + "bbb"
 
 
 def test_rounds_that_turns_do_not_divide_are_all_run():
     world = World()
     assert len(hold({"a": world.entrant("a", 1.0)}, world.rules(7, turns=3))["a"].seconds) == 7
+
+
+def test_how_many_rounds_depends_on_how_long_they_take():
+    world = World()
+    rules = Rules(rounds=lambda seconds: int(10 / seconds), clock=world.clock, turns=1, warm_up=1)
+    outcomes = hold({"slow": world.entrant("slow", 5.0), "fast": world.entrant("fast", 1.0)}, rules)
+    assert {name: len(outcome.seconds) for name, outcome in outcomes.items()} == {"slow": 2, "fast": 10}
 
 
 def test_what_prepares_is_not_timed():
@@ -58,48 +72,173 @@ def test_what_prepares_is_not_timed():
     assert outcomes["a"].seconds == [1.0] * 4
 
 
-@pytest.mark.parametrize("fails_at", [1, 3])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_each_runs_in_its_own_surroundings_and_is_asked_about_them_there(turns):
+    world = World()
+    around: list[str] = []
+
+    @contextmanager
+    def running(name: str) -> Iterator[None]:
+        around.append(name)
+        yield
+        around.remove(name)
+
+    def enter(name: str) -> Contender:
+        def run() -> None:
+            assert around == [name]
+            world.now += 1.0
+
+        return Contender(run, lambda: running(name), lambda: {"around": list(around)})
+
+    outcomes = hold({name: lambda name=name: enter(name) for name in "ab"}, world.rules(4, turns=turns))
+    assert outcomes["a"].error is None
+    assert outcomes["b"].details == {"around": ["b"]}
+    assert outcomes["b"].row("group", "b") == {
+        "group": "group",
+        "contender": "b",
+        "seconds": 1.0,
+        "median": 1.0,
+        "rounds": 4,
+        "around": ["b"],
+    }
+
+
+def test_with_one_turn_each_is_built_when_the_one_before_is_gone():
+    world = World()
+    alive: list[object] = []
+
+    class Memory:
+        def __init__(self) -> None:
+            alive.append(self)
+
+        def __call__(self) -> None:
+            world.now += 1.0
+
+        def __del__(self) -> None:
+            built.append(len(alive))
+
+    built: list[int] = []
+
+    def enter() -> Memory:
+        alive.clear()
+        return Memory()
+
+    hold({"a": enter, "b": enter}, world.rules(2, turns=1))
+    assert built
+    assert built[0] <= 1
+
+
+def test_the_inspected_run_is_the_second(monkeypatch):
+    world = World()
+    seen: list[int] = []
+
+    def inspect(run):
+        seen.append(len(world.log))
+        run()
+        return {"inspected": True}
+
+    outcomes = hold({"a": world.entrant("a", 1.0)}, world.rules(4, warm_up=3, inspect=inspect, turns=1))
+    assert seen == [1]
+    assert outcomes["a"].details == {"inspected": True}
+    assert len(world.log) == 3 + 1 + 1 + 4
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 5])
 def test_who_fails_is_out_and_the_others_go_on(fails_at):
     world = World()
-    entrants = {"a": world.entrant("a", 1.0, fails_at), "b": world.entrant("b", 1.0)}
-    outcomes = hold(entrants, world.rules(4, inspect=lambda run: {"inspected": True}))
+    outcomes = hold({"a": world.entrant("a", 1.0, fails_at), "b": world.entrant("b", 1.0)}, world.rules(4))
     assert str(outcomes["a"].error) == "a fell"
     assert world.log.count("a") == fails_at
     assert outcomes["b"].seconds == [1.0] * 4
-    assert outcomes["b"].details == {"inspected": True}
-    assert not outcomes["a"].details
 
 
-def test_each_test_reports_its_own(pytester, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark times nothing in a worker
-    pytester.makeconftest("from bench.race import outcomes, race")
-    pytester.makepyfile("""
-        import pytest
-        from bench.race import Rules, replayed
+def test_who_cannot_be_built_is_out():
+    world = World()
 
-        NOW = [0.0]
-        BUILT = []
-        RULES = Rules(rounds=lambda run: 4, timer=lambda: NOW[0], turns=2, warm_up=0)
+    def enter():
+        raise ValueError("not here")
 
-        @pytest.mark.benchmark(timer=replayed)
-        @pytest.mark.parametrize("size", [1, 2])
-        @pytest.mark.parametrize("contender", ["slow", "fast", "broken"])
-        def test_round(size, contender, race, benchmark):
-            def enter(name):
-                BUILT.append((size, name))
-                assert name != "broken"
-                def run():
-                    NOW[0] += {"slow": 8.0, "fast": 1.0}[name] * size
-                return run
-            race(f"size {size}", enter, RULES)
-            assert benchmark.stats.stats.min == pytest.approx({"slow": 8.0, "fast": 1.0}[contender] * size)
-            assert benchmark.stats.stats.rounds == 4
-            assert benchmark.extra_info["contender"] == contender
-            assert benchmark.group == f"size {size}"
+    outcomes = hold({"a": enter, "b": world.entrant("b", 1.0)}, world.rules(4))
+    assert str(outcomes["a"].error) == "not here"
+    assert outcomes["b"].error is None
 
-        def test_each_was_built_once():
-            assert sorted(BUILT) == [(s, n) for s in (1, 2) for n in ("broken", "fast", "slow")]
-    """)
-    pytester.runpytest("-p", "no:xdist", "-p", "no:cacheprovider").assert_outcomes(passed=5, failed=2)
-    result = pytester.runpytest("-p", "no:xdist", "-p", "no:cacheprovider", "-k", "fast or once")
-    result.assert_outcomes(passed=2, failed=1, deselected=4)  # of what was not chosen nothing is built
+
+SUITE = """
+import pytest
+from bench.race import Rules
+
+NOW = [0.0]
+
+def clock(run):
+    before = NOW[0]
+    run()
+    return NOW[0] - before
+
+RULES = Rules(rounds=lambda seconds: 4, clock=clock, turns=2, warm_up=1)
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_round(size, race):
+    def enter(name):
+        assert name != "broken", "not here"
+        def run():
+            NOW[0] += {"published": 8.0, "ours": 1.0, "floor": 0.5}[name] * size
+        return run
+    names = ("published", "ours", "broken", "floor")
+    entrants = {name: lambda name=name: enter(name) for name in names}
+    race(f"size {size}", entrants, RULES, lambda outcomes, name: {"of": len(outcomes)})
+
+def test_alone(benchmark):
+    benchmark.group = "alone"
+    benchmark.extra_info["contender"] = "native"
+    benchmark.pedantic(lambda: None, rounds=3)
+"""
+
+
+class TestSuite:
+    """``pytest bench``, of other benchmarks."""
+
+    def run(self, tmp_path: Path, *flags: str) -> str:
+        (tmp_path / "bench_suite.py").write_text(SUITE)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "--rootdir=."]
+        command += [str(tmp_path / "bench_suite.py"), f"--results={tmp_path / 'results'}", *flags]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+
+    def rows(self, tmp_path: Path) -> dict[str, dict[str, dict[str, object]]]:
+        (record,) = records.load_all(tmp_path / "results").values()
+        return by_group(record["benchmarks"])
+
+    def test_a_telling_part(self, tmp_path):
+        told = self.run(tmp_path)
+        assert "1 failed, 1 passed, 1 deselected" in told
+        assert "size 1: broken: AssertionError: not here" in told
+        found = self.rows(tmp_path)
+        assert {group: set(rows) for group, rows in found.items()} == {
+            "size 1": {"published", "ours", "floor"},
+            "alone": {"native"},
+        }
+        assert found["size 1"]["published"]["seconds"] == 8
+        assert found["size 1"]["ours"]["of"] == 3
+        assert found["size 1"]["ours"]["machine"]["commit"]
+        table = told.partition(" ratios, ")[2].splitlines()
+        (line,) = [line for line in table if line.startswith("size 1 ")]
+        assert line.split() == ["size", "1", "1000.000", "8.00", "×", "0.50", "×"]
+
+    def test_everything_and_chosen_contenders(self, tmp_path):
+        assert "3 passed" in self.run(tmp_path, "--full", "--contenders=ours;floor")
+        found = self.rows(tmp_path)
+        assert set(found["size 2"]) == {"ours", "floor"}
+        self.run(tmp_path, "--full", "--contenders=published")  # what was measured before stays
+        assert set(self.rows(tmp_path)["size 2"]) == {"ours", "floor", "published"}
+
+
+def test_the_table_takes_the_fastest_of_a_kind():
+    measured = [
+        {"group": "round x", "contender": name, "seconds": seconds, "captured": name == "ours"}
+        for name, seconds in (("ours", 2.0), ("torch.compile", 8.0), ("repaired + torch.compile", 6.0), ("copy", 1.0))
+    ]
+    measured.append({"group": "without us", "contender": "native", "seconds": 1.0})
+    *_, head, line = ratios(measured)
+    assert head.split() == ["task", "ours,", "ms", "published", "by", "hand", "compiled", "least"]
+    assert line.split() == ["round", "x", "2000.000", "3.00", "×", "0.50", "×"]
+    assert any(line.split()[0] == "ours" and line.endswith("as a CUDA graph") for line in times(measured))

@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/pytest bench --record
+	$(BIN)/pytest bench --full --record
 
 report: $(VENV)/.dev
 	$(BIN)/python -m bench.report

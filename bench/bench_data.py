@@ -36,7 +36,9 @@ def jpeg(seed: int, size: int) -> bytes:
     return stream.getvalue()
 
 
-@pytest.fixture(scope="module", params=["CIFAR-10 JPEGs, 32x32", "made JPEGs, 224x224"])
+@pytest.fixture(
+    scope="module", params=["CIFAR-10 JPEGs, 32x32", pytest.param("made JPEGs, 224x224", marks=pytest.mark.full)]
+)
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Image files; as many of them as make a second of decoding."""
     if request.param.startswith("CIFAR"):

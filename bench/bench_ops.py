@@ -177,7 +177,7 @@ def races() -> Iterator[Any]:
                     yield pytest.param(task, dtype, launch, direction, id=words, marks=marks)
 
 
-@pytest.mark.parametrize(("task", "dtype", "launch", "direction"), races())
+@pytest.mark.parametrize(("task", "dtype", "launch", "direction"), list(races()))
 def test_loss(
     task: Task,
     dtype: torch.dtype,

@@ -212,6 +212,19 @@ class TestWithoutAGpu:
         assert graphs.captures == 2
         assert distiller.engine.captured
 
+    def test_a_distiller_takes_its_graph_along_without_the_collector(self, world, teacher, config):
+        distiller = make(teacher, with_method(config, rounds=ROUNDS))
+        distiller.engine.graphs = RoundGraphs(GPU, required=True)
+        for _ in range(WARM_UP_ROUNDS + 1):
+            distiller.run_round()
+        graph = weakref.ref(world.graphs.pop())
+        gc.disable()
+        try:
+            del distiller
+            assert graph() is None
+        finally:
+            gc.enable()
+
     def test_private_interfaces_are_those_that_were_checked(self):
         """The names that a failed capture is cleaned up by; read their source in a newer version, then name it."""
         assert torch.__version__.rpartition(".")[0] in CHECKED_WITH

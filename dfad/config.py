@@ -37,6 +37,9 @@ class TeacherConfig:
     checkpoint: Path | None = None
     """Its weights: safetensors, or a state dict written by torch.save."""
 
+    checkpoint_key: str | None = None
+    """Where in a larger checkpoint they are, such as ema or state_dict.teacher; looked for where not given."""
+
     recipe: str | None = None
     """Without a checkpoint: preset of dfad.teacher, trained once and kept in the cache folder."""
 
@@ -75,6 +78,9 @@ class StudentConfig:
 
     checkpoint: Path | None = None
     """Weights to start from; random ones where not given."""
+
+    checkpoint_key: str | None = None
+    """Where in a larger checkpoint they are; looked for where not given."""
 
     taps: tuple[str, ...] = ()
     """Modules or graph nodes to tap where the network returns logits alone, in the order of the teacher's."""

@@ -54,6 +54,9 @@ class Evaluate:
     kwargs: Keywords = field(default_factory=dict)
     """Keyword arguments of the factory."""
 
+    checkpoint_key: str | None = None
+    """Where in a larger checkpoint the weights are, such as ema; looked for where not given."""
+
     mean: tuple[float, ...] = ()
     """Mean per channel that its images are normalised with (pixels in 0–1); else the file's, else the data set's."""
 
@@ -124,7 +127,7 @@ def _load(command: Evaluate) -> tuple[nn.Module, Mapping[str, Any]]:
     if command.factory is None:
         return load_model(command.model)
     network = build(command.factory, command.kwargs)
-    load_weights(network, command.model)
+    load_weights(network, command.model, command.checkpoint_key)
     return network, {}
 
 

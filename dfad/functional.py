@@ -53,11 +53,14 @@ def batchnorm_distance(features: Tensor, running_mean: Tensor, running_var: Tens
 
 
 def class_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the histogram of predicted classes over its maximum: 1 is uniform, 0 is one class alone."""
-    classes = logits.shape[1]
+    """Entropy of the histogram of predicted classes over its maximum: 1 is uniform, 0 is one class alone.
+
+    The maximum is that of so many classes or of so many images, whichever are fewer.
+    """
+    images, classes = logits.shape
     predicted = logits.argmax(dim=1, keepdim=True) == torch.arange(classes, device=logits.device)
     frequencies = predicted.float().mean(dim=0)
-    return torch.special.entr(frequencies).sum() / math.log(max(classes, 2))
+    return torch.special.entr(frequencies).sum() / math.log(max(min(classes, images), 2))
 
 
 def pairwise_diversity(images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
+from dfad.supervised.recipes import RECIPES
 from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = command.settings
     run_dir = command.folder()
     device = choose_device(config.device)
-    teacher = load_teacher(config.teacher)
+    teacher = load_teacher(config.teacher, recipe=command.preset if command.preset in RECIPES else "")
     student = build_student(config)
     evaluate = Evaluator(config.data, device, teacher.normalisation) if config.evaluate else None
     distiller = build_distiller(teacher, student, config, evaluate)

@@ -155,7 +155,7 @@ class TestBadInput:
     def test_a_foreign_file_without_factory(self, tmp_path):
         path = tmp_path / "foreign.safetensors"
         save_file(models.convnet().state_dict(), path)
-        with pytest.raises(ModelError, match="does not tell its architecture"):
+        with pytest.raises(ModelError, match="does not say how its network is built"):
             evaluate.main(["--model", str(path), "--data.name", "digits"])
 
     @pytest.mark.parametrize(

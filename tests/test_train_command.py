@@ -225,6 +225,13 @@ class TestBadInput:
             (["--teacher.factory=no.where:net", "--teacher.checkpoint=w.pt"], 3, ["no.where:net", "PYTHONPATH"]),
             (["--teacher.factory=builtins:dict", "--teacher.checkpoint=w.pt"], 3, ["returned a dict", "nn.Module"]),
             (["--teacher.checkpoint=nowhere.safetensors"], 3, ["nowhere.safetensors does not exist"]),
+            (["--teacher.checkpoint=nowhere.pt"], 3, ["nowhere.pt does not exist"]),
+            (["--teacher.checkpoint=thesis"], 3, ["thesis is a folder", "No file in it ends in"]),
+            (["--preset=own", "--student.factory=convnet"], 3, ["--teacher.recipe NAME, one of digits, mnist"]),
+            (["--preset=mnist"], 3, ["python -m dfad.teacher --preset mnist --data.root FOLDER",
+                                     "--teacher.checkpoint runs/mnist-teacher/teacher.safetensors"]),
+            (["--teacher.mean", "0.5", "0.5", "--teacher.std", "1", "1"], 3, ["mean (0.5, 0.5)", "1 channels"]),
+            (["--data.bits=17"], 2, ["bits is 17", "between 1 and 16"]),
             (["--student.factory=convnt"], 3, ["no network 'convnt'", "Did you mean 'convnet'?"]),
             (["--student.kwargs={\"num_classes\": 9, \"in_channels\": 1}"], 3, ["9 classes", "teacher 10"]),
             (["--student.kwargs={\"in_channels\": 3}"], 3, ["does not take the teacher's images (1, 8, 8)"]),
@@ -411,11 +418,13 @@ BUNDLES = {
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
         --method.activation.weight 0""",
     "files": """--config settings.yaml --teacher.factory tests.models.test_loading:Plain --teacher.kwargs {"channels":1}
-        --teacher.checkpoint teacher.pt --teacher.taps conv --student.factory tests.models.test_loading:Plain
-        --student.kwargs {"channels":1} --student.checkpoint teacher.pt --student.taps norm
+        --teacher.checkpoint teacher.pt --teacher.checkpoint_key ema --teacher.taps conv
+        --student.factory tests.models.test_loading:Plain
+        --student.kwargs {"channels":1} --student.checkpoint teacher.pt --student.checkpoint_key model
+        --student.taps norm
         --method.regularizers.batchnorm 0 --no_evaluate""",
     "data": """--evaluate --data.name digits --data.root . --data.download --data.backend native --data.image_size 8
-        --data.channels 1 --data.test_fraction 0.3 --data.skip_corrupt""",
+        --data.channels 1 --data.bits 12 --data.test_fraction 0.3 --data.skip_corrupt""",
 }
 """Every flag with a value that is not its default, where more than one is to be had on a CPU."""
 
@@ -440,7 +449,8 @@ def test_a_dry_run_writes_nothing(command):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_every_flag_is_run(bundle, command):
     Path("settings.yaml").write_text("recording: {log_every: 2}\n")
-    torch.save(build("tests.models.test_loading:Plain", {"channels": 1}).state_dict(), "teacher.pt")
+    state = build("tests.models.test_loading:Plain", {"channels": 1}).state_dict()
+    torch.save({"model": state, "ema": state}, "teacher.pt")
     done = command(*SMALL, "--method.rounds=2", *BUNDLES[bundle].split(), "--run_dir=run")
     assert done.exit_code == 0, done.stderr
     assert (Path("run") / "curves.png").exists()

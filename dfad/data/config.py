@@ -31,6 +31,9 @@ class DataConfig:
     channels: Literal[1, 3] | None = None
     """Channels that image files are converted to; without it, all must be of one kind."""
 
+    bits: int | None = None
+    """Significant bits per channel of image files with more than 8, such as 12; by the file where not given."""
+
     test_fraction: float = 0.2
     """Part that is held out of an image folder or shards that have no test split."""
 
@@ -41,3 +44,4 @@ class DataConfig:
         require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1")
         if self.image_size is not None:
             positive(image_size=self.image_size)
+        require(self.bits is None or 1 <= self.bits <= 16, "bits", self.bits, "between 1 and 16")

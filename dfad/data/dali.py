@@ -47,7 +47,7 @@ class DaliBackend:
         self.mean = [255 * value for value in mean]
         self.std = [255 * value for value in std]
         self.device = device
-        self._checked = np.zeros(len(split), dtype=bool)
+        self._plain: dict[int, bool] = {}
 
     def batches(self, plan: Plan, batch_size: int, *, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images ``float32 (B, channels, height, width)`` and labels, on the device."""
@@ -80,10 +80,11 @@ class DaliBackend:
     def _read(self, index: int) -> bytes:
         blob = self.split.blobs[index]
         data = blob.read()
-        if not self._checked[index]:
-            self.split.check_header(blob, data)  # DALI would convert or crop it silently
-            self._checked[index] = True
-        return data
+        if self._plain.get(index):
+            return data
+        rewritten = self.split.plain(blob, data)  # DALI would convert or crop it silently
+        self._plain[index] = rewritten is None
+        return data if rewritten is None else rewritten
 
     def _pipeline(self, feed: Callable[[], Iterator[Any]], batch_size: int, hole_size: int) -> Any:
         from nvidia.dali import fn, pipeline_def, types
@@ -108,6 +109,7 @@ class DaliBackend:
                 files,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.GRAY if channels == 1 else types.RGB,
+                adjust_orientation=False,  # nor does the native backend turn images
                 jpeg_fancy_upsampling=True,  # as libjpeg does by default, and so the native backend
             )
             if self.split.resized:

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import io
+import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,13 @@ from torch import Tensor
 from dfad.data.config import DataConfig
 from dfad.data.decoded import DecodedSplit
 from dfad.data.files import Blob
+from dfad.data.pixels import ORIENTATION, brightest, eight_bits, is_grey, is_plain, require_bright
 from dfad.errors import DataError
 
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+log = logging.getLogger(__name__)
+
+SAMPLE = 16
+"""Images, evenly spaced, that are looked at for what a header does not tell."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class EncodedSplit:
 
     converted: bool = False
     """Convert to the channels of :attr:`image_shape` instead of demanding them of every file."""
+
+    bits: int | None = None
+    """Significant ones per channel, of images with more than eight; each file's own figure where not given."""
 
     def __len__(self) -> int:
         return len(self.blobs)
@@ -63,20 +71,25 @@ class EncodedSplit:
         channels, height, width = self.image_shape
         with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
             self._check(blob, image)
-            picture = image.convert("L" if channels == 1 else "RGB")
+            picture = eight_bits(image, blob, self.bits).convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
-    def check_header(self, blob: Blob, data: bytes) -> None:
-        """Refuse an image whose header tells another size or kind than the rest, without decoding it.
+    def plain(self, blob: Blob, data: bytes) -> bytes | None:
+        """An image as PNG that every decoder reads alike; None where it is one as it is, and is not decoded.
 
         Raises:
-            DataError: naming the file.
+            DataError: naming the file, if its header shows another size or kind than the rest.
         """
         with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
             self._check(blob, image)
+            if is_plain(image):
+                return None
+            stream = io.BytesIO()
+            eight_bits(image, blob, self.bits).save(stream, "png", compress_level=1)
+            return stream.getvalue()
 
     @property
     def decoded_bytes(self) -> int:
@@ -90,7 +103,7 @@ class EncodedSplit:
                 f"{blob} is of {image.size[0]}×{image.size[1]} pixels, others are of {width}×{height}. Give "
                 "--data.image_size to resize all."
             )
-        grey = image.mode in GREY_MODES
+        grey = is_grey(image)
         if not self.converted and grey != (channels == 1):
             kinds = ("greyscale", "in colour") if grey else ("in colour", "greyscale")
             raise DataError(
@@ -133,26 +146,47 @@ def encoded_split(
     """
     if like is not None:
         return dataclasses.replace(like, blobs=tuple(blobs), labels=torch.tensor(labels))
-    (width, height), mode = _first_header(blobs)
+    (width, height), grey = _first_header(blobs)
     if config.image_size is not None:
         width = height = config.image_size
-    shape = (config.channels or (1 if mode in GREY_MODES else 3), height, width)
+    shape = (config.channels or (1 if grey else 3), height, width)
+    _look_at_some(blobs, config)
     return EncodedSplit(
         tuple(blobs),
         torch.tensor(labels),
         shape,
         resized=config.image_size is not None,
         converted=config.channels is not None,
+        bits=config.bits,
     )
 
 
-def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], str]:
+def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
+    """Refuse images of too few significant bits; say where an orientation is not applied."""
+    deep, turned = [], []
+    for blob in blobs[:: -(-len(blobs) // SAMPLE)]:
+        with suppress(DataError), decoding(blob, data := blob.read()), Image.open(io.BytesIO(data)) as image:
+            if (value := brightest(image)) is not None:
+                deep.append(value)
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                turned.append(blob)
+    if config.bits is None:
+        require_bright(deep, config.root or config.name)
+    if turned:
+        log.warning(
+            "%s asks to be turned when shown (EXIF orientation), and so may others. That is not done: pixels are taken "
+            "as they lie in the file, as torchvision and timm take them.",
+            turned[0],
+        )
+
+
+def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], bool]:
     failure = DataError("There are no images to tell a size from.")
     for index, blob in enumerate(blobs):
         try:
             data = blob.read()
             with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
-                return image.size, image.mode
+                return image.size, is_grey(image)
         except DataError as error:
             failure = failure if index else error
     raise failure

@@ -1,5 +1,6 @@
 """How good a classifier is on a data set."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dfad.data import BatchSource, DataConfig, batch_source, in_order, open_dataset
+from dfad.errors import ModelError, first_line
 from dfad.metrics import top_k_accuracy
-from dfad.models.probing import as_outputs
+from dfad.models.probing import as_outputs, dry_forward, require_same_classes
 from dfad.modes import evaluating
 
+log = logging.getLogger(__name__)
+
 BATCH_SIZE = 500
+
+OTHER_DATA = "Choose other data with --data.name, or measure nothing with --no_evaluate."
 
 
 def predict(network: nn.Module, source: BatchSource, count: int) -> tuple[Tensor, Tensor]:
@@ -43,8 +49,45 @@ class Evaluator:
         self.dataset = open_dataset(config)
         if normalisation and normalisation[0]:
             mean, std = map(tuple, normalisation)
+            if not len(mean) == len(std) == self.dataset.image_shape[0]:
+                raise ModelError(
+                    f"The teacher's images are normalised with mean {mean} and std {std}, and those of "
+                    f"{self.dataset.name} have {self.dataset.image_shape[0]} channels. Give --teacher.mean and "
+                    "--teacher.std with one value per channel, choose other data, or --no_evaluate."
+                )
             self.dataset = replace(self.dataset, mean=mean, std=std)
         self.source = batch_source(self.dataset, self.dataset.test, config.backend, device)
+
+    def require_fitting(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        """Refuse a network that could not be measured on these images.
+
+        Args:
+            network: which is to be measured.
+            image_shape: ``(channels, height, width)`` of the images that it was trained on.
+
+        Raises:
+            ModelError: if it does not take them, or has other classes.
+        """
+        name, given = self.dataset.name, self.dataset.image_shape
+        if given[0] != image_shape[0]:
+            raise ModelError(
+                f"The images of {name} have {given[0]} channels, those of the teacher {image_shape[0]}. {OTHER_DATA} "
+                "Image files are converted by --data.channels."
+            )
+        try:
+            classes = dry_forward(network, given).logits.shape[1]
+        except Exception as error:  # a network may refuse a size in any way
+            raise ModelError(
+                f"{type(network).__name__} does not take the images of {name}, {given} (channels, height, width): "
+                f"{type(error).__name__}: {first_line(error)}. {OTHER_DATA} Image files are resized by "
+                f"--data.image_size {image_shape[1]}."
+            ) from None
+        require_same_classes(network, classes, name, len(self.dataset.classes), OTHER_DATA)
+        if given != tuple(image_shape):
+            log.warning(
+                "The accuracy is that on images of %d×%d pixels, the size of %s; the teacher's own are of %d×%d.",
+                *given[1:], name, *image_shape[1:],
+            )  # fmt: skip
 
     def __call__(self, network: nn.Module) -> float:
         """Fraction of the test images that a network classifies right."""

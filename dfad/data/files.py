@@ -3,7 +3,9 @@
 Nothing is ever written, so an archive cannot place a file anywhere; one that tries to is refused all the same.
 """
 
+import logging
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from dfad.errors import DataError
+
+log = logging.getLogger(__name__)
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
@@ -72,17 +76,18 @@ def is_archive(path: Path) -> bool:
 
 
 def read_tree(root: Path) -> Tree:
-    """What lies below a folder or in a tar archive.
+    """What lies below a folder or in a tar archive. Of a folder, links are followed.
 
     Raises:
         DataError: if there is no such folder or archive, or the archive is damaged, or a member is a link, a device, or
             has a path outside the archive's root.
     """
     if root.is_dir():
-        paths = sorted(root.rglob("*"))
+        paths = sorted(_below(root))
         return Tree(
             root,
-            {path.relative_to(root).as_posix(): Blob(path) for path in paths if path.is_file()},
+            # a link that leads nowhere is a file that cannot be read
+            {path.relative_to(root).as_posix(): Blob(path) for path in paths if path.is_file() or not path.exists()},
             {path.relative_to(root).as_posix() for path in paths if path.is_dir()},
         )
     if not root.exists():
@@ -98,6 +103,27 @@ def read_tree(root: Path) -> Tree:
         else:
             files[name] = blob
     return Tree(root, files, folders)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path below a root is, or lies in, what file managers hide or leave behind."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _below(folder: Path, around: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files and folders, at any depth; a link to a folder around it is not followed."""
+    here = os.path.realpath(folder)
+    if here in around:
+        log.warning("%s is a link to a folder around it; it is not followed.", folder)
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}.") from None
+    for entry in entries:
+        yield folder / entry.name
+        if entry.is_dir():
+            yield from _below(folder / entry.name, (*around, here))
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Blob | None]]:

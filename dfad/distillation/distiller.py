@@ -1,5 +1,6 @@
 """A distillation: its rounds, how the best student is chosen, and the state that a resumed run goes on from."""
 
+import copy
 import logging
 import math
 import time
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from dfad import functional
 from dfad.config import DistillConfig
+from dfad.distillation import preflight
 from dfad.distillation.collapse import CollapseGuard
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, RunFolderError
-from dfad.models.probing import as_outputs, image_shape_of
+from dfad.models.model_file import weights_hash
+from dfad.models.probing import as_outputs, image_shape_of, in_float32
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.folder import open_folder
@@ -30,6 +33,9 @@ from dfad.seeds import seeded, stream_seed
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
+
+OBSERVED_BATCHES = 16
+"""At most, of which the classes are counted."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,10 @@ class Distiller:
             config.engine, fused=config.fused, device=self.device, optimizer_backend=config.optimizer.backend
         )
         log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
+        teacher, student = in_float32(teacher, copied=True), in_float32(student, copied=False)
+        self.teacher_hash = weights_hash(teacher.state_dict())
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
+        preflight.check_normalisation(self.normalisation, self.image_shape[0])
         self.round = Round(teacher, student, config, self.engine, self.image_shape)
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = -method.warm_up
@@ -142,14 +151,19 @@ class Distiller:
         Raises:
             DivergenceError: if a loss becomes NaN or infinite.
             Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
-            RunFolderError: if the folder does not admit this run.
+            RunFolderError: if the folder does not admit this run, or cannot be written to.
+            ModelError: if the student cannot be stored, or a run is resumed with another teacher.
         """
         folder = Path(run_dir) if run_dir is not None else None
         if folder is None and resume:
             raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
         if folder is not None:
+            preflight.check_files(self.student, self.config)
+            size = preflight.bytes_of_run(self.student, self.generator, self.image_shape, self.config)
+            preflight.check_room(folder, size)
             state = open_folder(folder, self.config, resume=resume, overwrite=overwrite)
             if state is not None:
+                preflight.check_teacher(folder, state.get("teacher"), self.teacher_hash)
                 self.load_state_dict(state)
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
@@ -191,6 +205,7 @@ class Distiller:
             self.config,
             self.image_shape,
             self.normalisation,
+            architecture=report.student_architecture(self.student, self.config.student),
             student=self.student.state_dict(),
             best=self.best,
             generator=self.generator.state_dict(),
@@ -225,15 +240,22 @@ class Distiller:
 
     @torch.no_grad()
     def observe(self) -> dict[str, float]:
-        """How the generated images are, on a batch of their own: the rounds have no work with it. Waits for the
-        device."""
+        """How the generated images are, on images of their own: the rounds have no work with them. A batch of them, and
+        where the classes outnumber it, several. Waits for the device."""
+        batch_size = self.config.method.batch_size
         with self.engine.autocast(), statistics_kept(self.generator):
-            images = self.generator(self.round.sample_noise(self.config.method.batch_size, "probe"))
+            images = self.generator(self.round.sample_noise(batch_size, "probe"))
             teacher, features = self.teacher.with_statistics(images)
+            batches = min(math.ceil(teacher.logits.shape[1] / batch_size), OBSERVED_BATCHES)
+            others = [
+                self.teacher(self.generator(self.round.sample_noise(batch_size, "probe"))).logits
+                for _ in range(batches - 1)
+            ]
+        logits = torch.cat([teacher.logits, *others])
         observed = {
-            "class_entropy": functional.class_entropy(teacher.logits),
+            "class_entropy": functional.class_entropy(logits),
             "pairwise_diversity": functional.pairwise_diversity(images),
-            "teacher_confidence": teacher.logits.float().softmax(dim=1).amax(dim=1).mean(),
+            "teacher_confidence": logits.float().softmax(dim=1).amax(dim=1).mean(),
         }
         if features:
             observed["batchnorm_distance"] = self.round.batchnorm_statistics(features)
@@ -249,11 +271,11 @@ class Distiller:
         metrics: dict[str, float] = {}
         with evaluating(self.student):
             if self.evaluate:
-                metrics["accuracy"] = self.evaluate(self.student)
+                metrics["accuracy"] = float(self.evaluate(self.student))
             if self.bank.complete:
                 metrics["agreement"] = self.bank.agreement(self._classify)
         if metrics.get("agreement", -1.0) >= self.best.get("agreement", 0.0):
-            state = {name: value.clone() for name, value in self.student.state_dict().items()}
+            state = dict(copy.deepcopy(self.student.state_dict()))  # tied weights stay one tensor
             self.best = {"round": self.round_index, **metrics, "state": state}
         return metrics
 
@@ -271,7 +293,8 @@ class Distiller:
         rng["cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {**self.round.state_dict(), **parts, "round": self.round_index, "best": self.best, "rng": rng}
+        progress = {"round": self.round_index, "best": self.best, "rng": rng, "teacher": self.teacher_hash}
+        return {**self.round.state_dict(), **parts, **progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
@@ -334,5 +357,6 @@ def _loss_kernels(device: torch.device, *, fused: bool) -> str:
 @torch.no_grad()
 def _norm(*networks: nn.Module) -> float:
     """Euclidean length of parameters and statistics: finite if and only if each of them is."""
-    state = [value for network in networks for value in network.state_dict().values() if value.is_floating_point()]
+    values = [value for network in networks for value in network.state_dict().values()]
+    state = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     return torch.nn.utils.get_total_norm(state).item()

@@ -12,13 +12,14 @@ from dfad.distillation.augmentation import Augmentation
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.image_bank import ImageBank
 from dfad.distillation.interpolation import VirtualInterpolation
+from dfad.distillation.preflight import check_networks
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
-from dfad.models.probing import as_outputs, dry_forward, require_same_classes
+from dfad.models.probing import as_outputs
 from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import frozen
 from dfad.seeds import seeded, stream_seed
@@ -56,8 +57,7 @@ class Round:
         self.device = engine.device
         self.image_shape = image_shape
         method = config.method
-        teacher_outputs = dry_forward(teacher, image_shape)
-        student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
+        teacher_outputs, student_outputs = check_networks(teacher, student, image_shape)
         if method.regularizers.batchnorm and not has_batchnorm(teacher):
             raise ModelError(
                 f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
@@ -282,20 +282,6 @@ class Round:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
-
-
-def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
-    try:
-        outputs = dry_forward(student, image_shape)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
-            f"width): {str(error).splitlines()[0]}. Give --student.kwargs that fit."
-        ) from None
-    classes = teacher.logits.shape[1]
-    remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."
-    require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)
-    return outputs
 
 
 def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:

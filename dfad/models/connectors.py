@@ -6,16 +6,28 @@ from torch import Tensor, nn
 
 from dfad.errors import ModelError
 
+AXES = {
+    1: ("channels",),
+    2: ("tokens", "channels"),
+    3: ("channels", "height", "width"),
+}
+"""What the axes of a tap are taken for, by their number without the batch."""
+
+CHANNELS_LAST = ("height", "width", "channels")
+
 
 class Connectors(nn.Module):
     """One per tap: the identity where the widths match, else a 1×1 convolution and BatchNorm (Heo et al., AAAI 2019).
 
+    Taps of transformers have their channels last, ``(B, tokens, channels)`` or ``(B, height, width, channels)``; there
+    a linear layer takes the place of the convolution.
+
     Args:
-        student_taps: taps of a dry forward, ``(B, channels, height, width)`` each.
+        student_taps: taps of a dry forward, ``(B, channels, height, width)`` each unless their channels are last.
         teacher_taps: the teacher's likewise.
 
     Raises:
-        ModelError: if the taps differ in number or in height and width.
+        ModelError: if the taps differ in number, or in more than their channels.
     """
 
     def __init__(self, student_taps: Sequence[Tensor], teacher_taps: Sequence[Tensor]) -> None:
@@ -27,15 +39,8 @@ class Connectors(nn.Module):
                 "need the same number, at least one. Name them with --student.taps and --teacher.taps, or set "
                 "--method.activation.weight 0."
             )
-        for stage, (student, teacher) in enumerate(zip(*sizes, strict=True)):
-            if student[1:] != teacher[1:]:
-                raise ModelError(
-                    f"Tap {stage} is {student} (channels, height, width) in the student and {teacher} in the teacher: "
-                    "height and width must match. Choose other taps, or set --method.activation.weight 0."
-                )
         self.connectors = nn.ModuleList(
-            nn.Identity() if student[0] == teacher[0] else _connector(student[0], teacher[0])
-            for student, teacher in zip(*sizes, strict=True)
+            _connector(stage, student, teacher) for stage, (student, teacher) in enumerate(zip(*sizes, strict=True))
         )
 
     def forward(self, taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -43,7 +48,45 @@ class Connectors(nn.Module):
         return tuple(connector(tap) for connector, tap in zip(self.connectors, taps, strict=True))
 
 
-def _connector(student_channels: int, teacher_channels: int) -> nn.Module:
-    convolution = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels))
+def _connector(stage: int, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
+    if student == teacher:
+        return nn.Identity()
+    if len(student) != len(teacher) or len(student) not in AXES:
+        raise ModelError(
+            f"Tap {stage} is {_named(student)} in the student and {_named(teacher)} in the teacher: both must have the "
+            "same axes. Choose other taps, or set --method.activation.weight 0."
+        )
+    axes = _axes(student, teacher)
+    channels = axes.index("channels")
+    if any(s != t for axis, (s, t) in enumerate(zip(student, teacher, strict=True)) if axis != channels):
+        others = " and ".join(axis for axis in axes if axis != "channels")
+        raise ModelError(
+            f"Tap {stage} is {student} ({', '.join(axes)}) in the student and {teacher} in the teacher: {others} must "
+            "match. Choose other taps, or set --method.activation.weight 0."
+        )
+    if axes == AXES[3]:
+        convolution = nn.Conv2d(student[0], teacher[0], kernel_size=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]))
+    linear = nn.Linear(student[-1], teacher[-1], bias=False)
+    nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+    return _AlongLastAxis(linear, nn.BatchNorm1d(teacher[-1]))
+
+
+def _axes(student: tuple[int, ...], teacher: tuple[int, ...]) -> tuple[str, ...]:
+    """Channels come first in a feature map, unless only its last axis differs and the others are a square."""
+    if len(student) == 3 and student[:2] == teacher[:2] and student[0] == student[1]:
+        return CHANNELS_LAST
+    return AXES[len(student)]
+
+
+def _named(size: tuple[int, ...]) -> str:
+    axes = AXES.get(len(size))
+    return f"{size} ({', '.join(axes)})" if axes else str(size)
+
+
+class _AlongLastAxis(nn.Sequential):
+    """Layers for ``(N, channels)``, applied to taps with any axes between."""
+
+    def forward(self, tap: Tensor) -> Tensor:
+        return super().forward(tap.flatten(0, -2)).unflatten(0, tap.shape[:-1])

@@ -38,6 +38,17 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
     return with_taps(network, taps) if taps else network
 
 
+def path_of(kind: type) -> str | None:
+    """``package.module:Class``, by which :func:`resolve` finds a class again; None where it cannot be imported."""
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    if kind.__module__ == "__main__":  # another program's main module is another one
+        return None
+    try:
+        return path if resolve(path) is kind else None
+    except ModelError:
+        return None
+
+
 def resolve(factory: str) -> Callable[..., Any]:
     module_name, _, attribute = factory.partition(":")
     if not attribute:

@@ -9,32 +9,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dfad.errors import ModelError
 from dfad.files import write_atomically
 from dfad.models.factory import build
-from dfad.models.weights import fill, read_weights
+from dfad.models.weights import (
+    EXTRA,
+    MANIFEST,
+    fill,
+    is_safetensors,
+    read_metadata,
+    read_weights,
+    reading,
+    require_file,
+    shared_tensors,
+)
 
-MANIFEST = "manifest"
-"""Name of the manifest among a file's metadata."""
 
-
-def save_model(path: Path, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+def save_model(path: Path, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Write weights and what is known about them, so that the file alone suffices to use the network.
 
     Args:
         path: a ``.safetensors`` file, replaced in one step.
-        state: the network's state dict.
+        state: the network's state dict. A tensor that has several names is stored under the first of them, and the
+            file's metadata lead the others to it, as safetensors' own ``save_model`` does.
         manifest: JSON values; ``architecture`` holds ``factory``, ``kwargs`` and optionally ``taps``. Versions and a
             hash of the weights are added.
+
+    Raises:
+        ModelError: if the state holds what such a file cannot.
+        RunFolderError: if the file cannot be written.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    weights, extra = divided(state)
+    shared = {name: first for name, first in shared_tensors(weights).items() if name != first}
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in (name for name in weights if name not in shared):
+        tensor = weights[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses views of one storage, such as the slices of a larger tensor
+        stored[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     content = {**manifest, "versions": versions(), "weights_sha256": weights_hash(weights)}
-    data = save(weights, {MANIFEST: json.dumps(content), "format": "pt"})
+    metadata = {MANIFEST: json.dumps(content), "format": "pt", **shared} | ({EXTRA: json.dumps(extra)} if extra else {})
+    data = save(stored, metadata)
     write_atomically(path, lambda file: file.write(data))
+
+
+def divided(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a state dict, and its extra state that is none.
+
+    Raises:
+        ModelError: if extra state is neither a tensor nor JSON.
+    """
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in state.items() if name not in weights}
+    for name, value in extra.items():
+        if not is_json(value):
+            raise ModelError(
+                f"The state dict holds {name}, a {type(value).__name__}, which can be stored neither as a tensor nor "
+                "as JSON. Let get_extra_state return a tensor, or numbers, strings, lists and dictionaries of them."
+            )
+    return weights, extra
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it was."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -43,16 +89,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: if the file is missing or cannot be read.
     """
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(MANIFEST, "{}")
-        return dict(json.loads(text))
-    except FileNotFoundError:
-        raise ModelError(f"The model {path} does not exist. Name a safetensors file.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"The model {path} cannot be read; it is truncated or damaged: {error}.") from None
+    require_file(path)
+    with reading(path):
+        return dict(json.loads(read_metadata(path).get(MANIFEST, "{}"))) if is_safetensors(path) else {}
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -64,9 +103,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     manifest = read_manifest(path)
     architecture = manifest.get("architecture", {})
     if not architecture.get("factory"):
+        known = architecture.get("class")
         raise ModelError(
-            f"The model {path} does not tell its architecture. Name a file that dfad.train or dfad.teacher wrote, or "
-            "give the architecture with --factory and, where it needs them, --kwargs."
+            f"The model {path} does not say how its network is built"
+            + (f"; it is a {known}, given in Python without a factory" if known else "")
+            + ". Name a callable that builds it: --factory package.module:callable (in dfad.train, --teacher.factory) "
+            "and, where it needs them, --kwargs; or name a file that dfad.train or dfad.teacher wrote."
         )
     weights = read_weights(path)
     if weights_hash(weights) != manifest.get("weights_sha256"):
@@ -76,10 +118,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return network.eval(), manifest
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+def weights_hash(state: Mapping[str, Any]) -> str:
+    """SHA-256 over the tensors of a state dict: names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
+        if not isinstance(state[name], Tensor):
+            continue
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())

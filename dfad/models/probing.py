@@ -1,5 +1,9 @@
 """What can be found out about a network without data."""
 
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,51 +13,115 @@ from dfad.errors import ModelError, first_line
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 
+log = logging.getLogger(__name__)
+
 IMAGE_SIZES = (32, 28, 64, 224, 8, 16, 96, 128, 299)
-"""Heights and widths that a dry forward tries where none is given: the most usual first."""
+"""Heights and widths that a dry forward tries where nothing else is known: the most usual first."""
+
+IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
+"""Networks of so many classes are tried with images of this size before all others."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def as_outputs(result: Any) -> Outputs:
     """What a network returned, as :class:`~dfad.models.taps.Outputs`; plain logits have no taps.
 
+    Of a tuple, mapping or object with several entries, see :func:`logits_entry` for which are the logits. Logits of
+    half precision become float32 outside of autocast.
+
     Raises:
-        ModelError: if it is neither.
+        ModelError: if it holds no logits.
     """
+    taps: tuple[Tensor, ...] = ()
     if isinstance(result, Outputs):
-        return result
-    if isinstance(result, Tensor):
-        return Outputs(result)
+        result, taps = result
+    logits = result if isinstance(result, Tensor) else logits_entry(result)[1]
+    if logits.dtype in HALF and not torch.is_autocast_enabled(logits.device.type):
+        logits = logits.float()
+    return Outputs(logits, taps)
+
+
+def logits_entry(result: Any) -> tuple[str, Tensor]:
+    """Name and tensor of the logits in what a network returned: the entry called logits, else its first matrix.
+
+    Args:
+        result: a tuple, list, mapping, or dataclass such as Hugging Face's ``ModelOutput``.
+
+    Raises:
+        ModelError: if none of its entries is a tensor ``(batch, classes)``.
+    """
+    entries = dict(_entries(result))
+    if isinstance(entries.get("logits"), Tensor):
+        return "logits", entries["logits"]
+    for name, value in entries.items():
+        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
+            return name, value
+    shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in entries.items())
     raise ModelError(
-        f"A network returned a {type(result).__name__}; it must return logits, a tensor (batch, classes), "
-        "or dfad.models.taps.Outputs."
+        f"A network returned a {type(result).__name__}{f' of {shapes}' if shapes else ''}; it must return logits, a "
+        "tensor (batch, classes), alone or in a tuple, a mapping or an object, or dfad.models.taps.Outputs."
     )
+
+
+def _entries(result: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(result, Mapping):
+        yield from ((str(name), value) for name, value in result.items())
+    elif isinstance(result, (tuple, list)):
+        names = getattr(result, "_fields", None) or map(str, range(len(result)))
+        yield from zip(names, result, strict=False)
+    elif dataclasses.is_dataclass(result):
+        yield from ((field.name, getattr(result, field.name, None)) for field in dataclasses.fields(result))
+    elif isinstance(getattr(result, "logits", None), Tensor):
+        yield "logits", result.logits
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def image_shape_of(
     network: nn.Module, channels: int | None = None, image_size: int | None = None
 ) -> tuple[int, int, int]:
-    """``(channels, height, width)`` of the images that a network takes, found by dry forwards where not given.
+    """``(channels, height, width)`` of the images that a network takes.
+
+    What is not given is what timm's or Hugging Face's configuration in the network says, or torchvision's attribute;
+    else the first size of a list at which the network runs, with a warning.
 
     Raises:
         ModelError: if no size that was tried gives logits.
     """
+    declared = _declared_shape(network)
+    if channels is None and declared is not None:
+        channels = declared[0]
     if channels is None:
         convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
         if convolution is None:
             raise ModelError("The teacher has no convolution to tell its channels from. Give --teacher.channels.")
         channels = convolution.in_channels
+    sizes = [(image_size, image_size)] if image_size else [(size, size) for size in _likely_sizes(network)]
+    if declared is not None and not image_size:
+        sizes.insert(0, declared[1:])
     failure: Exception | None = None
-    for size in (image_size,) if image_size else IMAGE_SIZES:
+    for size in sizes:
         try:
-            dry_forward(network, (channels, size, size))
-        except (RuntimeError, ValueError) as error:
+            dry_forward(network, (channels, *size))
+        except Exception as error:  # a network may refuse a size in any way, with an assertion for one
             failure = failure or error
-        else:
-            return (channels, size, size)
-    tried = f"{image_size}×{image_size}" if image_size else f"any of {IMAGE_SIZES}"
+            continue
+        if image_size is None and (declared is None or size != declared[1:]):
+            log.warning(
+                "The size of the teacher's images is guessed: it takes %d×%d pixels, but nothing says that it was "
+                "trained on them. Give --teacher.image_size where that is wrong.",
+                *size,
+            )
+        elif image_size is None:
+            log.info("The teacher's own configuration says that its images are of %d×%d pixels.", *size)
+        return (channels, *size)
+    tried = f"{image_size}×{image_size}" if image_size else f"any of {', '.join(f'{h}×{w}' for h, w in sizes)}"
     raise ModelError(
-        f"The teacher took no image of {channels} channels and {tried} pixels: {first_line(failure or ValueError())}. "
-        "Give the right --teacher.channels and --teacher.image_size."
+        f"The teacher took no image of {channels} channels and {tried} pixels: {type(failure).__name__}: "
+        f"{first_line(failure or ValueError())}. Give the right --teacher.channels and --teacher.image_size."
     )
 
 
@@ -82,13 +150,88 @@ def require_same_classes(network: nn.Module, classes: int, other: str, other_cla
         )
 
 
-def dry_forward(network: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
-    """What a network returns for two blank images, in eval mode and without a graph; its mode is restored."""
+def _likely_sizes(network: nn.Module) -> tuple[int, ...]:
+    heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if heads and heads[-1].out_features == IMAGENET_CLASSES:
+        return (IMAGENET_SIZE, *(size for size in IMAGE_SIZES if size != IMAGENET_SIZE))
+    return IMAGE_SIZES
+
+
+def _declared_shape(network: nn.Module) -> tuple[int | None, int, int] | None:
+    """Channels, where known, height and width that a network's own configuration tells."""
+    for module in network.modules():
+        patches = getattr(module, "patch_embed", None)  # timm: of the network as built, not as published
+        cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+        published: Any = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
+        published = published if _are_sizes(published, 3) else (None, None)
+        config = getattr(module, "config", None)  # Hugging Face
+        declarations: tuple[tuple[Any, Any], ...] = (
+            (getattr(patches, "img_size", None), getattr(getattr(patches, "proj", None), "in_channels", None)),
+            (published[1:], published[0]),
+            (getattr(config, "image_size", None), getattr(config, "num_channels", None)),
+            (getattr(module, "image_size", None), None),  # torchvision's ViT
+        )
+        for size, channels in declarations:
+            size = (size, size) if isinstance(size, int) else size
+            if _are_sizes(size, 2):
+                return channels if isinstance(channels, int) else None, size[0], size[1]
+    return None
+
+
+def _are_sizes(value: Any, count: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == count and all(isinstance(n, int) and n > 0 for n in value)
+
+
+def in_float32(network: nn.Module, *, copied: bool) -> nn.Module:
+    """A network whose floating-point parameters and buffers are float32, as distilling needs them.
+
+    Args:
+        network: returned as it is where they are so already.
+        copied: cast a copy, and leave the network as it is.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    others = {tensor.dtype for _, tensor in tensors if tensor.is_floating_point()} - {torch.float32}
+    if not others:
+        return network
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+    log.info("%s has weights in %s; they are cast to float32.", type(network).__name__, names)
+    if copied:
+        network = copy.deepcopy(network)
+    return network.float()
+
+
+def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:
+    """What a network returns for two blank images, in eval mode and without a graph; its mode is restored.
+
+    Args:
+        network: any.
+        image_shape: ``(channels, height, width)``.
+        announce: write into the log which entry of several are the logits.
+
+    Raises:
+        ModelError: if it returns no logits of two classes or more.
+    """
     parameter = next(network.parameters(), torch.empty(0))
     with evaluating(network), torch.no_grad():
-        outputs = as_outputs(network(torch.zeros(2, *image_shape, device=parameter.device)))
+        result = network(torch.zeros(2, *image_shape, device=parameter.device))
+    outputs = as_outputs(result)
+    name = type(network).__name__
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:
         raise ModelError(
-            f"For 2 images the network returned logits of shape {tuple(outputs.logits.shape)}; needed is (2, classes)."
+            f"For 2 images, {name} returned logits of shape {tuple(outputs.logits.shape)}; needed is (2, classes)."
+            + (f" {BINARY}" if outputs.logits.numel() == 2 else "")
         )
+    if outputs.logits.shape[1] < 2:
+        raise ModelError(
+            f"{name} returned {outputs.logits.shape[1]} logits per image; needed are two or more. {BINARY}"
+        )
+    if announce and not isinstance(result, (Outputs, Tensor)):
+        log.info("%s returns a %s; its entry %r is taken for the logits.", name, type(result).__name__,
+                 logits_entry(result)[0])  # fmt: skip
     return outputs
+
+
+BINARY = (
+    "Where one logit z tells two classes apart, return two, whose softmax is the sigmoid of z: "
+    "torch.cat([torch.zeros_like(z), z], dim=1); in the teacher and in the student."
+)

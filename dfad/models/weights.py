@@ -1,16 +1,24 @@
 """Weights from files."""
 
+import json
+import logging
 import pickle
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dfad.errors import ModelError, first_line
+from dfad.errors import ModelError, first_line, nearest
+
+log = logging.getLogger(__name__)
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 """Put before every name by DataParallel, torch.compile and common trainers."""
@@ -18,23 +26,71 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "net", "network")
 """Where trainers keep the state dict inside a larger checkpoint."""
 
+JUNK = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^(criterion|loss|loss_fn)\.")
+"""What profilers, averages of weights and trainers leave beside a network's own weights."""
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, on the CPU.
+EXTRA_STATE = "_extra_state"
+"""Last part of the name of what a module's ``get_extra_state`` returned; it need not be a tensor."""
+
+MANIFEST, EXTRA = "manifest", "extra_state"
+"""Among a safetensors file's metadata: what is known of the network, and extra state that is no tensor, both JSON."""
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+def read_weights(path: Path, key: str | None = None) -> dict[str, Any]:
+    """A state dict from a file, on the CPU: tensors, and extra state as it was saved.
 
     Args:
-        path: safetensors, or what ``torch.save`` wrote of a state dict (possibly inside a larger checkpoint).
-            Pickles are read with ``weights_only=True``: one that holds code is refused, not run.
+        path: safetensors, or what ``torch.save`` wrote of a state dict (possibly inside a larger checkpoint); the
+            content decides which, not the name. Pickles are read with ``weights_only=True``: one that holds code is
+            refused, not run.
+        key: where in a larger checkpoint the state dict is, with dots between the levels; or what stands before the
+            names of its tensors. Without one, it is looked for.
 
     Raises:
-        ModelError: if it is missing, truncated, unsafe or holds no tensors.
+        ModelError: if it is missing, truncated, unsafe or holds no tensors, or several state dicts to choose from.
     """
+    require_file(path)
+    with reading(path):
+        content = _read_safetensors(path) if is_safetensors(path) else _read_pickle(path)
+    if not isinstance(content, Mapping):
+        raise ModelError(
+            f"The checkpoint {path} holds a {type(content).__name__} without tensors; needed is a state dict."
+        )
+    return _of_state(_below(content, key, path) if key else _found(content, path))
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that is no file of weights, with what is there instead.
+
+    Raises:
+        ModelError: if it does not exist, is a folder, or holds something that is often taken for weights.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(WEIGHT_FILES))
+        if any(file.name.endswith(".index.json") for file in path.iterdir()):
+            hint = "Its weights are in several parts: save them as one file (save_pretrained with a max_shard_size)."
+        elif files:
+            hint = f"Name a file in it: {', '.join(map(str, files[:5]))}."
+        else:
+            hint = f"No file in it ends in {', '.join(WEIGHT_FILES)}."
+        raise ModelError(f"The checkpoint {path} is a folder; needed is a file of weights. {hint}")
     if not path.is_file():
         raise ModelError(f"The checkpoint {path} does not exist. Name a safetensors file or a torch.save state dict.")
+    with reading(path), path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"The checkpoint {path} is a pointer of Git LFS, not the file itself. Fetch it: git lfs pull.")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise ModelError(f"The checkpoint {path} is a web page, not a file of weights. Download the file itself.")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged or foreign file of weights raises into a ModelError that names it."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"The checkpoint {path} is a pickle that holds more than tensors, or is damaged, and was not loaded: "
@@ -50,56 +106,154 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         zipfile.BadZipFile,
         OSError,
     ) as error:
+        size = f" ({path.stat().st_size} bytes)" if path.exists() else ""
         raise ModelError(
-            f"The checkpoint {path} ({path.stat().st_size} bytes) cannot be read; it is truncated or of another "
-            f"format: {first_line(error)}. Needed is a safetensors file or a state dict written by torch.save."
+            f"The checkpoint {path}{size} cannot be read; it is truncated or of another format: {first_line(error)}. "
+            "Needed is a safetensors file or a state dict written by torch.save."
         ) from None
-    for key in STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors by its content; a damaged one, by its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] == b"{" and length < path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and not start.startswith((b"PK\x03\x04", b"\x80"))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = load_file(path)
+    metadata = read_metadata(path)
+    # as safetensors' own save_model does it: a name that shares another's tensor leads to that name
+    state |= {name: state[kept] for name, kept in metadata.items() if name not in state and kept in state}
+    return state | json.loads(metadata.get(EXTRA, "{}"))
+
+
+def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:  # of a path, PyTorch would read the format off the name
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _found(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
+    """The state dict in a checkpoint, where there is no doubt which it is."""
+    inner = dict(_state_dicts(content))
+    usual = next((key for key in STATE_DICT_KEYS if key in inner), None)
+    if usual is None and _tensors(content) > max(map(_tensors, inner.values()), default=0):
+        return content
+    if usual is None and len(inner) == 1:
+        usual = next(iter(inner))
+        log.info("The weights in %s are those under %r.", path, usual)
+    if usual is not None:
+        others = [key for key in inner if key != usual]
+        if others:
+            log.info(
+                "The weights in %s are those under %r; it also holds %s, which checkpoint_key would choose.",
+                path,
+                usual,
+                ", ".join(map(repr, others)),
+            )
+        return inner[usual]
+    if inner:
         raise ModelError(
-            f"The checkpoint {path} holds a {type(content).__name__} without tensors; needed is a state dict."
+            f"The checkpoint {path} holds several state dicts: {', '.join(inner)}. Choose one with "
+            "--teacher.checkpoint_key, --student.checkpoint_key or, of dfad.evaluate, --checkpoint_key."
         )
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    keys = ", ".join(str(key) for key in list(content)[:12]) or "nothing"
+    raise ModelError(f"The checkpoint {path} is without tensors; it holds {keys}. Needed is a state dict.")
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def _below(content: Mapping[Any, Any], key: str, path: Path) -> Mapping[Any, Any]:
+    inner = dict(_state_dicts(content))
+    if key in inner:
+        return inner[key]
+    for state in (content, *inner.values()):
+        below = {name.removeprefix(key + "."): value for name, value in state.items() if _starts(name, key + ".")}
+        if _tensors(below):
+            return below
+    prefixes = {name.partition(".")[0] for name, value in content.items() if isinstance(value, Tensor)}
+    known = [*inner, *sorted(prefixes)]
+    raise ModelError(
+        f"The checkpoint {path} holds no weights under {key!r}.{nearest(key, known)} There are: "
+        f"{', '.join(known[:20]) or 'none'}."
+    )
+
+
+def _starts(name: Any, prefix: str) -> bool:
+    return isinstance(name, str) and name.startswith(prefix)
+
+
+def _state_dicts(content: Mapping[Any, Any], depth: int = 3) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """State dicts inside a checkpoint, by their keys; not the moments of an optimizer, whose keys are numbers."""
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Mapping) or not depth:
+            continue
+        if _tensors(value):
+            yield key, value
+        else:
+            yield from ((f"{key}.{name}", state) for name, state in _state_dicts(value, depth - 1))
+
+
+def _tensors(state: Mapping[Any, Any]) -> int:
+    """How many a mapping holds by name."""
+    return sum(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+
+
+def _of_state(content: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, Tensor) or str(name).rpartition(".")[2] == EXTRA_STATE
+    }
+
+
+def load_weights(network: nn.Module, path: Path, key: str | None = None) -> None:
     """Load a checkpoint into a network, all names and shapes matching.
 
     Args:
         network: the network, written in place.
         path: see :func:`read_weights`.
+        key: likewise.
 
     Raises:
         ModelError: if the file cannot be read or is of another architecture; see :func:`fill`.
     """
-    fill(network, read_weights(path), path)
+    fill(network, read_weights(path, key), path)
 
 
-def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
     """Put weights that were read from a file into a network, all names and shapes matching.
 
     Args:
         network: the network, written in place.
-        weights: its state dict; prefixes that wrappers put before every name are stripped.
+        weights: its state dict. What stands before every name of the network is stripped, and what there is beside
+            them is left out with a line in the log.
         path: the file, for messages.
 
     Raises:
         ModelError: if they are of another architecture; names the first missing, unexpected and mis-shaped entries.
     """
-    given, wanted = weights, network.state_dict()
-    while not given.keys() & wanted.keys() and (prefix := _common_prefix(given)):
-        given = {name.removeprefix(prefix): value for name, value in given.items()}
+    wanted = network.state_dict()
+    given = _without_prefix(weights, wanted, path)
+    junk = [name for name in given if name not in wanted and JUNK.search(name)]
+    _log_skipped(path, junk)
+    given = {name: value for name, value in given.items() if name not in junk}
 
-    # counters that old files lack and inference does not use
-    missing = [n for n in wanted if n not in given and not n.endswith("num_batches_tracked")]
+    tied = shared_tensors(wanted)
+    there = {tied.get(name, name) for name in given}
+    missing = [n for n in wanted if n not in given and not _dispensable(n) and tied.get(n, n) not in there]
     unexpected = [n for n in given if n not in wanted]
     misshaped = [
-        f"{n} ({tuple(given[n].shape)} in the file, {tuple(wanted[n].shape)} in the network)"
-        for n in wanted
-        if n in given and given[n].shape != wanted[n].shape
+        f"{n} ({tuple(given[n].shape)} in the file, {tuple(value.shape)} in the network)"
+        for n, value in wanted.items()
+        if isinstance(value, Tensor) and n in given and not is_lazy(value) and given[n].shape != value.shape
     ]
     if missing or unexpected or misshaped:
         raise ModelError(
@@ -110,6 +264,54 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
             + "Check factory and kwargs against the network that was saved."
         )
     network.load_state_dict(given, strict=False)
+
+
+def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The weights under the names of the network; others beside them are left out where all of these are there."""
+    needed = [name for name in wanted if not _dispensable(name)]
+    if not needed or given.keys() & wanted.keys():
+        return given
+    prefixes = [name.removesuffix(needed[0]) for name in given if name.endswith("." + needed[0])]
+    whole = [prefix for prefix in prefixes if all(prefix + name in given for name in needed)]
+    if len(whole) > 1:
+        raise ModelError(
+            f"The checkpoint {path} holds the weights of {len(whole)} networks of this kind: "
+            f"{', '.join(prefix.rstrip('.') for prefix in whole)}. Choose one with --teacher.checkpoint_key, "
+            "--student.checkpoint_key or, of dfad.evaluate, --checkpoint_key."
+        )
+    if whole:
+        prefix = whole[0]
+        _log_skipped(path, [name for name in given if not name.startswith(prefix)])
+        return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    # of another architecture: without what wrappers put before all names, the differences can be read
+    while not given.keys() & wanted.keys() and (prefix := _common_prefix(given)):
+        given = {name.removeprefix(prefix): value for name, value in given.items()}
+    return given
+
+
+def _log_skipped(path: Path, names: list[str]) -> None:
+    if names:
+        log.info("%s: %d entries beside the network's weights were skipped, first %s.", path, len(names), names[0])
+
+
+def _dispensable(name: str) -> bool:
+    # counters that old files lack and inference does not use; state that its module can do without
+    return name.endswith("num_batches_tracked") or name.rpartition(".")[2] == EXTRA_STATE
+
+
+def shared_tensors(state: Mapping[str, Any]) -> dict[str, str]:
+    """For every name of a tensor the first name that this very tensor has; tied weights have several."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {
+        name: first.setdefault(_place(value), name)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not is_lazy(value) and value.numel()
+    }
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage().data_ptr()
+    return storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _common_prefix(names: Iterable[str]) -> str:

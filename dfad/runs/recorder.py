@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dfad.files import write_atomically
+from dfad.files import write_atomically, writing
 from dfad.terminal import console
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Recorder:
         task: str = "Distilling",
         unit: str = "round",
     ) -> None:
+        self.folder = folder
         self.rounds = rounds
         self.first = first
         self.unit = unit
@@ -78,8 +80,9 @@ class Recorder:
 
             self.history = _records_until(folder / METRICS, start, unit)
             _rewrite(folder / METRICS, self.history)
-            self._file = (folder / METRICS).open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start > first else None)
+            with self._writing():
+                self._file = (folder / METRICS).open("a", encoding="utf-8")
+                self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start > first else None)
         self._progress = (
             Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -91,6 +94,9 @@ class Recorder:
         if self._progress:
             self._task = self._progress.add_task(task, total=rounds - first, completed=start - first, status="")
 
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.folder / METRICS) if self.folder is not None else nullcontext()
+
     def __enter__(self) -> "Recorder":
         if self._progress:
             self._progress.start()
@@ -101,21 +107,24 @@ class Recorder:
     ) -> None:
         if self._progress:
             self._progress.stop()
-        if self._file:
-            self._file.close()
-        if self._events:
-            self._events.close()
+        # what could not be written is an error of its own, unless there is one already
+        with self._writing() if error is None else suppress(OSError):
+            if self._file:
+                self._file.close()
+            if self._events:
+                self._events.close()
 
     def write(self, round_index: int, metrics: Metrics) -> None:
         """Record metrics of the moment after so many rounds."""
         record = {self.unit: round_index, **metrics}
         self.history.append(record)
-        if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        if self._events:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, round_index)
+        with self._writing():
+            if self._file:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            if self._events:
+                for name, value in metrics.items():
+                    self._events.add_scalar(name, value, round_index)
         status = _status(metrics)
         if self._progress:
             self._progress.update(self._task, completed=round_index - self.first, status=status)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfad.config import DistillConfig
+from dfad.config import DistillConfig, StudentConfig
 from dfad.files import write_atomically
+from dfad.models.factory import path_of
 from dfad.models.model_file import save_model
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def write_networks(
     image_shape: tuple[int, int, int],
     normalisation: Normalisation,
     *,
+    architecture: Mapping[str, Any],
     student: Mapping[str, Tensor],
     best: Mapping[str, Any],
     generator: Mapping[str, Tensor],
@@ -58,13 +60,13 @@ def write_networks(
         config: of the distillation.
         image_shape: ``(channels, height, width)`` of the generated images.
         normalisation: mean and standard deviation per channel of the images that the student takes.
+        architecture: how the student is built, see :func:`student_architecture`.
         student: weights after the last round.
         best: ``round``, ``agreement`` and weights (``state``) of the best student; empty where none was chosen.
         generator: weights after the last round.
         rounds: how many were run.
     """
     mean, std = normalisation
-    architecture = {"factory": config.student.factory, "kwargs": config.student.kwargs, "taps": config.student.taps}
     of_student = {"architecture": architecture, "image_shape": image_shape, "mean": list(mean), "std": list(std)}
     save_model(folder / "student.safetensors", student, {**of_student, "round": rounds})
     if best:
@@ -94,6 +96,13 @@ def write_pictures(
     """
     save(samples_figure(samples, normalisation), folder / "samples.png")
     save(curves_figure(history), folder / "curves.png")
+
+
+def student_architecture(student: nn.Module, config: StudentConfig) -> dict[str, Any]:
+    """How a student is built; of one that was given without a factory, its class for people."""
+    if config.factory:
+        return {"factory": config.factory, "kwargs": config.kwargs, "taps": config.taps}
+    return {"factory": None, "class": path_of(type(student))}
 
 
 def _figure(width: float, height: float) -> Figure:

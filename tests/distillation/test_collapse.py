@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfad import models
-from dfad.config import CollapseConfig, MethodConfig, RecordingConfig, RegularizerConfig
-from dfad.distillation.distiller import Distiller
+from dfad import functional, models
+from dfad.config import ActivationConfig, CollapseConfig, MethodConfig, RecordingConfig, RegularizerConfig
+from dfad.distillation.distiller import OBSERVED_BATCHES, Distiller
 from dfad.engine.optimizers import optimizer_tensors
 from tests.conftest import IMAGE_SHAPE, with_method
 
@@ -175,3 +175,25 @@ def test_a_resumed_run_responds_as_an_uninterrupted_one(make, tmp_path):
     resumed.fit(tmp_path / "stopped", resume=True)
     assert resumed.collapse_guard.recoveries == whole.collapse_guard.recoveries == 2
     assert equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(("images", "classes"), [(7, 1000), (1000, 7), (16, 16)])
+def test_the_entropy_of_classes_is_of_its_maximum(images, classes):
+    def entropy(labels: torch.Tensor) -> float:
+        return functional.class_entropy(torch.nn.functional.one_hot(labels, classes).float()).item()
+
+    assert entropy(torch.arange(images) % classes) == pytest.approx(1, abs=1e-4)
+    assert entropy(torch.zeros(images, dtype=torch.int64)) == 0
+
+
+@pytest.mark.parametrize(("classes", "images"), [(4, 16), (16, 16), (40, 48), (1000, 16 * OBSERVED_BATCHES)])
+def test_where_classes_outnumber_a_batch_several_are_looked_at(classes, images, config, monkeypatch):
+    settings = {"channels": (4,), "num_classes": classes, "in_channels": 1}
+    plain = with_method(config, activation=ActivationConfig())
+    distiller = Distiller(models.convnet(**settings), models.convnet(**settings), plain, image_shape=IMAGE_SHAPE)
+    seen = []
+    monkeypatch.setattr(functional, "class_entropy", lambda logits: seen.append(logits) or torch.tensor(0.5))
+    observed = distiller.observe()
+    assert seen[0].shape == (images, classes)
+    assert len(seen[0].unique(dim=0)) == images
+    assert observed["class_entropy"] == 0.5

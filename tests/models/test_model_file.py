@@ -1,6 +1,8 @@
 """Model files: weights and manifest together."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from dfad import models
-from dfad.errors import ModelError
+from dfad.errors import ModelError, RunFolderError
 from dfad.models.model_file import load_model, read_manifest, save_model, weights_hash
 from dfad.models.probing import as_outputs
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 ARCHITECTURE = {"factory": "convnet", "kwargs": {"channels": [4, 8], "num_classes": 3, "in_channels": 1}}
 
 
@@ -71,19 +74,76 @@ def test_a_file_of_another_program_tells_no_architecture(tmp_path, network):
     path = tmp_path / "model.safetensors"
     save_file(network.state_dict(), path)
     assert read_manifest(path) == {}
-    with pytest.raises(ModelError, match="does not tell its architecture.*--factory"):
+    with pytest.raises(ModelError, match="does not say how its network is built.*--factory"):
         load_model(path)
 
 
 def test_a_truncated_file_is_named(path):
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read; it is truncated or damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors \(100 bytes\) cannot be read; it is truncated"):
         load_model(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ModelError, match="does not exist"):
-        load_model(tmp_path / "gone.safetensors")
+@pytest.mark.parametrize("name", ["gone.safetensors", "gone.pt"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(ModelError, match=f"{name} does not exist"):
+        load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["student", "generator"])
+def test_files_of_before_are_read(name):
+    network, manifest = load_model(FIXTURES / f"{name}-of-0.1.0.safetensors")
+    assert manifest["versions"]["dfad"] == "0.1.0"
+    if name == "student":
+        assert as_outputs(network(torch.zeros(2, *manifest["image_shape"]))).logits.shape == (2, 10)
+    else:
+        assert network(torch.zeros(2, 4)).shape == (2, 1, 8, 8)
+
+
+class Shared(torch.nn.Module):
+    """A tied weight, a block with two names, slices of one tensor, and extra state."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        block = torch.nn.Linear(3, 3)
+        self.blocks = torch.nn.ModuleList([block, block])
+        table = torch.randn(4, 3)
+        self.register_buffer("table", table)
+        self.register_buffer("row", table[1:3])
+        self.extra = {"version": 2, "names": ["a", None]}
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_shared_tensors_are_stored_once_and_everything_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "user_networks", sys.modules[__name__])
+    network, path = Shared(), tmp_path / "model.safetensors"
+    save_model(path, network.state_dict(), {"architecture": {"factory": "user_networks:Shared"}})
+    assert load_file(path).keys() == network.state_dict().keys() - {
+        "second.weight", "blocks.1.weight", "blocks.1.bias", "_extra_state",
+    }  # fmt: skip
+    loaded, _ = load_model(path)
+    assert loaded.extra == network.extra
+    assert loaded.second.weight is loaded.first.weight
+    state = loaded.state_dict()
+    assert all(
+        torch.equal(state[name], value) for name, value in network.state_dict().items() if name != "_extra_state"
+    )
+
+
+@pytest.mark.parametrize("extra", [{1: "a"}, (1, 2), {"when": object()}, float("nan")], ids=str)
+def test_extra_state_that_would_not_come_back_is_refused(extra, tmp_path):
+    network = Shared()
+    network.extra = extra
+    with pytest.raises(ModelError, match="holds _extra_state, a .* stored neither as a tensor nor as JSON"):
+        save_model(tmp_path / "model.safetensors", network.state_dict(), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_leaves_the_former_file_until_it_is_done(path, network, monkeypatch):
@@ -93,6 +153,7 @@ def test_writing_leaves_the_former_file_until_it_is_done(path, network, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFolderError, match=r"model\.safetensors cannot be written: disk full\. The last whole one"):
         save_model(path, network.state_dict(), {})
     assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

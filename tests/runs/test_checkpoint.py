@@ -1,5 +1,7 @@
 """Checkpoints that survive a kill at any moment."""
 
+import resource
+
 import pytest
 import torch
 
@@ -38,6 +40,37 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path):
         file.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        RunFolderError, match=r"checkpoint\.pt cannot be written: disk full\. The last whole one is kept"
+    ):
         write_atomically(tmp_path / checkpoint.NAME, fail)
+    assert checkpoint.load(tmp_path) == {"value": 1}
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_full_disk(tmp_path):
+    def fail(file):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_atomically(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def full_disk():
+    """Files of this process cannot grow beyond 100,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_leaves_nothing_else(tmp_path, full_disk):
+    for value in range(2):
+        checkpoint.save(tmp_path, {"value": value})
+    with pytest.raises(RunFolderError, match=r"checkpoint\.pt cannot be written: File too large\.") as refused:
+        checkpoint.save(tmp_path, {"value": torch.zeros(1_000_000)})
+    assert refused.value.exit_code == 4
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.NAME, checkpoint.PREVIOUS}
     assert checkpoint.load(tmp_path) == {"value": 1}

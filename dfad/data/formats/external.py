@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset, divide, statistics
 from dfad.data.decoded import DecodedSplit
 from dfad.data.download import require_root
 from dfad.data.formats.folder import TEST_NAMES
+from dfad.data.pixels import brightest, eight_bits, require_bright
 from dfad.errors import DataError, nearest
 
 
@@ -40,7 +42,7 @@ def read_torchvision(config: DataConfig) -> Dataset:
         sources = [kind(str(root), **choice) for choice in choices]
     except Exception as error:  # torchvision raises RuntimeError and others for missing and damaged files
         raise DataError(f"torchvision cannot open {name} in {root}: {error}") from None
-    splits = [_decode(source, f"{config.name} in {root}") for source in sources]
+    splits = [_decode(source, f"{config.name} in {root}", config.bits) for source in sources]
     train, test = splits if len(splits) == 2 else divide(splits[0], config.test_fraction, config.name)
     classes = getattr(sources[0], "classes", None) or range(int(train.labels.max()) + 1)
     return Dataset(config.name, tuple(map(str, classes)), *statistics(train), train, test)
@@ -73,7 +75,7 @@ def read_huggingface(config: DataConfig) -> Dataset:
     label_column = _column(features, "ClassLabel", config)
     names = ("train", test_name) if test_name else ("train",)
     splits = [
-        _decode(((row[image_column], row[label_column]) for row in parts[name]), f"{config.name} ({name})")
+        _decode(((row[image_column], row[label_column]) for row in parts[name]), f"{config.name} ({name})", config.bits)
         for name in names
     ]
     train, test = splits if test_name else divide(splits[0], config.test_fraction, config.name)
@@ -98,10 +100,15 @@ def _column(features: Any, kind: str, config: DataConfig) -> str:
     raise DataError(f"{config.name} has no column of kind {kind}; its columns are {', '.join(features)}.")
 
 
-def _decode(samples: Iterable[tuple[Any, int]], source: str) -> DecodedSplit:
+def _decode(samples: Iterable[tuple[Any, int]], source: str, bits: int | None) -> DecodedSplit:
     arrays: list[np.ndarray] = []
     labels: list[int] = []
+    deep: list[int] = []
     for index, (image, label) in enumerate(samples):
+        if isinstance(image, Image.Image):
+            if bits is None and (value := brightest(image)) is not None:
+                deep.append(value)
+            image = eight_bits(image, f"{source}: image {index}", bits)
         array = np.asarray(image)
         if arrays and array.shape != arrays[0].shape:
             raise DataError(
@@ -111,6 +118,7 @@ def _decode(samples: Iterable[tuple[Any, int]], source: str) -> DecodedSplit:
         labels.append(int(label))
     if not arrays:
         raise DataError(f"{source} holds no images.")
+    require_bright(deep, source)
     if arrays[0].dtype != np.uint8 or arrays[0].ndim not in (2, 3):
         raise DataError(f"{source} holds arrays of {arrays[0].dtype}, {arrays[0].shape}; needed are images of bytes.")
     images = torch.from_numpy(np.stack(arrays))

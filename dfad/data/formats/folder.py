@@ -8,7 +8,7 @@ from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset, divide, from_encoded
 from dfad.data.download import require_root
 from dfad.data.encoded import EncodedSplit, encoded_split
-from dfad.data.files import Blob, Tree, read_tree
+from dfad.data.files import Blob, Tree, is_hidden, read_tree
 from dfad.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 
 def read_folder(config: DataConfig) -> Dataset:
     """``train/CLASS/*`` and ``test/CLASS/*``; or ``CLASS/*`` alone, of which a fixed part is held out."""
-    tree = _below_single_folder(read_tree(require_root(config)))
+    tree = _below_single_folder(_visible(read_tree(require_root(config))))
     top = {PurePosixPath(name).parts[0] for name in tree.folders}
     test_name = next((name for name in TEST_NAMES if name in top), None)
     if "train" in top and test_name:
@@ -39,6 +39,12 @@ def read_folder(config: DataConfig) -> Dataset:
     return from_encoded(config, classes, *divide(everything, config.test_fraction, str(tree.root)))
 
 
+def _visible(tree: Tree) -> Tree:
+    """Without what is hidden: previews, versions of before, and the like are no images of a class."""
+    files = {name: blob for name, blob in tree.files.items() if not is_hidden(name)}
+    return Tree(tree.root, files, {name for name in tree.folders if not is_hidden(name)})
+
+
 def _below_single_folder(tree: Tree) -> Tree:
     """An archive often wraps everything in one folder; a folder of one class is none of that."""
     tops = {PurePosixPath(name).parts[0] for name in [*tree.files, *tree.folders]}
@@ -54,7 +60,7 @@ def _below_single_folder(tree: Tree) -> Tree:
 
 def _classes(tree: Tree, prefix: str) -> tuple[str, ...]:
     names = {name.removeprefix(prefix).partition("/")[0] for name in tree.folders if name.startswith(prefix)}
-    classes = tuple(sorted(name for name in names if name and not name.startswith(".")))
+    classes = tuple(sorted(name for name in names if name))
     if not classes:
         raise DataError(f"{tree.root} holds no folders of classes{' in ' + prefix if prefix else ''}.")
     return classes

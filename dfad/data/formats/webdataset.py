@@ -8,7 +8,7 @@ from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset, divide, from_encoded
 from dfad.data.download import require_root
 from dfad.data.encoded import encoded_split
-from dfad.data.files import Blob, read_tree
+from dfad.data.files import Blob, is_hidden, read_tree
 from dfad.data.formats.folder import IMAGES, TEST_NAMES
 from dfad.errors import DataError
 
@@ -19,7 +19,10 @@ CLASS_FILES = ("classes.txt", "classnames.txt")
 def read_webdataset(config: DataConfig) -> Dataset:
     """Shards ``*.tar`` of images and ``cls`` files; those named after test or validation are held out."""
     root = require_root(config)
-    shards = sorted(root.rglob("*.tar")) if root.is_dir() else [root]
+    shards = [root]
+    if root.is_dir():
+        files = read_tree(root).files
+        shards = [blob.path for name, blob in files.items() if name.endswith(".tar") and not is_hidden(name)]
     if not shards:
         raise DataError(f"{root} holds no shards (*.tar).")
     tests = [shard for shard in shards if _is_test(root, shard)]
@@ -44,6 +47,8 @@ def _samples(shards: Sequence[Path]) -> tuple[list[Blob], list[int]]:
         image_of: dict[str, Blob] = {}
         label_of: dict[str, Blob] = {}
         for name, blob in read_tree(shard).files.items():
+            if is_hidden(name):
+                continue
             path = PurePosixPath(name)
             stem, _, ending = path.name.partition(".")
             key = (path.parent / stem).as_posix()

@@ -91,6 +91,54 @@ def test_bad_files_are_skipped_and_listed_where_that_is_asked_for(tmp_path, capl
     assert "bad0.jpg" in caplog.text
 
 
+def test_linked_classes_files_and_folders_inside_them_are_followed(tmp_path):
+    store = write(tmp_path / "store", {**folder_files(5), **below("more", {f"{n}.jpg": picture(n) for n in range(3)})})
+    root = tmp_path / "root"
+    (root / "dog" / "inner").mkdir(parents=True)
+    (root / "cat").symlink_to(store / "cat")  # a class
+    (root / "dog" / "linked").symlink_to(store / "more")  # a folder inside one
+    for number in range(5):
+        (root / "dog" / "inner" / f"{number}.jpg").symlink_to(store / "dog" / f"{number}.jpg")
+    dataset = open_dataset(config(root))
+    assert dataset.classes == ("cat", "dog")
+    assert torch.bincount(torch.cat([dataset.train.labels, dataset.test.labels])).tolist() == [5, 8]
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path, caplog):
+    root = write(tmp_path / "root", folder_files())
+    (root / "cat" / "again").symlink_to(root)
+    (root / "eel" / "dogs").symlink_to(root / "dog")
+    (root / "dog" / "eels").symlink_to(root / "eel")
+    dataset = open_dataset(config(root))
+    # each of dog and eel holds the other's images as well, but not its own a second time
+    assert torch.bincount(torch.cat([dataset.train.labels, dataset.test.labels])).tolist() == [5, 10, 10]
+    assert caplog.text.count("is a link to a folder around it; it is not followed") == 3
+    assert f"{root / 'cat' / 'again'} is a link" in caplog.text
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    root = write(tmp_path / "root", folder_files())
+    (root / "cat" / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match=r"cat/gone\.jpg cannot be read: No such file"):
+        _ = [split.decoded() for dataset in [open_dataset(config(root))] for split in (dataset.train, dataset.test)]
+    assert len(open_dataset(config(root, skip_corrupt=True)).skipped) == 1
+
+
+@pytest.mark.parametrize("form", ["folder", ".tar"])
+def test_what_is_hidden_is_not_counted(tmp_path, form):
+    hidden = {
+        "cat/.ipynb_checkpoints/0.jpg": picture(7),
+        "cat/._0.jpg": b"Mac OS X",
+        ".thumbnails/0.jpg": picture(8),
+        "__MACOSX/cat/._0.jpg": b"Mac OS X",
+    }
+    files = below("images", {**folder_files(), **hidden}) | {"._images": b"Mac OS X", ".DS_Store": b"x"}
+    root = write(tmp_path / "root", files) if form == "folder" else tar(tmp_path / f"images{form}", files)
+    dataset = open_dataset(config(root))
+    assert dataset.classes == CLASSES
+    assert len(dataset.train) + len(dataset.test) == 15
+
+
 def test_an_empty_class_is_named(tmp_path):
     root = write(tmp_path, SPLIT_FILES)
     (root / "train" / "fox").mkdir()

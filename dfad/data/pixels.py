@@ -1,0 +1,148 @@
+"""Images of every kind as greyscale or RGB of eight bits per channel: scaled right, or refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dfad.errors import DataError
+
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281
+"""Tags of TIFF."""
+
+ORIENTATION = 274
+"""Tag of EXIF; 1 is upright."""
+
+MANY_BITS = 16
+DARK = 2**14
+"""Brightest pixel below which images of 16 bits seem to have fewer significant ones."""
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has one channel beside its transparency."""
+    return image.mode in ("1", "L", "LA", "La", "I", "F") or is_deep(image) or _raw_mode(image).startswith("LA")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet is greyscale of more than eight bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether any decoder gives the same pixels of an image that is not loaded yet."""
+    return image.mode in ("L", "RGB") and ";" not in _raw_mode(image) and "transparency" not in image.info
+
+
+def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> Image.Image:
+    """An image in mode L or RGB. An orientation that EXIF asks for is not applied.
+
+    Args:
+        image: not loaded yet, where it is of a file.
+        source: its name, for messages.
+        bits: significant ones per channel of images with more than eight; the file's own figure where not given.
+
+    Raises:
+        DataError: if the value of white is not known, or pixels are brighter than it; or if pixels are transparent.
+    """
+    if image.mode == "F" or (image.mode == "I" and not is_deep(image)):
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise DataError(
+            f"{source} holds {kind} (mode {image.mode}), and nothing says which of them is white. Convert it to 8 or "
+            "16 bits per channel."
+        )
+    grey, transparent = is_grey(image), image.info.get("transparency")
+    if is_deep(image):
+        white, inverted = _white(image, bits), _tags(image).get(PHOTOMETRIC) == 0
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.max(initial=0) > white:
+            raise DataError(
+                f"{source} has a pixel of {pixels.max()}, more than the {white} of {white.bit_length()} bits. Give the "
+                f"right --data.bits."
+            )
+        if transparent is not None and (pixels == transparent).any():
+            raise _transparency(source)
+        scaled = (255 * pixels + white // 2) // white
+        return Image.fromarray((255 - scaled if inverted else scaled).astype(np.uint8))
+    if ";16" in _raw_mode(image) and bits not in (None, MANY_BITS):
+        raise DataError(
+            f"{source} is in colour with 16 bits per channel, of which the upper 8 are read; --data.bits {bits} cannot "
+            "be applied. Convert it to 8 bits per channel."
+        )
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent is not None:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min(initial=255) < 255:
+            raise _transparency(source)
+        image = image.convert("RGB")
+    return image.convert("L" if grey else "RGB")
+
+
+def _transparency(source: object) -> DataError:
+    return DataError(
+        f"{source} has transparent pixels, and what is behind them is not known. Flatten it onto a background, or "
+        "leave such files out with --data.skip_corrupt."
+    )
+
+
+def brightest(image: Image.Image) -> int | None:
+    """The highest value in an image with 16 bits per channel that does not say how many of them are significant."""
+    if is_deep(image):
+        declared = _white(image, None) != 2**MANY_BITS - 1 or _scaled_by_pillow(image)
+        return None if declared else int(np.asarray(image).max(initial=0))
+    if ";16" in _raw_mode(image):
+        extrema: Any = image.convert("RGB").getextrema()
+        return 256 * max(high for _, high in extrema) + 255
+    return None
+
+
+def require_bright(values: Sequence[int], source: object) -> None:
+    """Refuse images of 16 bits of which none comes near white: as they are, they would be all but black.
+
+    Args:
+        values: the brightest of each of some images, as :func:`brightest` returns it.
+        source: where they are from.
+
+    Raises:
+        DataError: with the number of bits that seem significant.
+    """
+    if not values or max(values) >= DARK:
+        return
+    bits = next(bits for bits in (8, 10, 12, 14) if max(values) < 2**bits)
+    raise DataError(
+        f"{source}: the brightest pixel of {len(values)} images with 16 bits per channel is {max(values)}. It seems "
+        f"that {bits} bits are significant: give --data.bits {bits}. Where the images are as dark as that, give "
+        "--data.bits 16."
+    )
+
+
+def _white(image: Image.Image, bits: int | None) -> int:
+    if _scaled_by_pillow(image):
+        return 2**MANY_BITS - 1
+    if bits is not None:
+        return 2**bits - 1
+    tags = _tags(image)
+    highest = tags.get(MAX_SAMPLE_VALUE)
+    highest = highest[0] if isinstance(highest, tuple) and highest else highest
+    if isinstance(highest, int) and 0 < highest < 2**MANY_BITS:
+        return highest
+    return int(2 ** tags.get(BITS_PER_SAMPLE, (MANY_BITS,))[0]) - 1
+
+
+def _scaled_by_pillow(image: Image.Image) -> bool:
+    """PGM files name the value of white; where it is no power of two, Pillow scales it."""
+    return image.format == "PPM" and isinstance(_decoder_arguments(image), tuple)
+
+
+def _tags(image: Image.Image) -> Any:
+    return getattr(image, "tag_v2", {})
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How pixels lie in the file; empty where there is no file, or it is loaded."""
+    arguments = _decoder_arguments(image)
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _decoder_arguments(image: Image.Image) -> Any:
+    tiles = getattr(image, "tile", None)
+    return (tiles[0][3] or "") if tiles else ""

@@ -1,0 +1,211 @@
+"""What could fail at the end of a run, tried before its first round."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dfad.config import DistillConfig, OptimizerConfig
+from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line
+from dfad.models.model_file import divided
+from dfad.models.probing import as_outputs, dry_forward, require_same_classes
+from dfad.models.taps import Outputs
+from dfad.modes import evaluating
+
+log = logging.getLogger(__name__)
+
+
+def check_networks(
+    teacher: nn.Module, student: nn.Module, image_shape: tuple[int, int, int]
+) -> tuple[Outputs, Outputs]:
+    """What both networks return for blank images.
+
+    Args:
+        teacher: left as it is.
+        student: likewise.
+        image_shape: ``(channels, height, width)`` of the teacher's images.
+
+    Raises:
+        ModelError: if weights or the teacher's answers are NaN or infinite, if the networks do not take the images, or
+            if they do not have the same two or more classes.
+    """
+    require_finite(teacher, "teacher")
+    require_finite(student, "student")
+    teacher_outputs = dry_forward(teacher, image_shape, announce=True)
+    _require_finite_answers(teacher, image_shape)
+    return teacher_outputs, _fitting_outputs(student, teacher_outputs, image_shape)
+
+
+def require_finite(network: nn.Module, role: str) -> None:
+    """Refuse a network with NaN or infinity in its weights or in the statistics of its BatchNorms.
+
+    Other buffers may hold infinity: masks do.
+
+    Args:
+        network: any.
+        role: what it is, for the message.
+
+    Raises:
+        ModelError: naming the first such tensor.
+    """
+    broken = [name for name, tensor in network.named_parameters() if not _finite(tensor)]
+    for name, tensor in network.named_buffers():
+        statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
+        if not (_finite(tensor) if statistics else _finite(tensor.nan_to_num(nan=torch.nan, posinf=0, neginf=0))):
+            broken.append(name)
+    if broken:
+        more = f", and so do {len(broken) - 1} tensors more" if len(broken) > 1 else ""
+        raise ModelError(
+            f"The {role} cannot be used: its {broken[0]} holds NaN or infinity{more}. Its training diverged, or its "
+            "file is damaged; give a checkpoint of before."
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return is_lazy(tensor) or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _require_finite_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    device = next(teacher.parameters(), torch.empty(0)).device
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with evaluating(teacher), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = as_outputs(teacher(images)).logits
+    if not _finite(logits):
+        raise ModelError(
+            f"The teacher {type(teacher).__name__} answers random images with NaN or infinite logits, though its "
+            "weights are finite. Classes that are masked with -inf cannot be learned; return finite logits."
+        )
+
+
+def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
+    try:
+        outputs = dry_forward(student, image_shape, announce=True)
+    except ModelError:
+        raise
+    except Exception as error:  # a network may refuse images in any way
+        raise ModelError(
+            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
+            f"width): {type(error).__name__}: {first_line(error)}. Give --student.kwargs that fit."
+        ) from None
+    classes = teacher.logits.shape[1]
+    remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."
+    require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)
+    return outputs
+
+
+def check_normalisation(normalisation: tuple[Sequence[float], Sequence[float]], channels: int) -> None:
+    """Refuse a mean and deviation that are not one value per channel.
+
+    Raises:
+        ModelError: with the numbers of both.
+    """
+    for name, values in zip(("mean", "std"), normalisation, strict=True):
+        if len(values) not in (0, channels):
+            raise ModelError(
+                f"The {name} of the teacher's images, {tuple(values)}, has {len(values)} values, and the images have "
+                f"{channels} channels. Give --teacher.{name} with one value per channel."
+            )
+
+
+def check_files(student: nn.Module, config: DistillConfig) -> None:
+    """Refuse what a run's files could not hold, and say what they will not.
+
+    Args:
+        student: which is to be written.
+        config: of the run.
+
+    Raises:
+        ModelError: if the student's state cannot be stored.
+        ConfigurationError: if the keyword arguments of a factory cannot.
+    """
+    divided(student.state_dict())
+    for role, kwargs in (("teacher", config.teacher.kwargs), ("student", config.student.kwargs)):
+        try:
+            json.dumps(kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{role}.kwargs {kwargs} cannot be written down: {error}. Name a callable of your own as factory, "
+                "which passes such arguments itself."
+            ) from None
+    if not config.student.factory:
+        log.warning(
+            "The student %s is given without a factory: its files will hold weights alone. Build the network and load "
+            "them with dfad.models.weights.load_weights(network, path); or name the callable that builds it in "
+            "student.factory and student.kwargs, and the files will say how.",
+            type(student).__name__,
+        )
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a folder on a disk that has not enough room for a run.
+
+    Args:
+        folder: of the run; what a run has left in it counts as room.
+        needed: bytes.
+
+    Raises:
+        RunFolderError: with both figures.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    taken = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if there == folder.absolute() else 0
+    total, _, free = shutil.disk_usage(there)
+    if total and free + taken < needed:  # what is no disk has no size
+        raise RunFolderError(
+            f"{folder} has no room for this run: it needs about {needed / 1e6:,.0f} MB, for two checkpoints, the one "
+            f"that is being written and the networks, and {free / 1e6:,.0f} MB are free. Make room, or choose another "
+            "--run_dir."
+        )
+
+
+def bytes_of_run(
+    student: nn.Module, generator: nn.Module, image_shape: tuple[int, int, int], config: DistillConfig
+) -> int:
+    """About how much a run's folder holds at most, while a third checkpoint is being written.
+
+    Args:
+        student: whose best state is part of a checkpoint as well.
+        generator: whose last healthy state is, with its optimizer's.
+        image_shape: ``(channels, height, width)``.
+        config: of the run.
+    """
+    students, generators = _bytes(student), _bytes(generator)
+    optimizers = config.optimizer
+    pixels = math.prod(image_shape)
+    banks = config.selection.bank_size * pixels * torch.float32.itemsize + config.method.image_bank.size * pixels
+    checkpoint = students * (2 + _moments(optimizers.student)) + 2 * generators * (1 + _moments(optimizers.generator))
+    return 3 * (checkpoint + banks) + 3 * students + generators
+
+
+def _moments(config: OptimizerConfig) -> int:
+    return 2 if config.name.startswith("adam") else 1
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in [*network.parameters(), *network.buffers()] if not is_lazy(x))
+
+
+def check_teacher(folder: Path, recorded: str | None, found: str) -> None:
+    """Refuse to resume a run with another teacher than it was started with.
+
+    Args:
+        folder: of the run.
+        recorded: hash of the teacher's weights in its checkpoint; checkpoints of version 0.1.0 have none.
+        found: that of the teacher at hand.
+
+    Raises:
+        ModelError: with both.
+    """
+    if recorded is None:
+        log.info("The checkpoint in %s does not say which teacher it is of; it goes on with this one.", folder)
+    elif recorded != found:
+        raise ModelError(
+            f"{folder} cannot be resumed with another teacher: the weights of the one that it was started with hash to "
+            f"{recorded}, those at hand to {found}. Put the former file back in its place, or start a new run with "
+            "--run_dir."
+        )

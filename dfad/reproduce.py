@@ -39,7 +39,7 @@ class Reproduce:
     """
 
     comparison: Annotated[str, cli.Positional]
-    """Which: demo, digits, mnist, mnist-whole, or cifar10-resnet20, which needs --teacher."""
+    """Which: demo, digits, mnist, mnist-whole; or, with --teacher, cifar10-resnet20 or cifar10-resnet20-whole."""
 
     seeds: int = 5
     """Seeds 0 to this, less one, of every arm."""

@@ -32,7 +32,10 @@ if __name__ == "__main__":
     torch.save(teacher().state_dict(), "weights.pt")
 """
 
-SHORTENED = {"dfad.train": [flag for flag in SMALL if "noise" not in flag], "dfad.teacher": ["--epochs=1"]}
+SHORTENED = {
+    "dfad.train": ["--method.warm_up=2", *(flag for flag in SMALL if "noise" not in flag)],
+    "dfad.teacher": ["--epochs=1"],
+}
 """What a command that starts a run is given besides."""
 
 

@@ -182,5 +182,12 @@ COMPARISONS = {
         ceiling=None,
         claims=(Beats(RECIPE_FULL, RECIPE_BARE), Reaches(RECIPE_FULL, accuracy=0.82)),
     ),
+    # 1.6 million student-images
+    "cifar10-resnet20-whole": Comparison(
+        arms={RECIPE_FULL: _of_rounds(CIFAR10_RESNET20, 2500)},
+        teacher=None,
+        ceiling=None,
+        claims=(Reaches(RECIPE_FULL, accuracy=0.88),),
+    ),
 }
 """What ``python -m dfad.reproduce`` takes."""

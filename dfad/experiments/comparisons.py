@@ -182,9 +182,9 @@ COMPARISONS = {
         ceiling=None,
         claims=(Beats(RECIPE_FULL, RECIPE_BARE), Reaches(RECIPE_FULL, accuracy=0.82)),
     ),
-    # 1.6 million student-images
+    # 1.5 million student-images
     "cifar10-resnet20-whole": Comparison(
-        arms={RECIPE_FULL: _of_rounds(CIFAR10_RESNET20, 2500)},
+        arms={RECIPE_FULL: _of_rounds(CIFAR10_RESNET20, 2350)},
         teacher=None,
         ceiling=None,
         claims=(Reaches(RECIPE_FULL, accuracy=0.88),),

@@ -135,12 +135,13 @@ def all_contenders(records: Records) -> list[str]:
             _rate(row),
             f"{row['peak_memory_bytes'] / 1e6:,.0f}" if "peak_memory_bytes" in row else "",
             times(group.over(contender, OURS)),
+            {True: "yes", False: "no"}.get(row.get("captured"), ""),
         ]
         for group in groups(records)
         if group.name.startswith("round ")
         for contender, row in group.rows.items()
     ]
-    head = ("record", "networks", "contender", "ms", "images per second", "peak memory, MB", "over ours")
+    head = ("record", "networks", "contender", "ms", "images per second", "peak memory, MB", "over ours", "CUDA graph")
     return table(head, body, figures_from=3)
 
 
@@ -235,6 +236,24 @@ def kernels(records: Records) -> list[str]:
     ]
     names = next((list(k["metrics"]) for c in records.values() for k in c.get("kernels", [])), [])
     return table(("record", "kernel", *names), body, figures_from=2)
+
+
+def profiles(records: Records) -> Iterator[str]:
+    """Where the time of a round goes, by kernel."""
+    for record, content in records.items():
+        for profile in content.get("profiles", []):
+            yield (
+                f"{record.removesuffix('.json')}, {profile['round']} in {profile['precision']}: "
+                f"{profile['milliseconds']:.2f} ms, of which kernels {profile['kernel_milliseconds']:.2f} ms in "
+                f"{profile['launches']} launches; {'' if profile['captured'] else 'not '}captured as a CUDA graph."
+            )
+            yield ""
+            body = [
+                [row["kernel"], str(row["calls"]), f"{row['microseconds']:,.0f}", percent(row["share"], 1)]
+                for row in profile["kernels"]
+            ]
+            yield from table(("kernel", "calls", "µs", "share"), body, figures_from=1)
+            yield ""
 
 
 def provenance(records: Records, folder: str | None = "bench/results") -> list[str]:
@@ -349,6 +368,7 @@ def _sections(records: Records, folder: str | None) -> Iterator[str]:
         "Losses": losses(records, largest_only=False),
         "Data and choices": other_groups(records),
         "Checks on a GPU": checks(records),
+        "Kernels of a round": list(profiles(records)),
         "Kernels, by the profiler": kernels(records),
         "Records": provenance(records, folder),
     }

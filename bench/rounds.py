@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_ops import published_activation_boundary
-from bench.device import captured
+from bench.device import ON_GPU, captured
 from bench.floor import Floor
 from bench.race import Contender
 from dfad import models
@@ -199,7 +199,7 @@ def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool)
 def contender(distiller: Distiller) -> Contender:
     """A distiller's rounds."""
     engine = distiller.engine
-    return Contender(distiller.run_round, engine.running, lambda: {"captured": engine.captured})
+    return Contender(distiller.run_round, engine.running, lambda: {"captured": engine.captured} if ON_GPU else {})
 
 
 def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distiller:
@@ -214,7 +214,7 @@ def floor(case: Case, device: torch.device) -> Contender:
     distiller = make_distiller(case, device, fuse_convolutions="off")
     with distiller.engine.running():
         replay = captured(Floor(distiller))
-    return Contender(replay, distiller.engine.running, lambda: {"captured": device.type == "cuda"})
+    return Contender(replay, distiller.engine.running, lambda: {"captured": True} if ON_GPU else {})
 
 
 def published(case: Case, device: torch.device, *, with_tf32: bool) -> Contender:

@@ -34,6 +34,8 @@ class Estimate:
     seconds_per_round: float
     total_seconds: float
     """Of all rounds and the generator's warm-up; evaluation and checkpoints come on top."""
+    captured: bool = False
+    """Whether the timed rounds were replayed as a CUDA graph."""
 
 
 def estimate(distiller: Distiller) -> Estimate:
@@ -65,6 +67,7 @@ def _measured(distiller: Distiller) -> Estimate:
         peak_memory=peak_memory,
         seconds_per_round=seconds_per_round,
         total_seconds=warm_up_seconds + method.rounds * seconds_per_round,
+        captured=distiller.engine.captured,
     )
 
 

@@ -1,6 +1,8 @@
 """What NVIDIA's tools say, read."""
 
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +12,9 @@ CSV = """==PROF== Connected to process 7
 activation boundary, bfloat16
 ==PROF== Disconnected from process 7
 "ID","Process ID","Kernel Name","Block Size","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","_forward_kernel","(128, 1, 1)","(64, 1, 1)","Command line","dram__bytes_read.sum","byte","67,108,864"
-"0","7","_forward_kernel","(128, 1, 1)","(64, 1, 1)","Command line","gpu__time_duration.sum","ns","16,500"
-"1","7","_backward_kernel","(128, 1, 1)","(32, 1, 1)","Command line","gpu__time_duration.sum","ns","9000"
+"0","7","_kl_forward_kernel","(128, 1, 1)","(64, 1, 1)","Command line","dram__bytes_read.sum","byte","67,108,864"
+"0","7","_kl_forward_kernel","(128, 1, 1)","(64, 1, 1)","Command line","gpu__time_duration.sum","ns","16,500"
+"1","7","_kl_backward_kernel","(128, 1, 1)","(32, 1, 1)","Command line","gpu__time_duration.sum","ns","9000"
 ==WARNING== something
 """
 
@@ -20,10 +22,13 @@ activation boundary, bfloat16
 def test_the_profilers_lines_become_kernels():
     assert checks.profiled(CSV) == [
         {
-            "kernel": "forward_kernel, launch 0, grid (64, 1, 1)",
+            "kernel": "kl_forward_kernel, launch 0, grid (64, 1, 1)",
             "metrics": {"MB read": pytest.approx(67.108864), "microseconds": pytest.approx(16.5)},
         },
-        {"kernel": "backward_kernel, launch 1, grid (32, 1, 1)", "metrics": {"microseconds": pytest.approx(9.0)}},
+        {
+            "kernel": "kl_backward_kernel, launch 1, grid (32, 1, 1)",
+            "metrics": {"microseconds": pytest.approx(9.0)},
+        },
     ]
     assert checks.profiled("==ERROR== Failed to initialize the profiler") == []
 
@@ -63,3 +68,15 @@ def test_a_profiler_that_does_not_work_says_why(monkeypatch):
     output = "==PROF== x\n==ERROR== LibraryNotLoaded\n"
     monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 1, stdout=output))
     assert checks.profile() == "does not work here: LibraryNotLoaded"
+
+
+def test_the_filter_finds_every_kernel_of_the_losses():
+    pattern = re.compile(checks.KERNELS.removeprefix("regex:"))
+    folder = Path(checks.__file__).parents[2] / "kernels" / "dfad_kernels" / "gpu"
+    names = [
+        name
+        for module in ("activation_boundary_loss", "interpolated_kl_div")
+        for name in re.findall(r"def (_\w+_kernel)\(", (folder / f"{module}.py").read_text())
+    ]
+    assert len(names) >= 6
+    assert all(pattern.match(name) for name in names)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench import figures, records
-from tools.gpu import gpu, parcel
+from bench.rounds import contenders
+from tools.gpu import gpu, kernel_times, parcel
 from tools.gpu.gpu import DONE, FAILED, STOPPED, Part, Places, State, plan, run_parts
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,13 @@ class TestRunning:
         for _ in range(2):  # a later call knows what an earlier one did
             run_parts(parts, State(places.kept), places, PLENTY)
         assert seen.read_text() == "first second third "
+
+    def test_what_is_there_is_written_after_every_part(self, places):
+        seen: list[list[str]] = []
+        state = State(places.kept)
+        parts = [python("first", writes(1)), python("second", "raise SystemExit(1)")]
+        run_parts(parts, state, places, PLENTY, lambda: seen.append(list(State(places.kept).outcomes)))
+        assert seen == [["first"], ["first", "second"]]
 
     def test_a_failure_is_told_and_holds_up_only_what_needs_it(self, places):
         parts = [
@@ -162,16 +170,23 @@ class TestPlan:
         )
         return plan(Places(places.state, data, lossless, network), small=False)
 
-    def test_the_cheapest_and_most_telling_is_first(self, parts):
-        kinds = ("versions", "tests", "losses, graph", "rounds:", "data", "ResNet-20", "teacher", "student", "memcheck")
-        firsts = [next(i for i, part in enumerate(parts) if part.name.startswith(kind)) for kind in kinds]
-        assert firsts == sorted(firsts)
+    ORDER = (
+        "versions",
+        "probes",
+        "tests",
+        "rounds: ResNet-34 to ResNet-18",
+        "rounds, compiled: ResNet-34 to ResNet-18",
+        "rounds: ResNet-20",
+        "ResNet-20 student",
+        "kernels of a round",
+        "operators, bfloat16",
+        "operators, float32",
+    )
 
-    def test_a_complete_record_takes_25_minutes(self, parts):
-        names = [part.name for part in parts]
-        first = parts[: names.index("memcheck")]
-        assert {"student, regularized + both", "optimizers"} <= {part.name for part in first}
-        assert sum(part.seconds for part in first) <= 25 * 60
+    def test_the_most_telling_parts_are_first_and_fit_one_call(self, parts):
+        first = parts[: len(self.ORDER)]
+        assert tuple(part.name for part in first) == self.ORDER
+        assert sum(part.seconds for part in first) + gpu.RESERVE <= 540 - 20  # what provisioning takes
 
     def test_every_part_fits_a_call_and_has_a_name_of_its_own(self, parts):
         assert len({part.slug for part in parts}) == len(parts)
@@ -180,19 +195,34 @@ class TestPlan:
             assert part.needs + gpu.RESERVE < 540
             assert not part.after or part.after in names
 
-    def test_without_data_there_is_no_campaign(self, places):
+    def test_any_one_part_fits_the_call_that_repeats_it(self, parts):
+        assert max(part.needs for part in parts) + gpu.RESERVE <= 200
+
+    def test_without_data_nothing_is_trained(self, places):
         assert not [part for part in plan(places, small=False) if "tools.gpu.campaign" in part.command]
 
-    def test_every_arm_is_distilled(self, parts):
-        arms = [part.command[part.command.index("--arm") + 1] for part in parts if "--arm" in part.command]
-        assert arms == ["DFAD", "DFAD + both", "regularized + both", "regularized + both"]
+    def test_tests_share_the_machine(self, parts):
+        (tests,) = [part for part in parts if part.name == "tests"]
+        assert {"gpu", "12", "worksteal"} <= set(tests.command)
+
+    def test_every_contender_exists(self, monkeypatch):
+        monkeypatch.setattr("bench.rounds.has_bfloat16", lambda device: True)
+        known = set(contenders(torch.device("cuda")))
+        assert {*gpu.ROUNDS, *gpu.COMPILED, *gpu.PARTS} <= known
+        assert known <= {*gpu.ROUNDS, *gpu.COMPILED, *gpu.PARTS}
+
+    def test_a_rehearsal_has_a_part_of_each_kind(self, places, parts):
+        paths = Path("/data"), Path("/lossless"), Path("/network")
+        small = plan(Places(places.state, *paths), small=True)
+        modules = {part.command[1] for part in parts}
+        assert {part.command[1] for part in small} == modules
 
     @pytest.mark.slow
     def test_each_benchmark_is_in_a_slice(self, parts):
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench"]
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench", "--full"]
         lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
         benchmarks = [line for line in lines if "::" in line]
-        assert len(benchmarks) > 100
+        assert len(benchmarks) > 60
 
         def takes(part: Part, benchmark: str) -> bool:
             file = next((word for word in part.command if word.startswith("bench/")), "")
@@ -206,11 +236,17 @@ class TestPlan:
             # on a CPU there are no CUDA graphs
             return eval(words.replace("'graph'", "'eager'"), {"name": benchmark.partition("::")[2]})
 
-        assert [name for name in benchmarks if not any(takes(part, name) for part in parts)] == []
-        slices = {part.name for part in parts if any(takes(part, name) for name in benchmarks)}
-        # and every slice takes some, but those of pairs that need a GPU
-        idle = [part.name for part in parts if part.name.startswith(("losses", "rounds")) and part.name not in slices]
-        assert all(name.endswith((": others", "resnet34-resnet18")) for name in idle)
+        left_out = [name for name in benchmarks if not any(takes(part, name) for part in parts)]
+        assert all("residual_blocks" in name for name in left_out)  # of CPUs alone
+        # and every slice takes some, but that of the pair that needs a GPU
+        idle = {
+            part.name
+            for part in parts
+            if any(word.startswith("bench/") for word in part.command)
+            and not any(takes(part, name) for name in benchmarks)
+        }
+        large = "ResNet-34 to ResNet-18"
+        assert idle == {f"rounds: {large}", f"rounds, compiled: {large}", "a round's parts"}
 
 
 class TestRecord:
@@ -227,13 +263,20 @@ class TestRecord:
         }
         teacher = {"name": "t", "epochs": 3, "accuracy": 0.9, "seconds": 5.0, "images_per_second": 8.0}
         kernel = {"kernel": "forward_kernel, launch 0", "metrics": {"MB read": 12.5}}
+        round_ = {
+            "round": "digits",
+            "captured": True,
+            "precision": "bfloat16",
+            "milliseconds": 2.5,
+            **kernel_times.tabulate([("slow", 3, 1500.0), ("fast", 1, 500.0)]),
+        }
         outcomes = {
-            "tests of the kernels": gpu.Outcome(
-                FAILED, 1, 1, {"passed": 3, "failed": ["test_b"], "skipped": 0}, "code 1"
-            ),
+            "tests": gpu.Outcome(FAILED, 1, 1, {"passed": 3, "failed": ["test_b"], "skipped": 0}, "code 1"),
             "versions": gpu.Outcome(DONE, 0, 1, {"machine": {"torch": "2"}, "driver": "580.1"}),
             "memcheck": gpu.Outcome(DONE, 1, 1, "not installed"),
             "profile": gpu.Outcome(DONE, 1, 1, [kernel]),
+            "probes": gpu.Outcome(DONE, 1, 1, {"a failed capture": "survived"}),
+            "kernels of a round": gpu.Outcome(DONE, 1, 1, round_),
             "teacher": gpu.Outcome(DONE, 5, 1, teacher),
             "student": gpu.Outcome(DONE, 12, 2, student),
             "data": gpu.Outcome(DONE, 1, 1, {"passed": 2, "failed": [], "skipped": 0}),
@@ -257,19 +300,25 @@ class TestRecord:
         assert [student["name"] for student in record["students"]] == ["student"]
         assert [teacher["name"] for teacher in record["teachers"]] == ["t"]
         assert record["kernels"][0]["metrics"] == {"MB read": 12.5}
-        assert record["checks"]["tests of the kernels"] == "failed: 3 passed, 1 failed: test_b code 1"
+        assert record["checks"]["tests"] == "failed: 3 passed, 1 failed: test_b code 1"
         assert record["checks"]["memcheck"] == record["checks"]["apex"] == "not installed"
         assert record["checks"]["driver"] == "580.1"
-        assert record["seconds"] == 21
+        assert record["checks"]["a failed capture"] == "survived"
+        assert record["seconds"] == 23
+        assert [profile["launches"] for profile in record["profiles"]] == [4]
 
     def test_of_a_rehearsal_stands_nowhere_among_the_records(self, record, tmp_path):
         before = set(records.RESULTS.iterdir())
-        written, tables, plots = gpu.write_record(record, tmp_path, small=True)
+        written, tables = gpu.write_record(record, tmp_path, small=True)
+        plots = tmp_path / "figures.png"
+        figures.save(record, plots)
         assert written.parent == tmp_path
         assert set(records.RESULTS.iterdir()) == before
         assert records.load(written) == record
         assert "none of these figures is a measurement" in tables.read_text()
         assert "| rehearsal | digits | published | 2,000 |" in tables.read_text()
+        assert "digits in bfloat16: 2.50 ms, of which kernels 2.00 ms in 4 launches; captured" in tables.read_text()
+        assert "| slow | 3 | 1,500 | 75.0 % |" in tables.read_text()
         assert "](" not in tables.read_text()  # it may be read anywhere
         assert plots.read_bytes().startswith(b"\x89PNG")
 
@@ -297,7 +346,7 @@ class TestCommand:
     def test_lists_what_is_to_do(self, tmp_path, capsys):
         gpu.main(["--state", str(tmp_path), "--list", "--data", "/cifar10.tar.xz"])
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) > 30
+        assert len(lines) > 20
         assert all(line.endswith("to do") for line in lines)
 
     def test_a_signal_ends_a_call_and_everything_is_kept(self, tmp_path):
@@ -342,7 +391,7 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.alone
     def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
-        wanted = ("versions", "losses, eager: plain, float32", "memcheck", "teacher", "student, DFAD")
+        wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe", "kernels of a round")
         everything = gpu.plan
 
         def few(places: Places, *, small: bool) -> list[Part]:
@@ -352,7 +401,7 @@ class TestCommand:
         monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which nothing is benchmarked
         arguments = ["--rehearse", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
         gpu.main(arguments)
-        assert "5 of 5 parts done, 0 failed" in (told := capsys.readouterr().out), told
+        assert "6 of 6 parts done, 0 failed" in (told := capsys.readouterr().out), told
         record = records.load(tmp_path / "out" / "rehearsal.json")
         assert {row["contender"] for row in record["benchmarks"]} == {"published", "ours", "copy"}
         assert record["benchmarks"][0]["machine"] == record["machine"]
@@ -361,7 +410,7 @@ class TestCommand:
         assert student["curve"][-1]["accuracy"] == student["accuracy"]
         assert record["checks"]["memcheck"] == "not installed"
         tables = (tmp_path / "out" / "summary.md").read_text()
-        assert "| rehearsal | jpeg.tar.xz: convnet, DFAD, 2 s |" in tables
+        assert "| rehearsal | jpeg.tar.xz: convnet, recipe, 1 s |" in tables
         assert "plain KL" in tables
         gpu.main(arguments)
         assert "…" not in capsys.readouterr().out  # nothing is begun twice

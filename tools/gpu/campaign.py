@@ -20,6 +20,7 @@ from dfad import cli
 from dfad.assembly import Teacher, build_distiller, build_student, load_teacher
 from dfad.config import (
     GeneratorConfig,
+    ImageBankConfig,
     RecordingConfig,
     SelectionConfig,
     StudentConfig,
@@ -29,7 +30,7 @@ from dfad.data import DataConfig, Dataset, open_dataset
 from dfad.data.evaluation import Evaluator
 from dfad.distillation.estimate import Estimate, estimate
 from dfad.engine import choose_device
-from dfad.experiments.comparisons import CIFAR10_RESNET20, FULL, arms
+from dfad.experiments.comparisons import CIFAR10_RESNET20, RECIPE_FULL, recipe_arms
 from dfad.experiments.provenance import machine
 from dfad.models.model_file import save_model
 from dfad.presets import PRESETS, TrainConfig
@@ -51,14 +52,27 @@ class Scale:
 
     recipe: Recipe
     base: TrainConfig
-    """Of the students: with every part of the method at its weight."""
+    """Of the students, by the recipe."""
+
+    thin: TrainConfig
+    """Of the student of a ResNet-20 that others trained."""
 
     looks: int
     """At a student's accuracy, over its run."""
 
 
+def _rehearsed(base: TrainConfig) -> TrainConfig:
+    """The same in small."""
+    return replace(
+        base,
+        generator=GeneratorConfig(noise_dim=16, width=4),
+        method=replace(base.method, student_steps=2, batch_size=16, warm_up=2, image_bank=ImageBankConfig(size=64)),
+        selection=SelectionConfig(bank_size=32),
+    )
+
+
 SCALES = {
-    "gpu": Scale(RECIPES["cifar10-fast"], PRESETS["cifar10"], looks=12),
+    "gpu": Scale(RECIPES["cifar10-fast"], PRESETS["cifar10"], CIFAR10_RESNET20, looks=12),
     "rehearsal": Scale(
         replace(
             RECIPES["cifar10-fast"],
@@ -67,13 +81,8 @@ SCALES = {
             lr=0.1,
             evaluate_every=10,
         ),
-        replace(
-            PRESETS["cifar10"],
-            student=StudentConfig("convnet", {"channels": [4, 8, 16]}),
-            generator=GeneratorConfig(noise_dim=16, width=4),
-            method=replace(PRESETS["cifar10"].method, student_steps=2, batch_size=16),
-            selection=SelectionConfig(bank_size=32),
-        ),
+        replace(_rehearsed(PRESETS["cifar10"]), student=StudentConfig("convnet", {"channels": [4, 8, 16]})),
+        _rehearsed(CIFAR10_RESNET20),
         looks=2,
     ),
 }
@@ -88,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", type=Path, required=True, help="archive of JPEGs; with --network, of CIFAR-10's records"
     )
     parser.add_argument("--network", type=Path, help="weights of a ResNet-20 to distil instead of the teacher")
-    parser.add_argument("--arm", choices=arms(SCALES["gpu"].base), default=FULL)
+    parser.add_argument("--arm", choices=recipe_arms(SCALES["gpu"].base), default=RECIPE_FULL)
     parser.add_argument("--seconds", type=float, required=True, help="that training takes, about")
     parser.add_argument("--kept", type=Path, required=True, help="folder of the teacher's file")
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
@@ -176,13 +185,13 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
     base, device = scale.base, choose_device("auto")
     if command.network:
         teacher = load_teacher(replace(CIFAR10_RESNET20.teacher, checkpoint=command.network))
-        base = replace(base, student=CIFAR10_RESNET20.student)
+        base = scale.thin
         data = DataConfig("cifar10", command.data)
     else:
         teacher = load_teacher(TeacherConfig(checkpoint=teacher_file(command.kept)))
         data = DataConfig("folder", command.data)
     evaluate = Evaluator(data, device, teacher.normalisation)
-    config = replace(arms(base)[command.arm], device=str(device))
+    config = replace(recipe_arms(base)[command.arm], device=str(device))
     name = f"{command.data.name}: {config.student.factory}, {command.arm}, {command.seconds:.0f} s"
     folder = command.work / re.sub(r"[^a-z0-9]+", "-", name.lower())
     stopwatch = Stopwatch(command.work / f"{folder.name}.json")
@@ -207,6 +216,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "rounds": result.rounds,
         "images": result.images,
+        "captured": run.engine.captured,
         "test_images": len(evaluate.dataset.test),
         "teraflop_per_second": measured["flops_per_round"] / measured["seconds_per_round"] / 1e12,
         "cost": measured,
@@ -223,7 +233,8 @@ def fitting_rounds(
     probe = build_distiller(teacher, build_student(config), config, evaluate)
     look = min(timed(lambda: evaluate(probe.student)) for _ in range(2))  # the first chooses algorithms
     cost = estimate(probe)
-    rounds = max(looks, int((seconds - (looks + 1) * look) / cost.seconds_per_round))
+    warm_up = cost.total_seconds - config.method.rounds * cost.seconds_per_round
+    rounds = max(looks, int((seconds - warm_up - (looks + 1) * look) / cost.seconds_per_round))
     fitted = replace(
         config,
         method=replace(config.method, rounds=rounds),

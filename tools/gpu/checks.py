@@ -32,8 +32,8 @@ METRICS = {
 }
 """Of the profiler, in nanoseconds, bytes and percent: what they are called here, and the factor to that unit."""
 
-KERNELS = "regex:^_(forward|backward)"
-"""Names of this project's kernels."""
+KERNELS = "regex:^_(activation_boundary|interpolated_kl)_"
+"""Names of the kernels that :func:`run_operators` runs."""
 
 
 def versions() -> dict[str, Any]:

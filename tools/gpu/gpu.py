@@ -1,8 +1,8 @@
-"""``python -m tools.gpu.gpu``: everything that is claimed of a GPU, measured in slices and kept as data.
+"""``python -m tools.gpu.gpu``: everything that is claimed of a GPU, measured part by part and kept as data.
 
-The work is a list of parts, the cheapest and most telling first. Each is a process of its own whose outcome is kept; a
-call runs those that fit its time and that no earlier call has done, and writes the record of all that is there. A part
-that fails is told, and holds up only those that need its outcome.
+The work is a list of parts, the most telling first. Each is a process of its own whose outcome is kept, and after each
+the record is written anew. A call runs the parts that fit its time and that no earlier call has done. A part that fails
+holds up only those that need its outcome; ``--retry`` runs it again.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import figures, records, report
-from dfad.experiments.comparisons import BOTH, FULL, PLAIN
+from dfad.experiments.comparisons import RECIPE_BARE, RECIPE_FULL
 from dfad.experiments.provenance import device_name, file_name, machine
 from tools.gpu import parcel, rehearsal
 
@@ -129,52 +129,30 @@ class Places:
         return self.state / "work"
 
 
-LOSSES = ("activation", "interpolated and logits", "interpolated and dense", "plain")
-DTYPES = ("float32", "bfloat16")
-"""Slices of ``bench/bench_ops.py``, by parts of its tests' names."""
-
-ROUNDS = (("digits", 40), ("mnist-lenet5", 40), ("cifar-resnet20", 40), ("cifar-resnet34-resnet18", 80))
-"""Slices of ``bench/bench_step.py``, and the seconds that each is expected to take."""
+ROUNDS = ("published", "published, TF32", "repaired", "ours", "ours without the graph", "floor")
+COMPILED = ("repaired + torch.compile", "repaired + reduce-overhead", "ours + torch.compile")
+"""Contenders of ``bench/bench_step.py``; those that compile take a minute more."""
 
 
 def plan(places: Places, *, small: bool) -> list[Part]:
-    """All parts in their order: a complete record, and from ``memcheck`` on what refines it.
+    """All parts in their order. Those up to the operators in float32 are one call of 540 seconds.
 
     Args:
         places: those parts are left out whose data are not given.
-        small: a rehearsal: each part for seconds, on a CPU.
+        small: a rehearsal: each kind of part for seconds, on a CPU.
     """
 
-    def pytest(name: str, seconds: float, real: str, rehearsed: str, *more: str) -> Part:
-        arguments = shlex.split(rehearsed if small else real)
-        return Part(name, ("-m", "pytest", "-q", "--junitxml={result}", *more, *arguments), seconds)
+    def pytest(name: str, seconds: float, arguments: str, *more: str) -> Part:
+        return Part(name, ("-m", "pytest", "-q", "--junitxml={result}", *shlex.split(arguments), *more), seconds)
 
-    def benchmark(name: str, seconds: float, real: str, rehearsed: str) -> Part:
-        more = ("--benchmark-disable-gc", "--record", f"--results={places.benchmarks}")
-        return pytest(name, seconds, real, rehearsed, *more)
+    def benchmark(name: str, seconds: float, arguments: str, contenders: Sequence[str] = ()) -> Part:
+        more = ["--benchmark-disable-gc", f"--results={places.benchmarks}"]
+        if contenders:
+            more.append(f"--contenders={';'.join(contenders)}")
+        return pytest(name, seconds, arguments, *more)
 
-    def check(what: str, seconds: float) -> Part:
-        return Part(what, ("-m", "tools.gpu.checks", what, "--result", "{result}"), seconds)
-
-    def losses(name: str, words: str) -> Iterator[Part]:
-        for loss in LOSSES:
-            for dtype in DTYPES[:1] if small else DTYPES:
-                chosen = f"({loss}) and {dtype} and {words}"
-                yield benchmark(
-                    f"losses, {name}: {loss.replace(' and', '')}, {dtype}",
-                    40,
-                    f"bench/bench_ops.py --seconds=0.1 -k '{chosen}'",
-                    f"bench/bench_ops.py --seconds=0.01 -k '{chosen} and (ours or copy or published)'",
-                )
-
-    def rounds(name: str, factor: int, left_out: str) -> Iterator[Part]:
-        for case, seconds in ROUNDS[:1] if small else ROUNDS:
-            yield benchmark(
-                f"{name}: {case}",
-                factor * seconds,
-                f"bench/bench_step.py -k '{case} and test_round {left_out}'",
-                f"bench/bench_step.py -k '{case} and test_round and (ours or published) and not compile'",
-            )
+    def module(name: str, seconds: float, *command: str) -> Part:
+        return Part(name, ("-m", *command, "--result", "{result}"), seconds)
 
     def campaign(what: str, name: str, seconds: float, data: Path, *more: str, after: str = "") -> Part:
         training = seconds / 60 if small else seconds
@@ -182,37 +160,92 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         arguments += ["--scale", "rehearsal" if small else "gpu"]
         arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
         # reading the data, and measuring how long an epoch or a round takes
-        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 30, after, resumable=True)
+        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 20, after, resumable=True)
 
-    known = " or ".join(f"({loss})" for loss in LOSSES)
-    launch = "eager" if small else "graph"
-    parts = [
-        check("versions", 15),
-        pytest("tests of the kernels", 90, "-m gpu tests/kernels", "-m gpu tests/kernels/test_gpu.py"),
-        pytest("tests of the rest", 60, "-m gpu tests --ignore=tests/kernels", "tests/test_losses.py"),
-        *losses(launch, f"{launch} and backward"),
-        *rounds("rounds", 1, "and not compile and not overhead"),
-        benchmark("data", 40, "bench/bench_data.py", "bench/bench_data.py -k 'decoding and 224'"),
-        benchmark("optimizers", 20, "bench/bench_optimizers.py", "bench/bench_optimizers.py -k sgd"),
+    def of_others(seconds: float) -> list[Part]:
+        if not (places.network and places.lossless):
+            return []
+        return [campaign("student", "ResNet-20 student", seconds, places.lossless, "--network", str(places.network))]
+
+    def own(*students: tuple[str, float]) -> list[Part]:
+        if not places.data:
+            return []
+        return [
+            campaign("teacher", "teacher", 180, places.data),
+            *(
+                campaign("student", f"student, {arm}", seconds, places.data, "--arm", arm, after="teacher")
+                for arm, seconds in students
+            ),
+        ]
+
+    def operators(dtype: str, words: str = "graph and backward") -> Part:
+        return benchmark(
+            f"operators, {dtype}" + (f", {words}" if words != "graph and backward" else ""),
+            30,
+            f"bench/bench_ops.py --full --seconds=0.1 -k '{dtype} and {words}'",
+        )
+
+    versions = module("versions", 5, "tools.gpu.checks", "versions")
+    probes = module("probes", 20, "tools.gpu.probes")
+    checks = [module(what, 90, "tools.gpu.checks", what) for what in ("memcheck", "racecheck", "profile")]
+    if small:
+        digits = "bench/bench_step.py -k 'test_round and digits'"
+        parts = [
+            versions,
+            probes,
+            pytest("tests", 60, "tests/test_losses.py -n 2 --dist worksteal"),
+            benchmark("rounds: digits", 60, digits, ("published", "ours", "floor")),
+            *of_others(60),
+            module("kernels of a round", 60, "tools.gpu.kernel_times", "digits"),
+            benchmark(
+                "operators, float32",
+                60,
+                "bench/bench_ops.py --seconds=0.01 -k 'plain and float32'",
+                ("published", "ours", "copy"),
+            ),
+            *own((RECIPE_FULL, 60)),
+            checks[0],
+        ]
+        return [replace(part, seconds=REHEARSED) for part in parts]
+    pairs = {"ResNet-34 to ResNet-18": "resnet34", "ResNet-20": "cifar-resnet20"}
+    steps = {name: f"bench/bench_step.py --full -k 'test_round and {words}'" for name, words in pairs.items()}
+    large, thin = pairs
+    return [
+        versions,
+        probes,
+        pytest("tests", 60, "-m gpu tests -n 12 --dist worksteal"),
+        benchmark(f"rounds: {large}", 70, steps[large], ROUNDS),
+        benchmark(f"rounds, compiled: {large}", 75, steps[large], COMPILED),
+        benchmark(f"rounds: {thin}", 30, steps[thin], ROUNDS),
+        *of_others(60),
+        module("kernels of a round", 20, "tools.gpu.kernel_times", "cifar-resnet34-resnet18"),
+        operators("bfloat16"),
+        operators("float32"),
+        # what follows refines the record, in further calls
+        benchmark(f"rounds, compiled: {thin}", 60, steps[thin], COMPILED),
+        *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
+        benchmark(
+            "rounds: small pairs", 60, "bench/bench_step.py --full -k 'test_round and (digits or lenet5)'", ROUNDS
+        ),
+        benchmark("a round's parts", 90, steps[large], ("repaired", *PARTS, "ours")),
+        benchmark("BatchNorm and what follows", 60, "bench/bench_step.py --full -k follows"),
+        benchmark("data", 60, "bench/bench_data.py --full"),
+        benchmark("optimizers", 20, "bench/bench_optimizers.py"),
+        *checks,
+        *(operators(dtype, "graph and not backward") for dtype in ("bfloat16", "float32")),
+        *(operators(dtype, "eager") for dtype in ("bfloat16", "float32")),
+        benchmark("choices of a round", 90, "bench/bench_step.py --full -k 'mixed or statistics'"),
     ]
-    if places.network and places.lossless:
-        network = ("--network", str(places.network))
-        parts.append(campaign("student", f"ResNet-20, {FULL}", 45, places.lossless, *network))
-    if places.data:
-        parts.append(campaign("teacher", "teacher", 180, places.data))
-        for arm, seconds in ((PLAIN, 90), (BOTH, 90), (FULL, 200)):
-            parts.append(campaign("student", f"student, {arm}", seconds, places.data, "--arm", arm, after="teacher"))
-    parts += [check("memcheck", 90), check("racecheck", 90), check("profile", 60)]
-    if not small:
-        parts += [*losses("graph, forward", "graph and not backward"), *losses("eager", "eager")]
-    parts.append(benchmark("losses: others", 60, *[f"bench/bench_ops.py --seconds=0.1 -k 'not ({known})'"] * 2))
-    parts += rounds("rounds with torch.compile", 5, "")
-    few = "bench/bench_step.py -k 'digits and test_batchnorm_statistics'"
-    parts.append(benchmark("choices of a round", 90, "bench/bench_step.py -k 'not test_round'", few))
-    if places.data:
-        more = ("--arm", FULL)
-        parts.append(campaign("student", f"student, {FULL}, longer", 700, places.data, *more, after="teacher"))
-    return [replace(part, seconds=REHEARSED) for part in parts] if small else parts
+
+
+PARTS = (
+    "losses",
+    "losses, folding",
+    "losses, folding, merging",
+    "losses, folding, merging, optimizers",
+    "losses, folding, merging, optimizers, BatchNorm",
+)
+"""Contenders that have ever more parts of the engine."""
 
 
 class State:
@@ -242,7 +275,9 @@ class State:
                 self.outcomes.pop(part.name, None)
 
 
-def run_parts(parts: Sequence[Part], state: State, places: Places, budget: float) -> list[str]:
+def run_parts(
+    parts: Sequence[Part], state: State, places: Places, budget: float, after_each: Callable[[], object] = lambda: None
+) -> list[str]:
     """Run what is not done and fits; returns a line for each part that was begun or had to be left for later."""
     deadline = time.monotonic() + budget - RESERVE
     lines = []
@@ -260,6 +295,8 @@ def run_parts(parts: Sequence[Part], state: State, places: Places, budget: float
         state.keep(part, outcome)
         told = outcome.error or _told(outcome.result)
         lines.append(f"{part.name:<44}{outcome.status:<8}{outcome.seconds:6.1f} s  {told}".rstrip())
+        print(lines[-1], flush=True)
+        after_each()
     return lines
 
 
@@ -360,10 +397,12 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
     """Everything that is measured so far."""
     benchmarks = [row for content in records.load_all(places.benchmarks).values() for row in content["benchmarks"]]
     results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
-    told = results["versions"].result if "versions" in results else None
-    checks = {name: words for name, words in (told or {}).items() if isinstance(words, str)}
+    checks: dict[str, str] = {}
+    for name in ("versions", "probes"):
+        found = results[name].result if name in results else None
+        checks |= {key: words for key, words in (found or {}).items() if isinstance(words, str)}
     for name, outcome in results.items():
-        if name.startswith("tests") or outcome.status == FAILED or isinstance(outcome.result, str):
+        if name == "tests" or outcome.status == FAILED or isinstance(outcome.result, str):
             words = " ".join(filter(None, (_told(outcome.result), outcome.error)))
             checks[name] = f"failed: {words}" if outcome.status == FAILED else words
     versions = machine()
@@ -378,19 +417,19 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
         "teachers": [result for result in of_networks if "epochs" in result],
         "students": [result for result in of_networks if "teacher_accuracy" in result],
         "kernels": profiled if isinstance(profiled, list) else [],
+        "profiles": [result for result in of_networks if "kernel_milliseconds" in result],
         "seconds": sum(outcome.seconds for outcome in results.values()),
         "benchmarks": benchmarks,
     }
 
 
-def write_record(record: records.Record, folder: Path, *, small: bool) -> tuple[Path, Path, Path]:
-    """JSON, Markdown and plots; the record of a rehearsal is told to be none and never stands among the others."""
+def write_record(record: records.Record, folder: Path, *, small: bool) -> list[Path]:
+    """JSON and Markdown; the record of a rehearsal says that it is none, and never stands among the others."""
     path = folder / "rehearsal.json" if small else records.RESULTS / file_name()
     records.save(path, record)
-    tables, plots = folder / "summary.md", folder / "figures.png"
+    tables = folder / "summary.md"
     tables.write_text(report.summary(record, path.name), encoding="utf-8")
-    figures.save(record, plots)
-    return path, tables, plots
+    return [path, tables]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -436,24 +475,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     state.forget(parts, command.again, failed=command.retry)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    lines = [] if places.data else ["Without --data there is no campaign on CIFAR-10."]
+    lines = [] if places.data else ["Without --data there is no teacher of our own, nor students of it."]
+
+    def written() -> list[Path]:
+        paths = write_record(make_record(parts, state, places, small=small), places.state, small=small)
+        if command.out:
+            command.out.mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                shutil.copy(path, command.out)
+        return paths
+
     try:
-        lines += run_parts(parts, state, places, command.budget)
+        lines += run_parts(parts, state, places, command.budget, written)
     except KeyboardInterrupt:
         lines.append("Stopped by a signal.")
-    record = make_record(parts, state, places, small=small)
-    written = write_record(record, places.state, small=small)
+    paths = written()
+    record = records.load(paths[0])
+    plots = places.state / "figures.png"
+    figures.save(record, plots)
     if command.out:
         parcel.send(places.kept, command.out)
-        for path in written:
-            shutil.copy(path, command.out)
+        shutil.copy(plots, command.out)
     standings = [state.status(part) for part in parts]
     left = [part for part in parts if state.status(part) not in (DONE, FAILED)]
     print("\n".join(["", *lines, ""]))
     print(f"{record['device']}: {standings.count(DONE)} of {len(parts)} parts done, {standings.count(FAILED)} failed.")
     if left:
         print(f"Call it again for the other {len(left)}, about {sum(part.seconds for part in left):.0f} s.")
-    print("Written:", ", ".join(str(path) for path in written))
+    if FAILED in standings:
+        print("Call it again with --retry for those that failed.")
+    print("Written:", ", ".join(map(str, (*paths, plots))))
     if small:
         print("This was a rehearsal: none of its figures is a measurement.")
 

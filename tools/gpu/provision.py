@@ -1,8 +1,8 @@
 """``python -m tools.gpu.provision``: what a GPU machine without a network lacks.
 
-``pack`` downloads wheels where there is a network; ``install`` puts those that are missing into a folder, and builds
-the extension there with the machine's own PyTorch. It runs before anything is installed, so it needs the standard
-library alone.
+``pack`` downloads wheels where there is a network and builds the C++ extension; ``install`` puts the packages that are
+missing there, or too old, into a folder. It runs before anything is installed, so it needs the standard library alone.
+Nothing is compiled on the GPU machine: on its GPU the project does without the extension.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tomllib
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +37,15 @@ MODULES = (
 )  # fmt: skip
 """What the project, its tests and its benchmarks import."""
 
-BUILD_MODULES = ("nanobind", "scikit_build_core")
-CMAKE = (3, 26)
-"""What builds the extension."""
+CORE = {"torch", "triton", "numpy", "pillow", "matplotlib", "scikit-learn", "tensorboard"}
+"""Packages that such machines bring along, and that are too large to travel or must be their own."""
 
-SOURCES = ("kernels", "CMakeLists.txt", "pyproject.toml")
+SOURCES = ("kernels/csrc", "CMakeLists.txt")
 """Of the extension."""
+
+EXTENSION = "dfad_kernels/_cpu"
+PACKAGE = ROOT / "kernels" / "dfad_kernels"
+"""Where the extension is looked for, beside its Python."""
 
 
 class ProvisionError(Exception):
@@ -64,15 +69,24 @@ def download_command(folder: Path, python_version: str, more: Sequence[str] = ()
 
 
 def pack(folder: Path, python_version: str, more: Sequence[str] = ()) -> int:
-    """Download the wheels; returns their size in bytes.
+    """Download the wheels, and build the extension where there is such a Python; returns their size in bytes.
 
     Raises:
         ProvisionError: if they are larger than may travel, or one is of PyTorch or Triton.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.whl"):
-        old.unlink()
+    for old in (*folder.glob("*.whl"), stamp(folder)):
+        old.unlink(missing_ok=True)
     subprocess.run(download_command(folder, python_version, more), check=True)
+    python = find_python(python_version)
+    if python:
+        subprocess.run([python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+        stamp(folder).write_text(source_hash())
+    else:
+        print(
+            f"Without the C++ extension, which a GPU does without: no Python {python_version} to build it for. "
+            f"Install one (pyenv install {python_version}, uv python install {python_version}) and run this again."
+        )
     wheels = list(folder.glob("*.whl"))
     for wheel in wheels:
         if distribution(wheel) in NEVER:
@@ -80,27 +94,68 @@ def pack(folder: Path, python_version: str, more: Sequence[str] = ()) -> int:
     size = sum(wheel.stat().st_size for wheel in wheels)
     if size > SIZE_LIMIT:
         raise ProvisionError(
-            f"The wheels in {folder} take {size:,} bytes, and {SIZE_LIMIT:,} may travel. Leave some of {more} out."
+            f"The wheels in {folder} are {size:,} bytes; {SIZE_LIMIT:,} may travel. Leave some of {more} out."
         )
     return size
 
 
+def find_python(version: str) -> str | None:
+    """An interpreter of a version with pip: on the path, or one of pyenv's or uv's."""
+    places = [Path.home() / ".pyenv" / "versions", Path.home() / ".local" / "share" / "uv" / "python"]
+    installed = [
+        str(path) for place in places for path in sorted(place.glob(f"*{version}*/bin/python3")) if path.exists()
+    ]
+    check = f"import pip, sys; raise SystemExit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
+    for candidate in (shutil.which(f"python{version}"), *installed):
+        if candidate and subprocess.run([candidate, "-c", check], capture_output=True).returncode == 0:
+            return candidate
+    return None
+
+
+def stamp(folder: Path) -> Path:
+    """The file that says of which sources the extension in a folder of wheels was built."""
+    return folder / "extension.sha256"
+
+
 def distribution(wheel: Path) -> str:
     """The normalised name of what a wheel holds."""
-    return wheel.name.partition("-")[0].replace("_", "-").lower()
+    return normalised(wheel.name.partition("-")[0])
+
+
+def normalised(name: str) -> str:
+    """As package indexes compare them."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, tuple[int, ...]]:
+    """The least version of every package that the project names, extras included."""
+    project = tomllib.loads(pyproject.read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    found = (re.match(r"([A-Za-z0-9._-]+)\s*>=\s*([\d.]+)", line) for line in lines)
+    return {normalised(match[1]): release(match[2]) for match in found if match}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, without what follows them."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def missing_wheels(folder: Path) -> list[Path]:
-    """Wheels of packages that this interpreter does not have in any version."""
-    return [wheel for wheel in sorted(folder.glob("*.whl")) if not _has_package(distribution(wheel))]
+    """Wheels of packages that this interpreter does not have, or has in a version that the project cannot use."""
+    needed = requirements()
+    return [
+        wheel
+        for wheel in sorted(folder.glob("*.whl"))
+        if distribution(wheel) != "dfad" and not _has(distribution(wheel), needed.get(distribution(wheel), ()))
+    ]
 
 
-def _has_package(name: str) -> bool:
+def _has(name: str, least: tuple[int, ...]) -> bool:
     try:
-        importlib.metadata.version(name)
+        return release(importlib.metadata.version(name)) >= least
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
@@ -111,6 +166,20 @@ def missing_modules(names: Sequence[str]) -> list[str]:
     return [name for name, spec in specs.items() if spec is None or spec.loader is None]
 
 
+def outdated() -> Iterator[str]:
+    """Packages of the project that are too old here, but for those that nothing of it imports there."""
+    packed = {normalised(name) for name in listed()}
+    for name, least in requirements().items():
+        if name not in packed | CORE:
+            continue
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if release(version) < least:
+            yield f"{name} {version} (needs {'.'.join(map(str, least))})"
+
+
 def install(wheels: Path, target: Path) -> None:
     """Bring everything that is missing into a folder, which is on the module path already.
 
@@ -118,47 +187,36 @@ def install(wheels: Path, target: Path) -> None:
         ProvisionError: naming what is neither on the machine nor among the wheels.
     """
     target.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
     if found := missing_wheels(wheels):
         print("From the wheels:", ", ".join(distribution(wheel) for wheel in found), flush=True)
-        subprocess.run([*pip, str(target), *map(str, found)], check=True)
-    if missing := missing_modules(MODULES):
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
+        subprocess.run([*pip, "--target", str(target), *map(str, found)], check=True)
+    if missing := [*missing_modules(MODULES), *outdated()]:
         raise ProvisionError(
             f"This machine lacks {', '.join(missing)}, and {wheels} holds no wheels of them. Where there is a network, "
             "add the packages with make gpu-wheels WITH='PACKAGE …' and bring the folder along."
         )
-    stamp = target / "extension"
-    if not missing_modules(["dfad_kernels"]) and not stamp.exists():
-        print("The kernels are those that the interpreter has installed.")
-        return
-    current = f"{source_hash()} {sys.version}"
-    if stamp.exists() and stamp.read_text() == current:
-        return
-    missing = missing_modules(BUILD_MODULES)
-    if not has_cmake():
-        missing.append(f"CMake {'.'.join(map(str, CMAKE))} or newer")
-    if missing:
-        raise ProvisionError(
-            f"The extension cannot be built: this machine lacks {', '.join(missing)}, and {wheels} holds no wheels of "
-            "them. Where there is a network, run make gpu-wheels (WITH=cmake for CMake) and bring the folder along."
-        )
-    print("Building the extension with the machine's own tools.", flush=True)
-    subprocess.run([*pip, str(target), "--no-build-isolation", str(ROOT)], check=True)
-    package = target / "dfad"
-    if not package.is_symlink():  # one copy of the package: the checkout's
-        shutil.rmtree(package, ignore_errors=True)
-        package.symlink_to(ROOT / "dfad")
-    stamp.write_text(current)
+    print(extension(wheels))
 
 
-def has_cmake() -> bool:
-    """Whether there is one that is new enough: as a package, or a program."""
-    if not missing_modules(["cmake"]):
-        return True
-    program = shutil.which("cmake")
-    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
-    version = re.search(r"version (\d+)\.(\d+)", told)
-    return version is not None and (int(version[1]), int(version[2])) >= CMAKE
+def extension(wheels: Path) -> str:
+    """Lay the extension beside its Python, if one is there that fits; returns what was done."""
+    without = "Without the C++ extension, which a GPU does without:"
+    if not missing_modules(["dfad_kernels"]) and importlib.util.find_spec("dfad_kernels._cpu"):
+        return "The C++ extension is installed."
+    wheel = next(iter(wheels.glob("dfad-*.whl")), None)
+    if wheel is None:
+        return f"{without} {wheels} holds none."
+    if not stamp(wheels).exists() or stamp(wheels).read_text() != source_hash():
+        return f"{without} the one in {wheels} is of other sources. Run make gpu-wheels again where there is a network."
+    built_for = re.search(r"-cp(\d)(\d+)-", wheel.name)
+    if built_for is None or (int(built_for[1]), int(built_for[2])) != sys.version_info[:2]:
+        return f"{without} {wheel.name} is for another Python than {sys.version.split()[0]}."
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(EXTENSION) and name.endswith(".so"):
+                (PACKAGE / Path(name).name).write_bytes(archive.read(name))
+    return f"The C++ extension is that of {wheel.name}."
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -167,7 +225,7 @@ def source_hash(root: Path = ROOT) -> str:
     for name in SOURCES:
         place = root / name
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -193,7 +251,7 @@ def main() -> None:
     except ProvisionError as error:
         raise SystemExit(f"\n{error}") from None
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"\npip failed with exit code {error.returncode}; what it says is above.") from None
+        raise SystemExit(f"\n{error.cmd[0]} failed with exit code {error.returncode}; what it says is above.") from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Virtual interpolation: how images mixed with one another enter a student step."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,46 +9,88 @@ from torch import Tensor, nn
 from dfad import functional
 from dfad.config import InterpolationConfig
 from dfad.losses import InterpolatedKLDivLoss
+from dfad.models.probing import as_outputs
+from dfad.models.taps import Outputs
 from dfad.modes import statistics_kept
 
 
 class VirtualInterpolation:
     """The form that a configuration asks for.
 
-    Mixed images join the loss of a student step with a term of their own, are learned in an optimizer step of their
-    own, or take the place of a share of the batch; the ``step`` of the configuration.
+    Mixed images take the place of a share of the batch (:meth:`within`), join the loss of a student step with a term of
+    their own (:meth:`joint_terms`), or are learned in a step of their own (:meth:`own_loss`): the ``step`` of
+    the configuration. Each form does nothing in the methods of the others.
 
     Args:
         config: the form; of weight 0, nothing is mixed.
         batch_size: images of a student step.
         rng: the random stream of the mixing coefficients; all are on its device.
+        student: sees the mixed images of the last two forms.
+        teacher: is asked about them, if the configuration says so.
+        imitation: the loss of all other images, of what student and teacher say of them.
         fused: see :class:`~dfad.losses.InterpolatedKLDivLoss`.
     """
 
-    def __init__(self, config: InterpolationConfig, batch_size: int, rng: torch.Generator, *, fused: bool) -> None:
+    def __init__(
+        self,
+        config: InterpolationConfig,
+        batch_size: int,
+        rng: torch.Generator,
+        student: nn.Module,
+        teacher: Callable[[Tensor], Outputs],
+        imitation: Callable[[Outputs, Outputs], Tensor],
+        *,
+        fused: bool,
+    ) -> None:
         self.config = config
         self.rng = rng
-        self.joins_the_loss = config.weight > 0 and config.step == "joint"
-        self.has_own_step = config.weight > 0 and config.step == "own"
-        self.asks_the_teacher = config.labels == "teacher"
+        self.student = student
+        self.teacher = teacher
+        self.imitation = imitation
         self.divergence = InterpolatedKLDivLoss(config.temperature, fused=fused)
-        """Of a student from interpolated labels; from those of one image where the coefficient is 1."""
-        replaced = round(config.weight * batch_size) if config.step == "within" else 0
-        self.unmixed = torch.arange(batch_size, device=rng.device) < batch_size - replaced if replaced else None
+        self.form = config.step if config.weight else None
+        replaced = round(config.weight * batch_size) if self.form == "within" else 0
+        self.unmixed = torch.arange(batch_size, device=rng.device) < batch_size - replaced
         shape = (batch_size, 2) if config.coefficient == "sample" else (2,)
         self.concentration = torch.full(shape, config.concentration, device=rng.device)
+
+    def within(self, images: Tensor) -> Tensor:
+        """The images of a student step, the last of them mixed."""
+        if self.form != "within":
+            return images
+        return functional.mix(images, self.sample_coefficient().masked_fill(self.unmixed, 1.0))
+
+    def joint_terms(self, images: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        """The term of the loss of mixed images, by its name; the images of the step serve again."""
+        return {"interpolation": self.loss(images, teacher_logits)} if self.form == "joint" else {}
+
+    def own_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor | None:
+        """The loss of a step on mixed images; the images of the step before serve again."""
+        return self.loss(images, teacher_logits) if self.form == "own" else None
+
+    def loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The student's loss on mixed images.
+
+        Args:
+            images: which are mixed with those of the reversed batch.
+            teacher_logits: of the images unmixed, for labels that are interpolated.
+        """
+        coefficient = self.sample_coefficient()
+        mixed = functional.mix(images, coefficient)
+        with self._statistics():
+            student = as_outputs(self.student(mixed))
+        if self.config.labels == "interpolated":
+            return self.divergence(student.logits, teacher_logits, coefficient)
+        with torch.no_grad():
+            teacher = self.teacher(mixed)
+        if self.form == "own":
+            return self.imitation(student, teacher)
+        return self.divergence(student.logits, teacher.logits, torch.ones_like(coefficient))
 
     def sample_coefficient(self) -> Tensor:
         """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
         # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
         return torch._sample_dirichlet(self.concentration, self.rng)[..., 0]
 
-    def within(self, images: Tensor) -> Tensor:
-        """The images of a student step, the last of them mixed where the form is to mix a share of the batch."""
-        if self.unmixed is None:
-            return images
-        return functional.mix(images, self.sample_coefficient().masked_fill(self.unmixed, 1.0))
-
-    def statistics(self, student: nn.Module) -> AbstractContextManager[None]:
-        """Whether mixed images move the running statistics of the student's BatchNorms."""
-        return nullcontext() if self.config.batchnorm == "update" else statistics_kept(student)
+    def _statistics(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.config.batchnorm == "update" else statistics_kept(self.student)

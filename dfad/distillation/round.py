@@ -91,7 +91,13 @@ class Round:
         for name, stream in self.rng.items():
             stream.manual_seed(stream_seed(config.seed, name))
         self.interpolation = VirtualInterpolation(
-            method.interpolation, method.batch_size, self.rng["mixing"], fused=config.fused
+            method.interpolation,
+            method.batch_size,
+            self.rng["mixing"],
+            self.student,
+            self.teacher,
+            lambda student, teacher: self.imitation_loss(self.imitation_terms(student, teacher)),
+            fused=config.fused,
         )
         self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"])
         size = method.image_bank.size
@@ -128,16 +134,14 @@ class Round:
             teacher = self.teacher(images)
         with self.engine.autocast():
             terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
-            if self.interpolation.joins_the_loss:
-                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
+            terms |= self.interpolation.joint_terms(images, teacher.logits)
         loss = self.imitation_loss(terms)
         self.engine.descend(loss, self.student_optimizer)
-        if self.interpolation.has_own_step:
-            with self.engine.autocast():
-                terms["interpolation"] = self.interpolation_loss(images, teacher.logits)
-            self.engine.descend(
-                self.config.method.interpolation.weight * terms["interpolation"], self.student_optimizer
-            )
+        with self.engine.autocast():
+            own_loss = self.interpolation.own_loss(images, teacher.logits)
+        if own_loss is not None:
+            terms["interpolation"] = own_loss
+            self.engine.descend(self.config.method.interpolation.weight * own_loss, self.student_optimizer)
         return {"student_loss": loss.detach(), **_prefixed("student", terms)}
 
     def student_images(self) -> Tensor:
@@ -167,21 +171,6 @@ class Round:
             "interpolation": method.interpolation.weight,
         }
         return _weighted_sum(terms, weights)
-
-    def interpolation_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The student's loss on mixed images; the images of the step serve again."""
-        form = self.interpolation
-        coefficient = form.sample_coefficient()
-        mixed = functional.mix(images, coefficient)
-        with form.statistics(self.student):
-            student = as_outputs(self.student(mixed))
-        if not form.asks_the_teacher:
-            return form.divergence(student.logits, teacher_logits, coefficient)
-        with torch.no_grad():
-            teacher = self.teacher(mixed)
-        if form.has_own_step:
-            return self.imitation_loss(self.imitation_terms(student, teacher))
-        return form.divergence(student.logits, teacher.logits, torch.ones_like(coefficient))
 
     def generator_step(self, *, adversary: bool = True) -> Terms:
         """One step of the generator towards images on which student and teacher disagree; its images go to the bank.

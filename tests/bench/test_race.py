@@ -194,42 +194,36 @@ def test_alone(benchmark):
 """
 
 
-class TestSuite:
-    """``pytest bench``, of other benchmarks."""
+def test_pytest_bench(tmp_path):
+    """Of other benchmarks: a telling part, then chosen contenders of everything."""
+    (tmp_path / "bench_suite.py").write_text(SUITE)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "--rootdir=."]
+    command += [str(tmp_path / "bench_suite.py"), f"--results={tmp_path / 'results'}"]
 
-    def run(self, tmp_path: Path, *flags: str) -> str:
-        (tmp_path / "bench_suite.py").write_text(SUITE)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "--rootdir=."]
-        command += [str(tmp_path / "bench_suite.py"), f"--results={tmp_path / 'results'}", *flags]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
-
-    def rows(self, tmp_path: Path) -> dict[str, dict[str, dict[str, object]]]:
+    def run(*flags: str) -> tuple[str, dict[str, dict[str, dict[str, object]]]]:
+        done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
         (record,) = records.load_all(tmp_path / "results").values()
-        return by_group(record["benchmarks"])
+        return done.stdout, by_group(record["benchmarks"])
 
-    def test_a_telling_part(self, tmp_path):
-        told = self.run(tmp_path)
-        assert "1 failed, 1 passed, 1 deselected" in told
-        assert "size 1: broken: AssertionError: not here" in told
-        found = self.rows(tmp_path)
-        assert {group: set(rows) for group, rows in found.items()} == {
-            "size 1": {"published", "ours", "floor"},
-            "alone": {"native"},
-        }
-        assert found["size 1"]["published"]["seconds"] == 8
-        assert found["size 1"]["ours"]["of"] == 3
-        assert found["size 1"]["ours"]["machine"]["commit"]
-        table = told.partition(" ratios, ")[2].splitlines()
-        (line,) = [line for line in table if line.startswith("size 1 ")]
-        assert line.split() == ["size", "1", "1000.000", "8.00", "×", "0.50", "×"]
+    told, found = run()
+    assert "1 failed, 1 passed, 1 deselected" in told
+    assert "size 1: broken: AssertionError: not here" in told
+    assert {group: set(rows) for group, rows in found.items()} == {
+        "size 1": {"published", "ours", "floor"},
+        "alone": {"native"},
+    }
+    assert found["size 1"]["published"]["seconds"] == 8
+    assert found["size 1"]["ours"]["of"] == 3
+    assert found["size 1"]["ours"]["machine"]["commit"]
+    table = told.partition(" ratios, ")[2].splitlines()
+    (line,) = [line for line in table if line.startswith("size 1 ")]
+    assert line.split() == ["size", "1", "1000.000", "8.00", "×", "0.50", "×"]
 
-    def test_everything_and_chosen_contenders(self, tmp_path):
-        assert "3 passed" in self.run(tmp_path, "--full", "--contenders=ours;floor")
-        found = self.rows(tmp_path)
-        assert set(found["size 2"]) == {"ours", "floor"}
-        self.run(tmp_path, "--full", "--contenders=published")  # what was measured before stays
-        assert set(self.rows(tmp_path)["size 2"]) == {"ours", "floor", "published"}
+    told, found = run("--full", "--contenders=ours;floor")
+    assert "3 passed" in told
+    assert set(found["size 2"]) == {"ours", "floor"}
+    assert set(found["size 1"]) == {"published", "ours", "floor"}  # what was measured before stays
 
 
 def test_the_table_takes_the_fastest_of_a_kind():

@@ -386,6 +386,9 @@ class EngineConfig:
     cuda_graph: Switch = "auto"
     """The whole round captured as one CUDA graph."""
 
+    two_streams: Switch = "off"
+    """Teacher and student of a captured round beside each other; not measured on a GPU yet."""
+
     compile: Switch = "off"
     """The networks through torch.compile."""
 

@@ -49,6 +49,11 @@ class FrozenTeacher:
         """Logits and taps."""
         return as_outputs(self.network(images))
 
+    @torch.no_grad()
+    def without_gradient(self, images: Tensor) -> Outputs:
+        """Logits and taps that no gradient flows back from."""
+        return self(images)
+
     def with_statistics(self, images: Tensor) -> tuple[Outputs, tuple[Tensor, ...]]:
         """Logits, taps and what reached each BatchNorm; nothing of the latter where there is none."""
         if self.measured is None:

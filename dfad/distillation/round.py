@@ -131,9 +131,11 @@ class Round:
         self.student.train()
         with torch.no_grad(), self.engine.autocast():
             images = self.interpolation.within(self.student_images())
-            teacher = self.teacher(images)
         with self.engine.autocast():
-            terms = self.imitation_terms(as_outputs(self.student(images)), teacher)
+            teacher, student = self.engine.both(
+                lambda: self.teacher.without_gradient(images), lambda: as_outputs(self.student(images))
+            )
+            terms = self.imitation_terms(student, teacher)
             terms |= self.interpolation.joint_terms(images, teacher.logits)
         loss = self.imitation_loss(terms)
         self.engine.descend(loss, self.student_optimizer)

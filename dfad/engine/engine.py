@@ -6,6 +6,7 @@ The trainer says what happens in a round; nothing of how it runs is known there,
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,15 @@ from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_products
+from dfad.engine.two_streams import TwoStreams
 from dfad.errors import ConfigurationError
 from dfad_kernels import kernel_name
 from dfad_kernels.cpu.convolution_chain import has_tiles
 
 log = logging.getLogger(__name__)
+
+One = TypeVar("One")
+Other = TypeVar("Other")
 
 
 class Unavailable(Exception):
@@ -62,6 +67,8 @@ class Engine:
         )
         self.keep_memory = self._admit("keep_memory", config.keep_memory, self._check_keep_memory)
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
+        self.two_streams = self._admit("two_streams", config.two_streams, self._check_two_streams)
+        self._streams = TwoStreams(device) if self.two_streams else None
         # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.graphs = RoundGraphs(device, required=config.cuda_graph == "on") if self.cuda_graph else None
@@ -111,6 +118,10 @@ class Engine:
             raise Unavailable("apex's optimizers take the learning rate from the host, which a graph would fix")
         if not self.fused_optimizers:
             raise Unavailable("engine.fused_optimizers is off, and a graph would fix the learning rate")
+
+    def _check_two_streams(self) -> None:
+        if not self.cuda_graph:
+            raise Unavailable("engine.cuda_graph is off, or cannot run here, and the host launches one after the other")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +178,10 @@ class Engine:
             generators: of the random numbers that it draws.
         """
         return round_() if self.graphs is None else self.graphs.run(round_, generators)
+
+    def both(self, aside: Callable[[], One], ahead: Callable[[], Other]) -> tuple[One, Other]:
+        """What two works return, of which neither waits for the other; nothing in the first takes a gradient."""
+        return (aside(), ahead()) if self._streams is None else self._streams.both(aside, ahead)
 
     @property
     def captured(self) -> bool:

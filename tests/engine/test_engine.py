@@ -34,6 +34,7 @@ ALL_OFF = EngineConfig(
     merge_upsampling="off",
     keep_memory="off",
     cuda_graph="off",
+    two_streams="off",
     compile="off",
 )
 PARTS = ("channels_last", "fused_optimizers", "fold_batchnorm", "fuse_batchnorm", "merge_upsampling")

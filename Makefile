@@ -6,7 +6,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc
 
 .PHONY: demo test bench report gpu gpu-wheels lint sanitize clean
 
-demo: $(VENV)/.core
+demo: $(VENV)/.demo
 	$(BIN)/python -m dfad.train --fused
 
 test: $(VENV)/.dev lint
@@ -46,13 +46,13 @@ sanitize: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install -q -c constraints.txt -e .
+$(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $(VENV)/.core $@
+	touch $(VENV)/.demo $@
 
 clean:
 	rm -rf $(VENV) build

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Record, load_all
+from dfad.experiments.figures import comparison_figure
 from dfad.experiments.provenance import UNKNOWN
-from dfad.runs.report import comparison_figure, save
+from dfad.runs.pictures import save_picture
 
 ROOT = Path(__file__).parents[1]
 README, ALL_RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -433,7 +434,8 @@ def main() -> None:
     ALL_RESULTS.write_text(results(records), encoding="utf-8")
     for name, record in records.items():
         if len(record.get("arms", ())) > 1:
-            save(comparison_figure(record), ALL_RESULTS.with_name(name).with_suffix(".png"))
+            picture = ALL_RESULTS.with_name(name).with_suffix(".png")
+            save_picture(picture, lambda record=record: comparison_figure(record))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"There is no {kind} {name!r}.{nearest(name, known)} Choose one of: {', '.join(known)}."
 
 
+def not_installed(package: str, extra: str) -> str:
+    """The sentences for a package that an extra of this one brings along."""
+    return f"{package} is not installed. Install it with: pip install 'dfad[{extra}]'."
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the candidate closest to ``name``, or nothing where none is close."""
     matches = get_close_matches(name, list(candidates), n=1, cutoff=0.5)

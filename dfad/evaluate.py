@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,8 +26,12 @@ from dfad.models.factory import build
 from dfad.models.model_file import load_model
 from dfad.models.probing import require_same_classes
 from dfad.models.weights import load_weights
+from dfad.runs.pictures import new_figure, save_picture
 from dfad.runs.settings import override
 from dfad.terminal import configure_logging
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command.output is not None:
         command.output.mkdir(parents=True, exist_ok=True)
         write_atomically(command.output / JSON_FILE, lambda file: file.write(text.encode()))
-        picture = confusion_figure(torch.tensor(figures["confusion"]), dataset.classes)
-        write_atomically(command.output / PICTURE_FILE, lambda file: picture.savefig(file, format="png", dpi=110))
+        confusion = torch.tensor(figures["confusion"])
+        save_picture(command.output / PICTURE_FILE, lambda: confusion_figure(confusion, dataset.classes))
     if command.json:
         print(text)
     else:
@@ -235,11 +238,11 @@ def class_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
-def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
+def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> "Figure":
     """The confusion matrix as a picture, each row in parts of its class."""
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
     side = max(4.0, min(16.0, 0.45 * len(classes) + 2))
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     axes.set(xlabel="taken for", ylabel="class", title="Confusion, in parts of the class")

@@ -13,11 +13,12 @@ from rich.table import Table
 from dfad import cli
 from dfad.errors import ConfigurationError, unknown
 from dfad.experiments.comparisons import COMPARISONS, REAL_DATA, Comparison
+from dfad.experiments.figures import comparison_figure
 from dfad.experiments.provenance import machine
 from dfad.experiments.study import execute, plan, summarise
 from dfad.files import write_atomically
 from dfad.presets import TrainConfig
-from dfad.runs import report
+from dfad.runs.pictures import save_picture
 from dfad.supervised.cache import cached_teacher
 from dfad.terminal import configure_logging
 from dfad.validation import positive
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in filter(None, (folder / RECORD_FILE, command.output)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text.encode()))
-    report.save(report.comparison_figure(record), folder / CURVES_FILE)
+    save_picture(folder / CURVES_FILE, lambda: comparison_figure(record))
     Console().print(table(record))
     for claim in record["claims"]:
         Console().print(f"{'holds' if claim['holds'] else 'does not hold'}: {claim['text']}")

@@ -110,12 +110,3 @@ def test_its_options_exist(capsys, monkeypatch):
     mentioned = {flag for row in table("Options that matter") for flag in re.findall(r"`(--[^`]+)`", row[0])}
     assert len(mentioned) > 15
     assert mentioned <= offered
-
-
-def test_the_losses_load_neither_triton_nor_what_draws_and_records():
-    code = (
-        "import sys\n"
-        "for name in ('triton', 'matplotlib', 'tensorboard', 'sklearn', 'tyro'): sys.modules[name] = None\n"
-        "import dfad.losses, dfad.functional\n"
-    )
-    execute(ROOT, [sys.executable, "-c", code])

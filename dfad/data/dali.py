@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfad.data.encoded import EncodedSplit
 from dfad.data.plan import Plan
-from dfad.errors import DataError
+from dfad.errors import DataError, not_installed
 
 THREADS = 4
 """That decode on the CPU."""
@@ -40,8 +40,8 @@ class DaliBackend:
     ) -> None:
         if not dali_installed():
             raise DataError(
-                "The backend dali needs NVIDIA DALI, which is not installed. Install it with pip install 'dfad[dali]', "
-                "or use --data.backend native."
+                f"The backend dali needs NVIDIA DALI. {not_installed('NVIDIA DALI', 'dali')} Or use "
+                "--data.backend native."
             )
         self.split = split
         self.mean = [255 * value for value in mean]

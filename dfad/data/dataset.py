@@ -7,13 +7,12 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from dfad.data.config import DataConfig
 from dfad.data.decoded import DecodedSplit
 from dfad.data.encoded import EncodedSplit
-from dfad.errors import DataError
+from dfad.errors import DataError, not_installed
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +101,13 @@ def divide(split: SplitT, test_fraction: float, source: str) -> tuple[SplitT, Sp
     """A fixed stratified division of one split into train and test.
 
     Raises:
-        DataError: if a class has too few images to be in both.
+        DataError: if a class has too few images to be in both, or scikit-learn is not installed.
     """
+    try:
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        need = not_installed("scikit-learn", "images")
+        raise DataError(f"{source} is divided into train and test images by scikit-learn. {need}") from None
     indices = np.arange(len(split))
     try:
         train, test = train_test_split(indices, test_size=test_fraction, stratify=split.labels.numpy(), random_state=0)

@@ -73,6 +73,24 @@ def fetch(remote: Remote, folder: Path) -> Path:
     return path
 
 
+def published(remote: Remote, folder: Path) -> Path:
+    """A file in a folder that is byte for byte the published one: for formats whose parsers do not survive damage.
+
+    Raises:
+        DataError: if it is missing, damaged or another file.
+    """
+    path = folder / remote.name
+    if not path.is_file():
+        raise DataError(f"There is no {path}. Point --data.root at its folder, or let --data.download fetch it there.")
+    found = _md5(path)
+    if found != remote.md5:
+        raise DataError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or not the official file: its MD5 is {found}, needed is "
+            f"{remote.md5}. Delete it and download it again with --data.download, or from {remote.url}."
+        )
+    return path
+
+
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -8,17 +8,20 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dfad.data.config import DataConfig
 from dfad.data.decoded import DecodedSplit
 from dfad.data.files import Blob
-from dfad.data.pixels import ORIENTATION, brightest, eight_bits, is_grey, is_plain, require_bright
+from dfad.data.pixels import ORIENTATION, brightest, eight_bits, is_grey, is_plain, pillow, require_bright
 from dfad.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +72,11 @@ class EncodedSplit:
         """
         data = blob.read()
         channels, height, width = self.image_shape
-        with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
+        with _opened(blob, data) as image:
             self._check(blob, image)
             picture = eight_bits(image, blob, self.bits).convert("L" if channels == 1 else "RGB")
         if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            picture = picture.resize((width, height), pillow().Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
@@ -83,7 +86,7 @@ class EncodedSplit:
         Raises:
             DataError: naming the file, if its header shows another size or kind than the rest.
         """
-        with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
+        with _opened(blob, data) as image:
             self._check(blob, image)
             if is_plain(image):
                 return None
@@ -96,7 +99,7 @@ class EncodedSplit:
         """That all images would take in memory."""
         return len(self) * math.prod(self.image_shape)
 
-    def _check(self, blob: Blob, image: Image.Image) -> None:
+    def _check(self, blob: Blob, image: "Image.Image") -> None:
         channels, height, width = self.image_shape
         if not self.resized and image.size != (width, height):
             raise DataError(
@@ -165,7 +168,7 @@ def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
     """Refuse images of too few significant bits; say where an orientation is not applied."""
     deep, turned = [], []
     for blob in blobs[:: -(-len(blobs) // SAMPLE)]:
-        with suppress(DataError), decoding(blob, data := blob.read()), Image.open(io.BytesIO(data)) as image:
+        with suppress(DataError), _opened(blob, blob.read()) as image:
             if (value := brightest(image)) is not None:
                 deep.append(value)
             if image.getexif().get(ORIENTATION, 1) != 1:
@@ -185,11 +188,19 @@ def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], bool]:
     for index, blob in enumerate(blobs):
         try:
             data = blob.read()
-            with decoding(blob, data), Image.open(io.BytesIO(data)) as image:
+            with _opened(blob, data) as image:
                 return image.size, is_grey(image)
         except DataError as error:
             failure = failure if index else error
     raise failure
+
+
+@contextmanager
+def _opened(blob: Blob, data: bytes) -> Iterator["Image.Image"]:
+    """The image in a file, its header read."""
+    opener = pillow()
+    with decoding(blob, data), opener.open(io.BytesIO(data)) as image:
+        yield image
 
 
 @contextmanager

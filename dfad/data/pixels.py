@@ -1,12 +1,16 @@
 """Images of every kind as greyscale or RGB of eight bits per channel: scaled right, or refused."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from dfad.errors import DataError
+from dfad.errors import DataError, not_installed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281
 """Tags of TIFF."""
@@ -17,6 +21,19 @@ ORIENTATION = 274
 MANY_BITS = 16
 DARK = 2**14
 """Brightest pixel below which images of 16 bits seem to have fewer significant ones."""
+
+
+def pillow() -> Any:
+    """The module that opens image files.
+
+    Raises:
+        DataError: if Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError(f"Image files are read with Pillow. {not_installed('Pillow', 'images')}") from None
+    return Image
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -63,7 +80,7 @@ def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> I
         if transparent is not None and (pixels == transparent).any():
             raise _transparency(source)
         scaled = (255 * pixels + white // 2) // white
-        return Image.fromarray((255 - scaled if inverted else scaled).astype(np.uint8))
+        return pillow().fromarray((255 - scaled if inverted else scaled).astype(np.uint8))
     if ";16" in _raw_mode(image) and bits not in (None, MANY_BITS):
         raise DataError(
             f"{source} is in colour with 16 bits per channel, of which the upper 8 are read; --data.bits {bits} cannot "

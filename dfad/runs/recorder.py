@@ -13,6 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dfad.errors import not_installed
 from dfad.files import write_atomically, writing
 from dfad.terminal import console
 
@@ -47,7 +48,7 @@ class MetricBuffer:
 
 
 class Recorder:
-    """Metrics to ``metrics.jsonl``, TensorBoard and the terminal.
+    """Metrics to ``metrics.jsonl``, the terminal and, where it is installed, TensorBoard.
 
     Args:
         folder: the run's; without one, metrics go to the terminal and :attr:`history` alone.
@@ -75,14 +76,11 @@ class Recorder:
         self.history: list[dict[str, float]] = []
         self._file = self._events = None
         if folder is not None:
-            # imported late: it takes a second, and a run without a folder does not need it
-            from torch.utils.tensorboard import SummaryWriter
-
             self.history = _records_until(folder / METRICS, start, unit)
             _rewrite(folder / METRICS, self.history)
             with self._writing():
                 self._file = (folder / METRICS).open("a", encoding="utf-8")
-                self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start > first else None)
+                self._events = _event_writer(folder, purge_step=start + 1 if start > first else None)
         self._progress = (
             Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -132,6 +130,16 @@ class Recorder:
             log.info("Warm-up %d/%d  %s", round_index - self.first, -self.first, status)
         else:
             log.info("%s %d/%d  %s", self.unit.capitalize(), round_index, self.rounds, status)
+
+
+def _event_writer(folder: Path, purge_step: int | None) -> Any:
+    try:
+        # imported late: it takes a second, and a run without a folder does not need it
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("No TensorBoard events are written: %s", not_installed("tensorboard", "demo"))
+        return None
+    return SummaryWriter(str(folder / EVENTS), purge_step=purge_step)
 
 
 def _status(metrics: Metrics) -> str:

@@ -17,14 +17,13 @@ from dfad.config import DistillConfig, StudentConfig
 from dfad.files import write_atomically
 from dfad.models.factory import path_of
 from dfad.models.model_file import save_model
+from dfad.runs.pictures import new_figure, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES = 32
 """Images in ``samples.png``."""
-
-PNG_DPI = 110
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
@@ -86,7 +85,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 def write_pictures(
     folder: Path, samples: Samples, normalisation: Normalisation, history: Sequence[Mapping[str, float]]
 ) -> None:
-    """Write ``samples.png`` and ``curves.png``.
+    """Write ``samples.png`` and ``curves.png``, where matplotlib is installed.
 
     Args:
         folder: of the run.
@@ -94,8 +93,8 @@ def write_pictures(
         normalisation: mean and standard deviation per channel, to undo; empty where they are not known.
         history: the records of ``metrics.jsonl``.
     """
-    save(samples_figure(samples, normalisation), folder / "samples.png")
-    save(curves_figure(history), folder / "curves.png")
+    save_picture(folder / "samples.png", lambda: samples_figure(samples, normalisation))
+    save_picture(folder / "curves.png", lambda: curves_figure(history))
 
 
 def student_architecture(student: nn.Module, config: StudentConfig) -> dict[str, Any]:
@@ -105,24 +104,12 @@ def student_architecture(student: nn.Module, config: StudentConfig) -> dict[str,
     return {"factory": None, "class": path_of(type(student))}
 
 
-def _figure(width: float, height: float) -> Figure:
-    # imported late: it takes half a second, and a run without a folder draws nothing
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
-
-
 def samples_figure(samples: Samples, normalisation: Normalisation) -> Figure:
     """Generated images, each titled with the teacher's label and its confidence."""
     pixels = to_pixels(samples.images, *normalisation)
     columns = 8
     rows = math.ceil(len(pixels) / columns)
-    figure = _figure(columns * 1.05, rows * 1.25)
+    figure = new_figure(columns * 1.05, rows * 1.25)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     titles = zip(samples.labels.tolist(), samples.confidences.tolist(), strict=True)
     for axes, image, (label, confidence) in zip(grid.flat, pixels, titles, strict=False):
@@ -158,7 +145,7 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         "Student": ("agreement", "accuracy"),
         "Generated images": ("class_entropy", "teacher_confidence", "pairwise_diversity"),
     }
-    figure = _figure(12, 3.4)
+    figure = new_figure(12, 3.4)
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             points = [(record["round"], record[name]) for record in history if name in record]
@@ -172,32 +159,4 @@ def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()
-    return figure
-
-
-def comparison_figure(record: Mapping[str, Any]) -> Figure:
-    """Accuracy over images for every arm of a comparison: the mean over the seeds, and a standard deviation to either
-    side. The images are those that the student was shown; in a record of before these were counted, the generated ones.
-
-    Args:
-        record: what :mod:`dfad.reproduce` writes.
-    """
-    figure = _figure(9, 5)
-    axes = figure.subplots()
-    curves = [arm["curve"] for arm in record["arms"].values() if "curve" in arm]
-    counted = all("student_images" in curve for curve in curves)
-    axis, label = ("student_images", "images that the student was shown") if counted else ("images", "generated images")
-    for number, (name, arm) in enumerate(record["arms"].items()):
-        colour = f"C{number % 10}"
-        if "curve" not in arm:
-            axes.axhline(arm["accuracy"]["mean"], color=colour, linestyle=":", label=name)
-            continue
-        images, mean, std = (arm["curve"][key] for key in (axis, "mean", "std"))
-        axes.plot(images, mean, color=colour, label=name)
-        low, high = ([m + sign * d for m, d in zip(mean, std, strict=True)] for sign in (-1, 1))
-        axes.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(record["teacher_accuracy"], color="black", linestyle="--", linewidth=1, label="teacher")
-    axes.set(title=record["comparison"], xlabel=label, ylabel="accuracy on real images")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
     return figure

@@ -1,12 +1,13 @@
 """The teachers of the recipes: trained once, kept in the cache folder."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+
+from filelock import FileLock
 
 from dfad.data import open_dataset
 from dfad.errors import ConfigurationError, unknown
@@ -42,16 +43,16 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
     recipe = RECIPES[name]
     settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
+    lock = FileLock(path.with_suffix(".lock"))  # of several processes that need it at once, one trains, the others wait
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("w")
+        lock.acquire()
     except OSError as error:
         raise ConfigurationError(
             f"The cache folder {path.parent} cannot be written: {error.strerror}. Name another with the environment "
             "variable DFAD_CACHE."
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that need it at once, one trains and the others wait
         if not path.exists():
             log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)
             trainer = SupervisedTrainer(recipe, open_dataset(replace(recipe.data, root=root)))

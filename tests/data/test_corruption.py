@@ -10,17 +10,11 @@ from dfad.data import DataConfig, open_dataset
 from dfad.errors import DataError
 
 from .conftest import below, cifar_files, folder_files, mnist_files, tar, write
-from .formats.test_svhn import save
 from .formats.test_webdataset import shard
 
 
 def cifar_archive(root):
     tar(root / "cifar.tar.xz", below("cifar-10-batches-bin", cifar_files("binary", 10)))
-
-
-def svhn(root):
-    save(root, "train", [1, 2, 3])
-    save(root, "test", [1, 2])
 
 
 def shards(root):
@@ -33,7 +27,6 @@ LAYOUTS = {
     "mnist": ("mnist", lambda root: write(root, mnist_files(zipped=False, train=4, test=3))),
     "cifar10, python": ("cifar10", lambda root: write(root, cifar_files("python", 10))),
     "cifar10, binary archive": ("cifar10", cifar_archive),
-    "svhn": ("svhn", svhn),
     "image folder": ("folder", lambda root: write(root, folder_files(3))),
     "image archive": ("folder", lambda root: tar(root / "images.tar", folder_files(3))),
     "compressed image archive": ("folder", lambda root: tar(root / "images.tar.gz", folder_files(3))),

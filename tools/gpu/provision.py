@@ -32,8 +32,8 @@ PLATFORMS = (
 )
 
 MODULES = (
-    "torch", "triton", "numpy", "tyro", "yaml", "safetensors", "rich", "tensorboard", "matplotlib", "sklearn", "PIL",
-    "pytest", "pytest_benchmark", "xdist", "hypothesis",
+    "torch", "triton", "numpy", "tyro", "yaml", "safetensors", "rich", "filelock", "tensorboard", "matplotlib",
+    "sklearn", "PIL", "scipy", "pytest", "pytest_benchmark", "xdist", "hypothesis",
 )  # fmt: skip
 """What the project, its tests and its benchmarks import."""
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset, divide, statistics
 from dfad.data.decoded import DecodedSplit
 from dfad.data.download import require_root
 from dfad.data.formats.folder import TEST_NAMES
-from dfad.data.pixels import brightest, eight_bits, require_bright
+from dfad.data.pixels import brightest, eight_bits, pillow, require_bright
 from dfad.errors import DataError, nearest
 
 
@@ -105,7 +104,7 @@ def _decode(samples: Iterable[tuple[Any, int]], source: str, bits: int | None) -
     labels: list[int] = []
     deep: list[int] = []
     for index, (image, label) in enumerate(samples):
-        if isinstance(image, Image.Image):
+        if isinstance(image, pillow().Image):
             if bits is None and (value := brightest(image)) is not None:
                 deep.append(value)
             image = eight_bits(image, f"{source}: image {index}", bits)

@@ -8,9 +8,8 @@ import torch
 from dfad.data.config import DataConfig
 from dfad.data.dataset import Dataset
 from dfad.data.decoded import DecodedSplit
-from dfad.data.download import Remote, fetch, require_root
-from dfad.data.formats.mat import read_mat
-from dfad.errors import DataError
+from dfad.data.download import Remote, fetch, published, require_root
+from dfad.errors import DataError, not_installed
 
 REMOTES = (
     Remote("http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
@@ -21,24 +20,25 @@ MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 
 
 def read_svhn(config: DataConfig) -> Dataset:
-    """SVHN without its extra images."""
+    """SVHN without its extra images.
+
+    Raises:
+        DataError: if a file is missing or not the official one, or SciPy is not installed.
+    """
     root = require_root(config)
     if config.download:
         for remote in REMOTES:
             fetch(remote, root)
-    train, test = (_read(root / remote.name) for remote in REMOTES)
+    train, test = (_read(published(remote, root)) for remote in REMOTES)
     return Dataset(config.name, tuple("0123456789"), MEAN, STD, train, test)
 
 
 def _read(path: Path) -> DecodedSplit:
-    if not path.is_file():
-        raise DataError(f"There is no {path}. Point --data.root at its folder, or let --data.download fetch it there.")
-    content = read_mat(path)
-    images, labels = content.get("X"), content.get("y")
-    if images is None or labels is None or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
-        raise DataError(f"{path} holds no X of shape (32, 32, 3, images) with y; it is not the official file.")
-    if images.dtype != np.uint8 or labels.size != images.shape[3]:
-        raise DataError(f"{path} holds X of {images.dtype} for {images.shape[3]} images and {labels.size} labels in y.")
-    numbers = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError(f"The data set svhn is read with SciPy. {not_installed('scipy', 'svhn')}") from None
+    content = loadmat(path)
+    numbers = torch.from_numpy(content["y"].reshape(-1).astype(np.int64))
     numbers[numbers == 10] = 0  # MATLAB counts from 1: the digit 0 is class 10
-    return DecodedSplit(torch.from_numpy(images.transpose(3, 2, 0, 1).copy()), numbers, source=str(path))
+    return DecodedSplit(torch.from_numpy(content["X"].transpose(3, 2, 0, 1).copy()), numbers, source=str(path))

@@ -126,12 +126,12 @@ class BatchNormStatisticsLoss(nn.Module):
     See :func:`dfad.functional.batchnorm_distance`.
 
     Args:
-        norms: the BatchNorms, whose running statistics are read at each call.
+        norms: the BatchNorms, whose running statistics are read at each call; a list may change between calls.
     """
 
     def __init__(self, norms: Sequence[BatchNorm]) -> None:
         super().__init__()
-        self.norms = list(norms)  # a list, not a ModuleList: they belong to the teacher
+        self.norms = norms  # no ModuleList: they belong to the teacher
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """What reached each BatchNorm, ``(B, channels, ...)`` each."""

@@ -1,8 +1,11 @@
 """How a network behaves for the length of a block; afterwards it is as before."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
+import torch
 from torch import nn
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -22,6 +25,14 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def set_mode(network: nn.Module, *, training: bool) -> None:
+    """Put a network into training or eval mode; one that torch.export made has a single mode, and stays in it."""
+    try:
+        network.train(training)
+    except NotImplementedError:
+        return
+
+
 def evaluating(*networks: nn.Module) -> AbstractContextManager[None]:
     """The networks are in eval mode."""
     return _in_mode(networks, training=False)
@@ -34,13 +45,24 @@ def training(*networks: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _in_mode(networks: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
-    modes = {module: module.training for network in networks for module in network.modules()}
+    modes = modes_of(*networks)
     for network in networks:
-        network.train(training)
+        set_mode(network, training=training)
     try:
         yield
     finally:
-        for module, was_training in modes.items():
+        restore_modes(modes)
+
+
+def modes_of(*networks: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module is in training mode."""
+    return {module: module.training for network in networks for module in network.modules()}
+
+
+def restore_modes(modes: dict[nn.Module, bool]) -> None:
+    """Bring modules into modes that :func:`modes_of` found."""
+    for module, was_training in modes.items():
+        if module.training != was_training:
             module.training = was_training
 
 
@@ -60,3 +82,15 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn from the random streams of Python, NumPy and PyTorch does not move them."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the stream that networks draw from
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

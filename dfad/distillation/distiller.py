@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ class Distiller:
 
     Args:
         teacher: a trained classifier; copied, never changed.
-        student: trained in place.
+        student: trained in place. From here to the end of :meth:`fit` it is where and how the engine runs it; after
+            that, also after an exception, it is the plain network that was given, with its new weights: on the device
+            that it came on, or on the GPU where the run was on one.
         config: everything else.
         image_shape: ``(channels, height, width)`` of the teacher's images; found by dry forwards where not given.
         normalisation: mean and standard deviation per channel that its images were normalised with, which the pictures
@@ -112,6 +114,8 @@ class Distiller:
             config.collapse, self.generator, self.round.generator_optimizer, self.round.fresh_generator_weights
         )
         self._global_rng: dict[str, Tensor] = {}
+        self._constants = {name for name, buffer in self.student.named_buffers() if not buffer.isfinite().all()}
+        """Buffers of the student that are infinite by design, as a mask is."""
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -167,7 +171,11 @@ class Distiller:
                 self.load_state_dict(state)
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
-        with self.engine.running(), seeded(stream_seed(self.config.seed, "networks"), self.device):
+        with (
+            self.round.student_placed(),
+            self.engine.running(),
+            seeded(stream_seed(self.config.seed, "networks"), self.device),
+        ):
             self._restore_global_rng()
             history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
@@ -226,7 +234,10 @@ class Distiller:
 
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
         # a loss is of the weights before its step; a checkpoint holds those after
-        norms = {"student_norm": _norm(self.student, self.round.connectors), "generator_norm": _norm(self.generator)}
+        norms = {
+            "student_norm": _norm(self.student, self.round.connectors, without=self._constants),
+            "generator_norm": _norm(self.generator),
+        }
         observed = self.observe()
         metrics = {**buffer.read(), **norms, **observed}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -355,8 +366,12 @@ def _loss_kernels(device: torch.device, *, fused: bool) -> str:
 
 
 @torch.no_grad()
-def _norm(*networks: nn.Module) -> float:
+def _norm(*networks: nn.Module, without: Container[str] = ()) -> float:
     """Euclidean length of parameters and statistics: finite if and only if each of them is."""
-    values = [value for network in networks for value in network.state_dict().values()]
-    state = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    state = [
+        value
+        for network in networks
+        for name, value in (*network.named_parameters(), *network.named_buffers())
+        if value.is_floating_point() and name not in without
+    ]
     return torch.nn.utils.get_total_norm(state).item()

@@ -44,7 +44,7 @@ def estimate(distiller: Distiller) -> Estimate:
     Args:
         distiller: one that is not to be fitted any more.
     """
-    with distiller.engine.running():
+    with distiller.round.student_placed(), distiller.engine.running():
         return _measured(distiller)
 
 

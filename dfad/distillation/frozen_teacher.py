@@ -1,17 +1,18 @@
 """The teacher as distilling needs it: frozen, in eval mode, and no slower than its convolutions."""
 
-import copy
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from dfad.copies import copy_network
 from dfad.engine import Engine
-from dfad.engine.fold_batchnorm import fold_batchnorm
-from dfad.errors import ModelError
+from dfad.errors import first_line
 from dfad.models.probing import as_outputs, parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
-from dfad.modes import BatchNorm
+from dfad.modes import BatchNorm, random_state_kept, set_mode
 
 log = logging.getLogger(__name__)
 
@@ -20,30 +21,36 @@ class FrozenTeacher:
     """A teacher that never learns: eval mode always, no parameter gradients, on copies of its own.
 
     Args:
-        teacher: copied, so that the caller's network is left as it was.
+        teacher: copied, so that the caller's network is left as it was; one that cannot be copied is taken itself.
         engine: where and how it runs.
+        image_shape: ``(channels, height, width)`` of images on which what the engine makes of it is compared with the
+            teacher as it is; not compared where it is not given.
+        batch_size: of the rounds.
     """
 
-    def __init__(self, teacher: nn.Module, engine: Engine) -> None:
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    def __init__(
+        self,
+        teacher: nn.Module,
+        engine: Engine,
+        image_shape: tuple[int, int, int] | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        teacher = _frozen_copy(teacher)
         self.parameter_count = parameter_count(teacher)
         self.norms: list[BatchNorm] = []
-        """Its BatchNorms, in the order of what :meth:`with_statistics` returns of them."""
-        self.measured: BatchNormTaps | None = None
+        """Its BatchNorms, in the order of what :meth:`with_statistics` returned of them last."""
+        self.measured: nn.Module | None = None
+        shape: dict[str, Any] = {"input_shape": image_shape, "batch_size": batch_size}
         if has_batchnorm(teacher):
             # of the network as it is: through a folded one, statistics would be divided by the BatchNorms' scales,
             # which trained networks bring to zero
-            self.measured = BatchNormTaps(copy.deepcopy(teacher))
-            self.norms = self.measured.norms
-            _place(self.measured, engine)
-        if engine.fold_batchnorm:
-            try:
-                teacher = fold_batchnorm(teacher)
-            except ModelError as reason:
-                if engine.config.fold_batchnorm == "on":
-                    raise
-                log.info("Without engine.fold_batchnorm: %s", reason)
-        self.network = _place(teacher.requires_grad_(False), engine)
+            measured = _measured(teacher, image_shape)
+            self.norms = measured.norms
+            self.measured = engine.place(
+                measured, role="teacher with its statistics", read=_read, own=["weights"], **shape
+            )
+        own = ["fold_batchnorm", "weights"]
+        self.network = engine.place(teacher, role="teacher", read=as_outputs, own=own, **shape)
 
     def __call__(self, images: Tensor) -> Outputs:
         """Logits and taps."""
@@ -62,10 +69,49 @@ class FrozenTeacher:
         return as_outputs(outputs), features
 
 
-def _place(network: nn.Module, engine: Engine) -> nn.Module:
-    if engine.dtype != torch.float32:
-        # cast once; autocast would cast the weights again at each step
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(engine.dtype)
-    return engine.place(network)
+def _read(result: tuple[Any, tuple[Tensor, ...]]) -> tuple[Outputs, tuple[Tensor, ...]]:
+    outputs, features = result
+    return as_outputs(outputs), features
+
+
+def _frozen_copy(teacher: nn.Module) -> nn.Module:
+    # compiled for its owner; how it is compiled here is the engine's
+    teacher = getattr(teacher, "_orig_mod", teacher)
+    try:
+        teacher = copy_network(teacher)
+    except Exception as error:  # whatever its attributes raise
+        log.warning(
+            "The teacher %s cannot be copied (%s: %s): it is taken itself, and stays in eval mode, without gradients "
+            "of its parameters.",
+            *(type(teacher).__name__, type(error).__name__, first_line(error)),
+        )
+    set_mode(teacher, training=False)
+    for parameter in teacher.parameters():
+        parameter.requires_grad = False
+    return teacher
+
+
+def _measured(teacher: nn.Module, image_shape: tuple[int, int, int] | None) -> BatchNormTaps:
+    """The teacher and what reaches its BatchNorms: by its graph, if that returns the same bits as hooks."""
+    try:
+        measured, hooked = (BatchNormTaps(copy_network(teacher), traced=traced) for traced in (True, False))
+    except Exception:  # of which the owner was told
+        measured = hooked = BatchNormTaps(teacher, traced=False)
+    if image_shape is None:
+        return measured
+    device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        results = []
+        for network in (measured, hooked):
+            with random_state_kept():
+                torch.manual_seed(0)
+                outputs, features = _read(network(images))
+            results.append((*outputs, *features))
+    same = len(results[0]) == len(results[1]) and all(map(_equal, *results))
+    return measured if same else hooked
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)

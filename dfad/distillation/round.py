@@ -1,6 +1,7 @@
 """The round: student steps on generated images, then the generator against the student."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from dfad.distillation.interpolation import VirtualInterpolation
 from dfad.distillation.preflight import check_networks
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
+from dfad.engine.placement import Placement
 from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
-from dfad.models.generator import Generator
+from dfad.models.generator import Generator, merge_upsampling
 from dfad.models.probing import as_outputs
 from dfad.models.taps import Outputs, has_batchnorm
-from dfad.modes import frozen
+from dfad.modes import frozen, set_mode
 from dfad.seeds import seeded, stream_seed
 
 Terms = dict[str, Tensor]
@@ -69,14 +71,36 @@ class Round:
             connectors: nn.Module = (
                 Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
             )
-        self.teacher = FrozenTeacher(teacher, engine)
-        self.student = engine.place(student)
-        self.generator = engine.place(generator)
-        self.connectors = engine.place(connectors)
-        self.student_optimizer = engine.optimizer(
-            config.optimizer.student, [*student.parameters(), *connectors.parameters()]
+        size = method.batch_size
+        self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
+        if method.regularizers.batchnorm and not self.teacher.norms:
+            raise ModelError(
+                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but a forward pass of "
+                f"{type(teacher).__name__} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
+            )
+        self.placement = Placement(
+            engine, student, role="student", input_shape=image_shape, batch_size=size, read=as_outputs
         )
-        self.generator_optimizer = engine.optimizer(config.optimizer.generator, generator.parameters())
+        self.generator = engine.place(
+            generator,
+            role="generator",
+            input_shape=(config.generator.noise_dim,),
+            batch_size=size,
+            changes={"merge_upsampling": merge_upsampling},
+        )
+        self.connectors = connectors
+        for connector in connectors.modules():
+            if isinstance(connector, nn.Sequential):
+                engine.place(connector, role="connector")
+        self.student = self.placement.take()
+        try:
+            self.student_optimizer = engine.optimizer(
+                config.optimizer.student, [*student.parameters(), *connectors.parameters()]
+            )
+            self.generator_optimizer = engine.optimizer(config.optimizer.generator, generator.parameters())
+        except Exception:
+            self.placement.give_back()
+            raise
 
         self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
         self.activation = ActivationBoundaryLoss(
@@ -125,10 +149,20 @@ class Round:
         set_learning_rate(self.generator_optimizer, self.config.optimizer.generator.lr)
         return self.generator_step(adversary=False)
 
+    @contextmanager
+    def student_placed(self) -> Iterator[None]:
+        """The student is placed, and afterwards its owner's again, whatever happens."""
+        self.placement.take()
+        try:
+            yield
+        finally:
+            self.placement.give_back()
+            self.engine.forget_graphs()  # of tensors that the student has no longer
+
     def student_step(self) -> Terms:
         """One step of the student towards the teacher, and one on mixed images where these have a step of their own;
         returns the terms of its loss."""
-        self.student.train()
+        set_mode(self.student, training=True)
         with torch.no_grad(), self.engine.autocast():
             images = self.interpolation.within(self.student_images())
         with self.engine.autocast():
@@ -182,7 +216,7 @@ class Round:
         """
         method = self.config.method
         regularizers = method.regularizers
-        self.student.train(method.student_batchnorm == "train")
+        set_mode(self.student, training=method.student_batchnorm == "train")
         with frozen(self.student, self.connectors):
             with self.engine.autocast():
                 images = self.generator(self.sample_noise(method.batch_size))
@@ -240,7 +274,6 @@ class Round:
             self.image_shape,
             self.config.generator.noise_dim,
             self.config.generator.width,
-            merge_upsampling=self.engine.merge_upsampling,
         )
 
     def fresh_generator_weights(self, number: int) -> dict[str, Tensor]:

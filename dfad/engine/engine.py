@@ -6,17 +6,16 @@ The trainer says what happens in a round; nothing of how it runs is known there,
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.engine.cuda_graph import RoundGraphs
-from dfad.engine.fuse_batchnorm import fuse_batchnorm
-from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
+from dfad.engine.placement import Placement
 from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_products
 from dfad.engine.two_streams import TwoStreams
 from dfad.errors import ConfigurationError
@@ -149,18 +148,9 @@ class Engine:
             stack.callback(self.forget_graphs)
             yield
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """A network on the device, in the engine's memory format, compiled where that is asked for."""
-        network.to(self.device)
-        if self.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.fuse_convolutions:
-            fuse_convolutions(network)
-        elif self.fuse_batchnorm and any(parameter.requires_grad for parameter in network.parameters()):
-            fuse_batchnorm(network)
-        if self.compile:
-            network.compile(dynamic=False)
-        return network
+    def place(self, network: nn.Module, **options: Any) -> nn.Module:
+        """A network where and how the engine runs it; see :class:`dfad.engine.placement.Placement`."""
+        return Placement(self, network, **options).take()
 
     def optimizer(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """An optimizer over parameters that are on the device."""

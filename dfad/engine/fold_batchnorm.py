@@ -1,12 +1,10 @@
 """BatchNorm in eval mode folded into the convolution before it."""
 
-import copy
-from collections import Counter
-
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dfad.models.taps import trace
+from dfad.copies import copy_network
+from dfad.engine.tracing import trace
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:
@@ -19,27 +17,29 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
         network: in eval mode; it is left as it is.
 
     Raises:
-        ModelError: if it cannot be traced.
+        NotPlain: if it may not be rewritten.
     """
-    network = copy.deepcopy(network)
-    graph = trace(network)
+    traced = trace(network, training=False)
+    network, graph = copy_network(network), traced.graph
     modules = dict(network.named_modules())
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+        if node.op != "call_module" or type(modules[str(node.target)]) is not nn.BatchNorm2d:
             continue
-        before = node.args[0]
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
         names = str(before.target), str(node.target)
+        convolution, norm = (modules[name] for name in names)
         folds = (
-            isinstance(before, fx.Node)
-            and before.op == "call_module"
-            and isinstance(modules[names[0]], nn.Conv2d)
+            type(convolution) is nn.Conv2d
+            and isinstance(norm, nn.BatchNorm2d)
             and len(before.users) == 1  # whoever else reads the convolution needs it as it was
-            and calls[names[0]] == calls[names[1]] == 1  # shared modules would be folded twice
-            and modules[names[1]].running_mean is not None
+            and traced.replaceable.issuperset(names)
+            and norm.running_mean is not None
+            and not norm.training
         )
         if folds:
-            _replace(network, names[0], fuse_conv_bn_eval(modules[names[0]], modules[names[1]]))
+            _replace(network, names[0], fuse_conv_bn_eval(convolution, norm))
             node.replace_all_uses_with(before)
             graph.erase_node(node)
     graph.lint()

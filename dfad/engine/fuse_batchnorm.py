@@ -1,16 +1,16 @@
 """BatchNorms in training mode computed together with the addition and the activation behind them."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.errors import ModelError
-from dfad.models.taps import trace
-from dfad.modes import training
+from dfad.engine.tracing import Trace, plain_parts
 from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
 
@@ -53,12 +53,25 @@ class FusedBatchNorm(nn.Module):
         return (
             norm.training
             and norm.momentum is not None
-            and (features.device.type == "cuda" or features.numel() >= self.smallest)
+            and (features.device.type == "cuda" or features.numel() >= self.smallest or _of_any_size.get())
             and features.numel() > features.shape[1]  # of a single value there is no variance: PyTorch's own error
             and features.is_contiguous(memory_format=torch.channels_last)
             and (norm.weight is None or norm.weight.dtype == compute_dtype(features))
             and (residual is None or (residual.shape == features.shape and residual.dtype == features.dtype))
         )
+
+
+_of_any_size = ContextVar("of_any_size", default=False)
+
+
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """For as long as it lasts small features are computed like large ones, for those who compare."""
+    token = _of_any_size.set(True)
+    try:
+        yield
+    finally:
+        _of_any_size.reset(token)
 
 
 def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
@@ -74,38 +87,23 @@ def count_batch(*norms: nn.BatchNorm2d) -> None:
         torch._foreach_add_(counters, 1)
 
 
-def fuse_batchnorm(network: nn.Module, refine: Callable[[fx.GraphModule], None] = lambda fused: None) -> None:
+def fuse_batchnorm(network: nn.Module, refine: Callable[[fx.GraphModule, Trace], None] = lambda *_: None) -> None:
     """Let a network compute its BatchNorms so, in training mode; parameters, buffers and modules stay what they are.
 
-    Where a network cannot be traced, those of its children are fused that can. One with hooks is left as it is: they
-    belong to modules, which a graph has none of but PyTorch's.
+    Where a network may not be rewritten, those of its parts are that may (:mod:`dfad.engine.tracing`).
 
     Args:
         network: any.
         refine: what else to do to the graph, of which no module is anybody else's.
     """
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
-        return
-    try:
-        with training(network):  # what depends on the mode is traced as it is there
-            graph = trace(network)
-    except ModelError:
-        for child in network.children():
-            fuse_batchnorm(child, refine)
-        return
-    fused = fx.GraphModule(network, graph, type(network).__name__)
-    without_identities(fused)
-    for node in list(fused.graph.nodes):
-        if node.op == "call_module" and type(fused.get_submodule(str(node.target))) is nn.BatchNorm2d and node.args:
-            _fuse(fused, node)
-    refine(fused)
-    fused.graph.lint()
-    fused.recompile()
-
-    def call(*inputs: Any, **options: Any) -> Any:
-        return fused(*inputs, **options) if network.training else network._call_impl(*inputs, **options)
-
-    replace_call(network, call)
+    for traced in plain_parts(network, training=True):
+        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+        without_identities(fused)
+        for node in list(fused.graph.nodes):
+            if node.op == "call_module" and str(node.target) in traced.replaceable and node.args:
+                _fuse(fused, node)
+        refine(fused, traced)
+        replace_call(traced, fused, in_training=True)
 
 
 def without_identities(fused: fx.GraphModule) -> None:
@@ -116,15 +114,31 @@ def without_identities(fused: fx.GraphModule) -> None:
             fused.graph.erase_node(node)
 
 
-def replace_call(network: nn.Module, call: Callable[..., Any]) -> None:
-    """Let a network be called so; copies and files of it go without."""
+def replace_call(traced: Trace, rewritten: fx.GraphModule, *, in_training: bool = False) -> None:
+    """Let a network be called as rewritten, wherever its trace holds; copies and files of it go without.
+
+    Args:
+        traced: the network.
+        rewritten: its graph.
+        in_training: in training mode alone.
+    """
+    rewritten.graph.lint()
+    rewritten.recompile()
+    network = traced.network
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        if (network.training or not in_training) and traced.takes(inputs, options):
+            return rewritten(*inputs)
+        return network._call_impl(*inputs, **options)
+
     network._compiled_call_impl = call  # where nn.Module.compile leaves what it makes
 
 
 def _fuse(fused: fx.GraphModule, norm: fx.Node) -> None:
-    """Replace a BatchNorm's node and what follows it."""
+    """Replace a node and what follows it, if it is a BatchNorm's."""
     module = fused.get_submodule(str(norm.target))
-    assert isinstance(module, nn.BatchNorm2d)
+    if type(module) is not nn.BatchNorm2d:
+        return
     chain, residual, slope = [norm], None, 1.0
     addition = only_user(norm)
     if addition is not None:

@@ -1,5 +1,6 @@
 """3×3 convolutions and what follows them as chains, each one operation; on CPUs with tiles, in bfloat16."""
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,7 @@ from dfad.engine.fuse_batchnorm import (
     statistics_to_move,
     without_identities,
 )
-from dfad.errors import ModelError
-from dfad.models.taps import trace
+from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
 from dfad_kernels.cpu.subsampling import subsample
 
@@ -36,22 +36,14 @@ def fuse_convolutions(network: nn.Module) -> None:
     activations.
     """
     if any(parameter.requires_grad for parameter in network.parameters()):
-        fuse_batchnorm(network, _chain)
+        fuse_batchnorm(network, functools.partial(_chain, learns=True))
         return
-    try:
-        graph = trace(network)
-    except ModelError:
-        for child in network.children():
-            fuse_convolutions(child)
-        return
-    fused = fx.GraphModule(network, graph, type(network).__name__)
-    without_identities(fused)
-    _chain(fused)
-    if not any(isinstance(module, ChainedConvolutions) for module in fused.children()):
-        return
-    fused.graph.lint()
-    fused.recompile()
-    replace_call(network, fused.__call__)  # a module itself would become a part of it
+    for traced in plain_parts(network, training=False):
+        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+        without_identities(fused)
+        _chain(fused, traced, learns=False)
+        if any(isinstance(module, ChainedConvolutions) for module in fused.children()):
+            replace_call(traced, fused)
 
 
 _unchained = ContextVar("unchained", default=False)
@@ -171,18 +163,19 @@ class _Place:
         return result
 
 
-def _chain(fused: fx.GraphModule) -> None:
+def _chain(fused: fx.GraphModule, traced: Trace, *, learns: bool) -> None:
     """Replace convolutions, and what follows them, by chains; and shortcuts without parameters by one operation."""
     for node in list(fused.graph.nodes):
         _subsample(fused, node)
     places: list[_Place] = []
     members: set[fx.Node] = set()
     for node in fused.graph.nodes:
-        place = None if node in members else _place(fused, node)
+        fits = node not in members and str(node.target) in traced.replaceable
+        place = _place(fused, node, learns) if fits else None
         if place is not None:
             places.append(place)
             members |= place.nodes
-    if any(_in_place(fused, node) for node in fused.graph.nodes if node not in members):
+    if any(is_written_in_place(node, fused) for node in fused.graph.nodes if node not in members):
         return  # what a value is may depend on when it is read
     by_result = {place.result: place for place in places}
     chain: list[_Place] = []
@@ -194,7 +187,7 @@ def _chain(fused: fx.GraphModule) -> None:
             chain = []
 
 
-def _place(fused: fx.GraphModule, convolution: fx.Node) -> _Place | None:
+def _place(fused: fx.GraphModule, convolution: fx.Node, learns: bool) -> _Place | None:
     """The link that begins with a node, if there is one."""
     if convolution.op != "call_module" or len(convolution.args) != 1 or convolution.kwargs:
         return None
@@ -209,7 +202,9 @@ def _place(fused: fx.GraphModule, convolution: fx.Node) -> _Place | None:
         return None
     following = only_user(convolution)
     norm, residual, pre = None, None, convolution
-    if module.weight.requires_grad:
+    if learns:
+        if not module.weight.requires_grad:  # a frozen link keeps its kernel, which a checkpoint may still replace
+            return None
         fused_norm = None if following is None else _fused_norm(fused, following)
         if module.bias is not None or following is None or fused_norm is None:
             return None
@@ -223,7 +218,7 @@ def _place(fused: fx.GraphModule, convolution: fx.Node) -> _Place | None:
         pre = convolution if residual is None else following
     slopes = {user: slope for user in pre.users if (slope := negative_slope(fused, user)) is not None}
     post = next(iter(slopes)) if len(slopes) == 1 else None
-    if post is not None and len(pre.users) > 1 and _in_place(fused, post):
+    if post is not None and len(pre.users) > 1 and is_written_in_place(post, fused):
         post = None
     nodes = frozenset(node for node in (convolution, pre, post) if node is not None)
     return _Place(convolution, norm, residual, pre, post, 1.0 if post is None else slopes[post], nodes)
@@ -252,16 +247,6 @@ def _subsample(fused: fx.GraphModule, pad: fx.Node) -> None:
 def _fused_norm(fused: fx.GraphModule, node: fx.Node) -> FusedBatchNorm | None:
     module = fused.get_submodule(str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, FusedBatchNorm) else None
-
-
-def _in_place(fused: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may overwrite what it is given."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
-        return bool(getattr(fused.get_submodule(str(node.target)), "inplace", False))
-    written = node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
-    operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
-    return written or node.target in operators or bool(node.kwargs.get("inplace"))
 
 
 def _replace(fused: fx.GraphModule, places: Sequence[_Place]) -> None:

@@ -40,6 +40,13 @@ class UpsampledConv2d(nn.Conv2d):
         return F.conv_transpose2d(features, kernel, stride=2, padding=1)
 
 
+def merge_upsampling(generator: nn.Module) -> None:
+    """Let a generator compute each upsampling and the convolution behind it at once."""
+    for module in generator.modules():
+        if isinstance(module, UpsampledConv2d):
+            module.merged = True
+
+
 class Generator(nn.Module):
     """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
 

@@ -1,15 +1,18 @@
-"""What a network returns, and how taps are taken: as outputs, never by forward hooks.
+"""What a network returns, and how taps are taken: as outputs of a traced graph where the network is plain, else by
+hooks that are there for the length of a call.
 
-Hooks are dropped by some versions of ``torch.compile`` under full-graph compilation, and hidden state would have to
-be kept apart from CUDA graphs by hand.
+A graph has no hidden state, which would have to be kept apart from CUDA graphs and compilation by hand; hooks leave a
+network as it is, whatever it does.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, fx, nn
 
-from dfad.errors import ModelError, nearest
+from dfad.engine.tracing import NotPlain, is_written_in_place, trace
+from dfad.errors import ModelError, first_line, nearest
 from dfad.modes import BatchNorm
 
 
@@ -24,35 +27,45 @@ class Outputs(NamedTuple):
     addition of the shortcut, before ReLU."""
 
 
-def trace(network: nn.Module) -> fx.Graph:
-    """The graph of a network's forward pass, its own modules traced through and PyTorch's as nodes.
-
-    Raises:
-        ModelError: if the network cannot be traced.
-    """
-    try:
-        return fx.Tracer().trace(network)
-    except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
-        raise ModelError(
-            f"{type(network).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error})."
-        ) from error
-
-
 def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
     """A network that returns :class:`Outputs` with taps, made of one that returns logits alone.
 
     Args:
-        network: traceable by ``torch.fx``; parameters and buffers are shared with the result.
+        network: left as it is; parameters and buffers are shared with the result.
         names: input side first. Each is a module (``layer1.2.bn2``; of a container, the last operation inside it
-            counts) or a node of the traced graph (``layer1_2_add``: an addition is no module).
+            counts; of one that is called more than once, the last call) or, where the network is plain
+            (:mod:`dfad.engine.tracing`), a node of the traced graph (``layer1_2_add``: an addition is no module).
 
     Raises:
-        ModelError: if the network cannot be traced, or a name does not exist.
+        ModelError: if a name does not exist, or is a node of a network that may not be traced.
     """
+    modules = dict(network.named_modules())
     try:
-        graph = trace(network)
-    except ModelError as error:
-        raise ModelError(f"{error} For taps, let its forward return dfad.models.taps.Outputs(logits, taps).") from error
+        graphs = [trace(network, training=training).graph for training in (True, False)]
+        if any(not isinstance(_output(graph).args[0], fx.Node) for graph in graphs):
+            raise NotPlain(f"{type(network).__name__} returns more than its logits.")
+    except NotPlain as reason:
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise ModelError(
+                f"{type(network).__name__} has no module {unknown[0]!r} to tap.{nearest(unknown[0], modules)} Nodes of "
+                f"a traced graph can be tapped in plain networks alone, and {reason} Name modules, or let its forward "
+                "return dfad.models.taps.Outputs(logits, taps)."
+            ) from reason
+        return _HookedTaps(network, names)
+    for graph in graphs:
+        _add_taps(network, graph, names)
+    train, evaluation = (fx.GraphModule(network, graph, type(network).__name__) for graph in graphs)
+    if train.code == evaluation.code:
+        return train
+    return _TracedTaps(network, names, train, evaluation)
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "output")
+
+
+def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None:
     last_nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:
         last_nodes[node.name] = node
@@ -65,7 +78,7 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
             raise ModelError(
                 f"{type(network).__name__} has no module or graph node {name!r} to tap.{nearest(name, last_nodes)}"
             )
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = _output(graph)
     taps = []
     for name in names:
         # a copy, for what comes after pre-activations is often a ReLU in place
@@ -75,54 +88,201 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
         outputs = graph.call_function(Outputs, (output.args[0], tuple(taps)))
     output.args = (outputs,)
     graph.lint()
-    return fx.GraphModule(network, graph, type(network).__name__)
 
 
-class _RecordingBatchNorm(nn.Module):
-    """Stands in the place of a BatchNorm in eval mode and keeps what reached it."""
+class _SameNetwork(nn.Module):
+    """A network in all but its call: its modules, parameters, buffers, their names and its mode.
 
-    def __init__(self, norm: BatchNorm) -> None:
+    Args:
+        network: shared, not a submodule: names would get a prefix.
+    """
+
+    network: nn.Module
+
+    def __init__(self, network: nn.Module) -> None:
+        training = network.training
+        self.__dict__["network"] = network
         super().__init__()
-        self.norm = norm
-        self.features: Tensor | None = None
+        self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
+        self.training = training
 
-    def forward(self, features: Tensor) -> Tensor:
-        self.features = features
-        return self.norm(features)
+    @property
+    def training(self) -> bool:
+        """The network's mode."""
+        mode: bool = self.__dict__["network"].training
+        return mode
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["network"].training = mode
+
+    def train(self, mode: bool = True) -> "_SameNetwork":
+        self.network.train(mode)
+        return self
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self.network.named_modules(*args, **options)
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.network.state_dict(*args, **options)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.network.load_state_dict(*args, **options)
+
+    def _apply(self, *args: Any, **options: Any) -> "_SameNetwork":
+        self.network._apply(*args, **options)
+        return self
+
+
+class _TracedTaps(_SameNetwork):
+    """A plain network that computes otherwise in training mode than in eval mode.
+
+    Args:
+        network: whose layers are called.
+        names: of its taps.
+        train: its graph with taps in training mode.
+        evaluation: and in eval mode.
+    """
+
+    def __init__(
+        self, network: nn.Module, names: Sequence[str], train: fx.GraphModule, evaluation: fx.GraphModule
+    ) -> None:
+        super().__init__(network)
+        self.names = tuple(names)
+        self.forwards = {True: type(train).forward, False: type(evaluation).forward}
+
+    def __reduce__(self) -> tuple[Callable[..., nn.Module], tuple[Any, ...]]:
+        return with_taps, (self.network, self.names)  # generated code is neither copied nor pickled
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs: Outputs = self.forwards[self.training](self.network, images)
+        return outputs
+
+
+class _HookedTaps(_SameNetwork):
+    """Any network, with hooks on the modules that are tapped.
+
+    Args:
+        network: called as it is.
+        names: of the modules.
+    """
+
+    calls_are_fixed = True
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__(network)
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Any, **options: Any) -> Outputs:
+        from dfad.models.probing import as_outputs  # which imports this module
+
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if not isinstance(output, Tensor):
+                    raise ModelError(
+                        f"The tap {name!r} of {type(self.network).__name__} is a {type(output).__name__}; a tap must "
+                        "be a module that returns one tensor."
+                    )
+                found[name] = output.clone()  # what comes after pre-activations is often a ReLU in place
+
+            return hook
+
+        modules = [self.network.get_submodule(name) for name in self.names]
+        with _hooks(modules, "register_forward_hook", [keep(name) for name in self.names]):
+            logits = as_outputs(self.network(*inputs, **options)).logits
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise ModelError(
+                f"The forward pass of {type(self.network).__name__} does not call its {missing[0]}, which cannot be "
+                "tapped."
+            )
+        return Outputs(logits, tuple(found[name] for name in self.names))
+
+
+@contextmanager
+def _hooks(modules: Sequence[nn.Module], register: str, hooks: Sequence[Callable[..., None]]) -> Iterator[None]:
+    handles: list[Any] = []
+    try:
+        for module, hook in zip(modules, hooks, strict=True):
+            try:
+                handles.append(getattr(module, register)(hook))
+            except RuntimeError as error:  # TorchScript's modules take none
+                raise ModelError(f"A {type(module).__name__} cannot be tapped: {first_line(error)}.") from error
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BatchNormTaps(nn.Module):
     """A network whose BatchNorms' inputs are outputs as well.
 
+    Every call of a BatchNorm counts, and what a forward pass does not call is left out.
+
     Args:
-        network: in eval mode; it is rebuilt in place, with each BatchNorm wrapped.
+        network: in eval mode; called as it is, by its graph where it is plain.
+        traced: take the graph where there is one; else hooks.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, traced: bool = True) -> None:
         super().__init__()
-        self.network = network
-        self.recorders: list[_RecordingBatchNorm] = []
-        for parent in list(network.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, BatchNorm) and child.running_mean is not None:
-                    recorder = _RecordingBatchNorm(child)
-                    setattr(parent, name, recorder)
-                    self.recorders.append(recorder)
+        self.norms: list[BatchNorm] = []
+        """The BatchNorms, in the order of the features that :meth:`forward` returned last."""
+        self.calls_are_fixed = True
+        self.network = (self._traced(network) if traced else None) or network
 
-    @property
-    def norms(self) -> list[BatchNorm]:
-        """The BatchNorms, in the order of the features that :meth:`forward` returns."""
-        return [recorder.norm for recorder in self.recorders]
+    def _traced(self, network: nn.Module) -> nn.Module | None:
+        try:
+            graph = trace(network, training=False).graph
+        except NotPlain:
+            return None
+        features: list[fx.Node] = []
+        norms: list[BatchNorm] = []
+        for node in graph.nodes:
+            module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if _has_statistics(module):
+                x = node.args[0] if node.args else node.kwargs["input"]
+                if not isinstance(x, fx.Node) or any(is_written_in_place(user, network) for user in x.users):
+                    return None
+                features.append(x)
+                norms.append(module)
+        output = _output(graph)
+        output.args = ((output.args[0], tuple(features)),)
+        graph.lint()
+        self.norms = norms
+        self.calls_are_fixed = False
+        return fx.GraphModule(network, graph, type(network).__name__)
 
     def forward(self, images: Tensor) -> tuple[object, tuple[Tensor, ...]]:
         """What the network returns, and the features that reached each of its BatchNorms."""
-        result = self.network(images)
-        features = tuple(recorder.features for recorder in self.recorders)
-        for recorder in self.recorders:
-            recorder.features = None  # or the step's graph would live on until the next one
-        return result, features  # type: ignore[return-value]
+        if not self.calls_are_fixed:
+            return self.network(images)
+        found: list[tuple[BatchNorm, Tensor]] = []
+
+        def keep(norm: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            assert isinstance(norm, BatchNorm)
+            # a copy, for a later operation in place would change it
+            found.append((norm, (inputs[0] if inputs else options["input"]).clone()))
+
+        def register(norm: nn.Module) -> Any:
+            return norm.register_forward_pre_hook(keep, with_kwargs=True)
+
+        handles = [register(module) for module in self.network.modules() if _has_statistics(module)]
+        try:
+            result = self.network(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.norms[:] = [norm for norm, _ in found]
+        return result, tuple(features for _, features in found)
 
 
 def has_batchnorm(network: nn.Module) -> bool:
     """Whether a network holds statistics of the data that it was trained on."""
-    return any(isinstance(module, BatchNorm) and module.running_mean is not None for module in network.modules())
+    return any(_has_statistics(module) for module in network.modules())
+
+
+def _has_statistics(module: nn.Module | None) -> TypeGuard[BatchNorm]:
+    return isinstance(module, BatchNorm) and module.running_mean is not None

@@ -236,7 +236,7 @@ def test_hooks_are_called_as_ever(register, calls):
     for _ in range(2):
         network(images())
     assert seen == [Tensor, Tensor]
-    assert not calls
+    assert len(calls) == 2 * 16  # of the other blocks, and of the first stage's last two
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -1,0 +1,42 @@
+"""Copies of networks, whatever they hold."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """A deep copy of a network that has run.
+
+    PyTorch copies no tensor that was computed with a gradient, as pruned and weight-normed layers keep one: their
+    weight, which they compute anew before each call. The copy has its value.
+
+    Args:
+        network: left as it is.
+        share_parameters: the copy has the network's own parameters, and everything else for itself.
+
+    Raises:
+        Exception: what the network's attributes raise when they are copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for tensor in _tensors(vars(module)):
+            if tensor.requires_grad and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    if share_parameters:
+        memo |= {id(parameter): parameter for parameter in network.parameters()}
+    return copy.deepcopy(network, memo)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of attributes, lists and mappings; what belongs to submodules is theirs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)

@@ -1,0 +1,449 @@
+"""A network where and how the engine runs it, and the way back.
+
+Before the first round the placed network is compared with the plain one: a part of the engine that changes what is
+computed by more than its precision explains is left out for that network.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dfad.copies import copy_network
+from dfad.engine.fold_batchnorm import fold_batchnorm
+from dfad.engine.fuse_batchnorm import fuse_batchnorm, of_any_size
+from dfad.engine.fuse_convolutions import fuse_convolutions
+from dfad.engine.tracing import NotPlain, calls_are_fixed, plain_parts, trace
+from dfad.errors import ConfigurationError, ModelError, first_line
+from dfad.modes import modes_of, random_state_kept, restore_modes, set_mode
+
+if TYPE_CHECKING:
+    from dfad.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+Values = dict[str, Tensor]
+Change = Callable[[nn.Module], None]
+
+MODES = ((True, 1), (False, 1), (True, 2), (False, 2))
+"""Training mode or not, and the seed of what is drawn, of the passes that are compared."""
+
+PERTURBATION = 1e-6
+"""Of the images, relative: what float32 makes of it is what its rounding may do."""
+
+MARGIN = 4.0
+"""How many times the rounding of plain PyTorch a placed network may differ by."""
+
+
+class Placement:
+    """A network with the parts of the engine that leave what it computes as it is.
+
+    Args:
+        engine: whose parts, where.
+        network: placed by :meth:`take`, plain again after :meth:`give_back`.
+        role: what it is called in messages.
+        input_shape: of one input, without the batch; not compared where it is not given.
+        batch_size: of the rounds.
+        read: makes tensors of what the network returns, or raises.
+        own: parts that this network has and others have not: ``fold_batchnorm`` and ``weights``, for networks that
+            never learn.
+        changes: further parts that it has, each as what makes it run so.
+
+    Raises:
+        ConfigurationError: if a part that is explicitly on changes what the network computes.
+        ModelError: if the network fails as it is, or may not be rewritten where that is explicitly on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        network: nn.Module,
+        *,
+        role: str = "network",
+        input_shape: Sequence[int] | None = None,
+        batch_size: int = 8,
+        read: Callable[[Any], Any] = lambda result: result,
+        own: Sequence[str] = (),
+        changes: Mapping[str, Change] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.network = network
+        self.name = f"the {role} {type(network).__name__}"
+        self.own = own
+        self.changes = dict(changes or {})
+        self.learns = any(parameter.requires_grad for parameter in network.parameters())
+        self.parts = self._parts()
+        if input_shape is not None:
+            comparison = _Comparison(self, tuple(input_shape), batch_size, read)
+            with random_state_kept():
+                self.parts = comparison.choose(self.parts)
+        self._before: _State | None = None
+
+    def take(self) -> nn.Module:
+        """Place the network; what is returned is called in its stead, and may be the network itself."""
+        if self._before is None:
+            self._before = _State(self.network)
+            self.placed = self.arrange(self.network, self.parts)
+        return self.placed
+
+    def give_back(self) -> None:
+        """Make the network its owner's again, with the weights that it has now: its own call, memory format, modes and
+        flags. It stays on a GPU if it was taken there, and its gradients are dropped."""
+        if self._before is not None:
+            self._before.restore(keep_device=self.engine.device.type != "cpu")
+            self._before = None
+
+    def arrange(self, network: nn.Module, parts: Sequence[str]) -> nn.Module:
+        """A network on the device, with parts of the engine."""
+        engine = self.engine
+        if "fold_batchnorm" in parts:
+            network = _frozen(fold_batchnorm(network))
+        network.to(engine.device)
+        if "channels_last" in parts:
+            for tensor in (*network.parameters(), *network.buffers()):
+                if tensor.ndim == 4 and tensor.layout == torch.strided:
+                    # contiguous() would leave tensors of one channel, whose strides are of both formats
+                    tensor.data = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor.data)
+        for name, change in self.changes.items():
+            if name in parts:
+                change(network)
+        if "weights" in parts:
+            # cast once; autocast would cast the weights again at each step
+            for part in plain_parts(network, training=False):
+                for name in part.replaceable:
+                    layer = part.network.get_submodule(name)
+                    if type(layer) in (nn.Conv2d, nn.Linear):
+                        layer.to(engine.dtype)
+        if "fuse_convolutions" in parts:
+            fuse_convolutions(network)
+        elif "fuse_batchnorm" in parts:
+            fuse_batchnorm(network)
+        if "compile" in parts:
+            network.compile(dynamic=False)
+        formats = engine.channels_last and "channels_last" not in parts
+        exact = engine.dtype != torch.float32 and "precision" not in parts
+        if formats or exact:
+            _convert_inputs(network, formats=formats, exact=exact)
+        return network
+
+    def _parts(self) -> list[str]:
+        """Those that the engine has for such a network, in the order in which they are tried."""
+        engine = self.engine
+        norms, products = ({type(module) for module in self.network.modules()} & kinds for kinds in (NORMS, PRODUCTS))
+        available = {
+            "precision": engine.dtype != torch.float32,
+            "channels_last": engine.channels_last,
+            **{name: getattr(engine, name) for name in self.changes},
+            "fold_batchnorm": engine.fold_batchnorm and "fold_batchnorm" in self.own and norms,
+            "weights": engine.dtype != torch.float32 and "weights" in self.own and products,
+            "fuse_batchnorm": engine.fuse_batchnorm and self.learns and norms,
+            "fuse_convolutions": engine.fuse_convolutions and nn.Conv2d in products,
+            "compile": engine.compile,
+        }
+        parts = [name for name, there in available.items() if there]
+        rewriting = [name for name in parts if name in REWRITING]
+        if rewriting:
+            try:
+                trace(self.network, training=self.learns)
+            except NotPlain as reason:
+                demanded = [name for name in rewriting if self._demanded(name)]
+                parts_are_plain = next(plain_parts(self.network, training=self.learns), None) is not None
+                if demanded and (demanded[0] == "fold_batchnorm" or not parts_are_plain):
+                    raise ModelError(f"engine.{demanded[0]} is on, but {reason} Leave it on auto.") from reason
+                log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, reason)
+                parts = [name for name in parts if name != "fold_batchnorm"]
+        if "compile" in parts and calls_are_fixed(self.network):
+            self.leave_out("compile", "hooks are called in it, which compilation may drop")
+            parts.remove("compile")
+        return parts
+
+    def _demanded(self, part: str) -> bool:
+        if part == "precision":
+            return self.engine.config.precision not in ("auto", "float32")
+        return getattr(self.engine.config, part, "auto") == "on"
+
+    def leave_out(self, part: str, reason: str) -> None:
+        """Say why a part is left out, or refuse where it is demanded."""
+        if self._demanded(part):
+            value = self.engine.config.precision if part == "precision" else "on"
+            raise ConfigurationError(
+                f"engine.{part} is {value}, but not for {self.name}: {reason}. Leave it on auto, or switch it off."
+            )
+        log.info("Without %s for %s: %s.", _listed([part]), self.name, reason)
+
+
+NORMS = {nn.BatchNorm2d}
+PRODUCTS = {nn.Conv2d, nn.Linear}
+REWRITING = ("fold_batchnorm", "weights", "fuse_batchnorm", "fuse_convolutions")
+"""Parts that are for plain networks alone."""
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join("weights that are cast once" if part == "weights" else f"engine.{part}" for part in parts)
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    for parameter in network.parameters():
+        parameter.requires_grad = False
+    return network
+
+
+def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
+    """Call a network on contiguous inputs, or in float32, in the midst of networks that are not."""
+    call = network._compiled_call_impl or network._call_impl
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value.float() if exact else value
+        return value.contiguous() if formats else value
+
+    def converting(*inputs: Any, **options: Any) -> Any:
+        inputs, options = tree_map(convert, (inputs, options))
+        with torch.autocast(inputs[0].device.type, enabled=False) if exact else nullcontext():
+            return call(*inputs, **options)
+
+    network._compiled_call_impl = converting
+
+
+class _State:
+    """What placing changes of a network, to be brought back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.modes = modes_of(network)
+        self.calls = {module: module._compiled_call_impl for module in (network, *network.modules())}
+        self.layouts = {
+            name: (tensor.device, tensor.stride() if tensor.layout == torch.strided else None)
+            for name, tensor in _named_tensors(network).items()
+        }
+        self.learning = {parameter: parameter.requires_grad for parameter in network.parameters()}
+        self.network = network
+
+    def restore(self, *, keep_device: bool) -> None:
+        for module, call in self.calls.items():
+            if call is None:
+                module.__dict__.pop("_compiled_call_impl", None)
+            else:
+                module._compiled_call_impl = call
+        for name, tensor in _named_tensors(self.network).items():
+            device, stride = self.layouts.get(name, (tensor.device, None))
+            if not keep_device and tensor.device != device:
+                tensor.data = tensor.data.to(device)
+            if stride is not None and tensor.stride() != stride:
+                tensor.data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(
+                    tensor.data
+                )
+        for parameter, learns in self.learning.items():
+            parameter.requires_grad = learns
+            parameter.grad = None
+        restore_modes(self.modes)
+
+
+def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+class _Comparison:
+    """A network with parts of the engine beside the plain one."""
+
+    def __init__(
+        self, placement: Placement, input_shape: tuple[int, ...], batch_size: int, read: Callable[[Any], Any]
+    ) -> None:
+        self.placement = placement
+        self.engine = placement.engine
+        self.name = placement.name
+        self.read = read
+        # few, so that all of it takes less than two rounds
+        count = batch_size if "compile" in placement.parts else max(2, min(8, batch_size // 5))
+        self.shape = (count, *input_shape)
+        self.modes = [(training, seed) for training, seed in MODES if placement.learns or not training]
+
+    def choose(self, parts: list[str]) -> list[str]:
+        """Those of the parts that leave what the network computes as it is."""
+        placement = self.placement
+        try:
+            plain = copy_network(placement.network)
+        except Exception as error:  # whatever a user's attributes raise
+            reason = f"it cannot be copied to be compared ({type(error).__name__}: {first_line(error)})"
+            for part in parts:
+                if part != "precision":
+                    placement.leave_out(part, reason)
+            return [part for part in parts if part == "precision"]
+        self.plain = plain.to(self.engine.device)
+        self.exact = self._check_plain()
+        self.scales = _scales(self.exact)
+        if not parts:
+            return parts
+        self.noise = self._noise(self._run(copy_network(placement.network).to(self.engine.device), perturbed=True))
+        self.rounding = self._rounding() if "precision" in parts else {}
+        if self._difference(parts) is None:
+            return parts
+        if self._difference([]) is not None:
+            reason = (
+                "it gives other results from call to call, whatever random numbers are drawn, and cannot be compared"
+            )
+            for part in parts:
+                if part in REWRITING:
+                    placement.leave_out(part, reason)
+            parts = [part for part in parts if part not in REWRITING]
+        kept: list[str] = []
+        for part in parts:
+            if part == "weights" and "precision" not in kept:
+                continue
+            reason_against = self._difference([*kept, part])
+            if reason_against is None:
+                kept.append(part)
+            else:
+                placement.leave_out(part, reason_against)
+        return kept
+
+    def _check_plain(self) -> Values:
+        try:
+            values = self._run(self.plain)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"Before the first round {self.name} fails on {self.shape[0]} inputs of random numbers, with gradients "
+                f"of them: {type(error).__name__}: {first_line(error)}."
+            ) from error
+        broken = [name for name, value in values.items() if name.startswith("output") and not value.isfinite().all()]
+        if broken:
+            raise ModelError(
+                f"Before the first round {self.name} returns NaN or infinity for inputs of random numbers. Look at its "
+                "weights, and at what it divides by or takes the logarithm of."
+            )
+        if not any(name.startswith("gradient of the input") for name in values):
+            log.warning("No gradient flows through %s to its input; the generator learns nothing from it.", self.name)
+        return values
+
+    def _noise(self, values: Values) -> dict[str, float]:
+        return {name: self._error(name, values.get(name)) for name in self.exact}
+
+    def _rounding(self) -> dict[str, float]:
+        try:
+            values = self._run(copy_network(self.placement.network).to(self.engine.device), autocast=True)
+        except Exception:  # which the part itself will raise again, and be left out for
+            return {}
+        return self._noise(values)
+
+    def _difference(self, parts: Sequence[str]) -> str | None:
+        """What a network with such parts computes otherwise; None if nothing."""
+        single = [part for part in parts if part not in ("precision", "weights", "compile")]
+        difference = self._difference_in(single, autocast=False) if single or not parts else None
+        if difference is None and "precision" in parts:
+            difference = self._difference_in(parts, autocast=True)
+        elif difference is None and "compile" in parts:
+            difference = self._difference_in(parts, autocast=False)
+        return difference
+
+    def _difference_in(self, parts: Sequence[str], *, autocast: bool) -> str | None:
+        try:
+            placed = self.placement.arrange(copy_network(self.placement.network), parts)
+            with redirect_stderr(io.StringIO()):  # where graphs print what they raise
+                values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last)
+        except Exception as error:  # whatever a network raises that is called in another way
+            return f"it raises {type(error).__name__}: {first_line(error)}"
+        for name, exact in self.exact.items():
+            found = values.get(name)
+            if found is None and name.startswith("state") and not self.placement.learns:
+                continue  # of a BatchNorm that is folded
+            deviation = self._error(name, found)
+            allowed = MARGIN * self.noise[name] + (1e-2 if name.startswith("gradient") else 1e-3)
+            if autocast:
+                allowed += MARGIN * self.rounding.get(name, 0.0) + (0.1 if name.startswith("gradient") else 0.03)
+            if not deviation <= allowed:
+                scale = (
+                    ""
+                    if exact.numel() == 0
+                    else f" by {min(deviation, 1e9):.1%}, where rounding explains {allowed:.1%}"
+                )
+                return f"it changes {name}{scale}"
+        return None
+
+    def _error(self, name: str, found: Tensor | None) -> float:
+        exact = self.exact[name]
+        if found is None or found.shape != exact.shape:
+            return float("inf")
+        finite = exact.isfinite()
+        if not torch.equal(finite, found.isfinite()) or not torch.equal(exact[~finite].isnan(), found[~finite].isnan()):
+            return float("inf")
+        scale = self.scales[name]
+        difference = _length(torch.where(finite, found - exact, 0.0))
+        return difference / scale if scale else float(difference > 0)
+
+    def _run(
+        self,
+        network: nn.Module,
+        *,
+        autocast: bool = False,
+        perturbed: bool = False,
+        channels_last: bool = False,
+    ) -> Values:
+        values: Values = {}
+        for number, (training, seed) in enumerate(self.modes):
+            where = f"in {'training' if training else 'eval'} mode" + (", the second time" if number >= 2 else "")
+            set_mode(network, training=training)
+            for key, value in self._pass(network, self._inputs(seed, perturbed, channels_last), seed, autocast).items():
+                values[f"{key} {where}"] = value
+        return values
+
+    def _inputs(self, seed: int, perturbed: bool, channels_last: bool) -> Tensor:
+        stream = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(self.shape, generator=stream)
+        if perturbed:
+            inputs = inputs * (1 + PERTURBATION * torch.randn(self.shape, generator=stream))
+        if channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)  # as the generator makes them
+        return inputs.to(self.engine.device).requires_grad_()
+
+    def _pass(self, network: nn.Module, inputs: Tensor, seed: int, autocast: bool) -> Values:
+        dtype = self.engine.dtype if autocast else inputs.dtype  # as the generator makes them
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 the stream that networks draw from
+        with torch.enable_grad(), of_any_size():
+            with self.engine.autocast() if autocast else nullcontext():
+                outputs = [
+                    leaf for leaf in tree_leaves(self.read(network(inputs.to(dtype)))) if isinstance(leaf, Tensor)
+                ]
+            outputs = [output for output in outputs if output.is_floating_point()]
+            values = {f"output, number {i}": output.detach().float().cpu() for i, output in enumerate(outputs)}
+            differentiable = [output for output in outputs if output.requires_grad]
+            upstream = torch.Generator().manual_seed(seed)
+            gradients = [
+                torch.randn(output.shape, generator=upstream).to(output) / max(output.numel(), 1) ** 0.5
+                for output in differentiable
+            ]
+            if differentiable:
+                torch.autograd.backward(differentiable, gradients)
+        tensors = {"gradient of the input, once": inputs.grad}
+        tensors |= {f"gradient of a parameter, {name}": p.grad for name, p in network.named_parameters()}
+        tensors |= {f"state, {name}": buffer for name, buffer in network.named_buffers()}
+        for parameter in network.parameters():
+            parameter.grad = None
+        return values | {name: t.detach().float().cpu().clone() for name, t in tensors.items() if t is not None}
+
+
+def _scales(values: Values) -> dict[str, float]:
+    """What a deviation is measured by: the value's length, or a thousandth of the longest of its kind, for a gradient
+    may be nothing but rounding."""
+    lengths = {name: _length(value) for name, value in values.items()}
+    kinds: dict[str, float] = {}
+    for name, length in lengths.items():
+        kind = name.partition(",")[0]
+        kinds[kind] = max(kinds.get(kind, 0.0), length)
+    return {name: max(length, 1e-3 * kinds[name.partition(",")[0]]) for name, length in lengths.items()}
+
+
+def _length(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(torch.where(value.isfinite(), value, 0.0).double()))

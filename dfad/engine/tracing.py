@@ -1,0 +1,382 @@
+"""What torch.fx needs: which networks may be rewritten, and their graphs.
+
+A network is rewritten only if it is plain: what tracing sees of it is all that it does. Whatever else a forward pass
+may do (call hooks, compute weights, draw numbers, move buffers, count calls, switch gradients off) belongs to modules
+and to Python, of which a graph has nothing.
+"""
+
+import operator
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as module_globals
+from torch.nn.parameter import is_lazy
+
+from dfad.copies import copy_network
+from dfad.errors import ModelError, first_line
+from dfad.modes import evaluating, random_state_kept
+from dfad.modes import training as in_training
+
+LAYERS = frozenset(
+    (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.Linear, nn.Identity, nn.Embedding, nn.Flatten, nn.Unflatten),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+        *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+        *(nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Threshold, nn.GLU),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+        *(nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+        *(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
+    )
+)
+"""PyTorch's modules that a graph calls as they are, by exact type: subclasses are traced through."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, fx.GraphModule)
+"""PyTorch's modules that are traced through."""
+
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
+class NotPlain(ModelError):
+    """Why a network is left as it is."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a plain network in one mode.
+
+    Its one input is the images; further arguments of the forward pass have their defaults.
+    """
+
+    network: nn.Module
+    graph: fx.Graph
+    modes: dict[nn.Module, bool]
+    """Of the modules that were traced through, where the graph depends on them; else empty."""
+    replaceable: frozenset[str]
+    """Names of the layers that are called once, and of which nothing is used elsewhere."""
+
+    def holds(self) -> bool:
+        """Whether the modules that the graph depends on are in the modes that it was traced in."""
+        return all(module.training == mode for module, mode in self.modes.items())
+
+    def takes(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether a call is one that the graph can stand for."""
+        return len(inputs) == 1 and not options and isinstance(inputs[0], Tensor) and self.holds()
+
+
+def trace(network: nn.Module, *, training: bool) -> Trace:
+    """The graph of a plain network's forward pass, its own modules traced through and PyTorch's as nodes.
+
+    Args:
+        network: left as it is; what tracing does happens to a copy that shares its parameters.
+        training: whether it is traced in training mode.
+
+    Raises:
+        NotPlain: if the network does anything that a graph has nothing of.
+    """
+    name = type(network).__name__
+    for path, module in ("", network), *network.named_modules():
+        against = reason_to_leave(module)
+        if against:
+            raise NotPlain(f"{name} is left as it is: {_place(network, path)}{against}.")
+    try:
+        scratch = copy_network(network, share_parameters=True)
+    except Exception as error:  # whatever a user's attributes raise
+        raise NotPlain(f"{name} is left as it is: it cannot be copied ({_said(error)}).") from error
+    with random_state_kept(), torch.enable_grad():
+        try:
+            with _in_mode(scratch, training):
+                modes = {path: module.training for path, module in scratch.named_modules()}
+                graph, again = _graph(scratch), _graph(scratch)
+        except _Refusal as reason:
+            raise NotPlain(f"{name} is left as it is: {reason}.") from reason.__cause__
+        try:
+            with _in_mode(scratch, not training):
+                other = str(_graph(scratch))
+        except _Refusal:
+            other = ""
+    if str(graph) != str(again):
+        raise NotPlain(f"{name} is left as it is: its forward pass differs from call to call.")
+    modules = dict(network.named_modules())
+    sensitive = [path for path, module in modules.items() if type(module) not in LAYERS and str(graph) != other]
+    return Trace(network, graph, {modules[path]: modes[path] for path in sensitive}, _replaceable(network, graph))
+
+
+def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
+    """The graph of a plain network, or those of the largest parts of another one that are plain themselves and whose
+    calls may be replaced."""
+    try:
+        yield trace(network, training=training)
+    except NotPlain:
+        if calls_its_children(network):
+            for child in network.children():
+                yield from plain_parts(child, training=training)
+
+
+def calls_its_children(network: nn.Module) -> bool:
+    """Whether a network that is not plain calls its children as Python does, so that their calls may be replaced."""
+    kind = type(network)
+    if calls_are_fixed(network) or hasattr(network, "parametrizations") or network._compiled_call_impl is not None:
+        return False
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return kind.__module__.partition(".")[0] != "torch" or isinstance(network, containers)
+
+
+def calls_are_fixed(network: nn.Module) -> bool:
+    """Whether a network needs its modules to be called as Python does, for hooks that it registers itself."""
+    return bool(getattr(network, "calls_are_fixed", False))
+
+
+def reason_to_leave(module: nn.Module) -> str | None:
+    """Why a module, whatever its children, may not be rewritten; None if nothing speaks against it."""
+    kind = type(module)
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        return "is TorchScript"
+    if hasattr(module, "parametrizations"):
+        return "has a parametrisation"
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
+        return "has hooks"
+    if any(getattr(module_globals, hooks, None) for hooks in GLOBAL_HOOKS):
+        return "runs while hooks are registered for all modules"
+    if calls_are_fixed(module):
+        return "registers hooks for each call"
+    if "forward" in vars(module) or "__call__" in vars(module):
+        return "has a forward of its own instance"
+    if module._compiled_call_impl is not None:
+        return "is compiled"
+    graph = isinstance(module, fx.GraphModule)
+    if kind.__getattr__ is not nn.Module.__getattr__ or (kind.__call__ is not nn.Module.__call__ and not graph):
+        return f"is a {kind.__name__}, which changes how modules are called"
+    for own in module._parameters.values():
+        if own is not None and is_lazy(own):
+            return "has parameters without a shape"
+        if own is not None and (own._backward_hooks or getattr(own, "_post_accumulate_grad_hooks", None)):
+            return "has a parameter with hooks"
+    known = kind in LAYERS or kind is nn.Module or isinstance(module, CONTAINERS)
+    if kind.__module__.partition(".")[0] == "torch" and not known:
+        return f"is a {kind.__module__.partition('.')[0]} {kind.__name__}, which is not known to be plain"
+    return None
+
+
+def is_written_in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node may overwrite what it is given."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    written = node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
+    operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    return written or node.target in operators or bool(node.kwargs.get("inplace"))
+
+
+def _place(network: nn.Module, path: str) -> str:
+    return f"its {path} ({type(network.get_submodule(path)).__name__}) " if path else "it "
+
+
+def _in_mode(network: nn.Module, mode: bool) -> AbstractContextManager[None]:
+    return in_training(network) if mode else evaluating(network)
+
+
+class _Refusal(Exception):
+    """What a graph would lose."""
+
+
+def _graph(scratch: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    before = _Snapshot.of(scratch)
+    try:
+        graph = tracer.trace(scratch)
+    except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
+        raise _Refusal(tracer.reason or f"it cannot be traced by torch.fx ({_said(error)})") from error
+    reason = tracer.reason or before.difference(_Snapshot.of(scratch))
+    if reason:
+        raise _Refusal(reason)
+    if _context() != tracer.context:
+        raise _Refusal("its forward pass changes how PyTorch computes after it")
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise _Refusal("its forward pass makes tensors of its own")
+    return graph
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _replaceable(network: nn.Module, graph: fx.Graph) -> frozenset[str]:
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    owners = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    uses = Counter(id(tensor) for module in network.modules() for tensor in _own_tensors(module))
+    modules = dict(network.named_modules(remove_duplicate=False))
+    return frozenset(
+        name
+        for name, count in calls.items()
+        if count == 1 and name not in owners and all(uses[id(tensor)] == 1 for tensor in _own_tensors(modules[name]))
+    )
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+
+
+def _context() -> tuple[Any, ...]:
+    """How PyTorch computes: what a forward pass may change for a part of itself, and a graph has nothing of."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch._C._len_torch_function_stack(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,  # activation checkpointing, offloading
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Refuses what a graph would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: str | None = None
+        """Remembered, for a forward pass may catch what is raised."""
+        self.context = _context()
+
+    def refuse(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        raise _Refusal(reason)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        # one stand-in: of others, `is None` would not be what it is in a call
+        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
+
+    def create_node(self, *args: Any, **options: Any) -> fx.Node:
+        if _context() != self.context:
+            self.refuse(
+                "a part of its forward pass computes in another way (without gradients, in another precision, in a "
+                "torch.autograd.Function, or with its activations computed again)"
+            )
+        return super().create_node(*args, **options)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in LAYERS
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
+
+
+class _StandIn(fx.Proxy):
+    """Stands for a value; whoever asks for its type would hear another one than that of the value."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # isinstance asks for it
+        frame = sys._getframe(1)
+        by_torch = str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
+        if not by_torch or frame.f_code.co_name == "is_tensor":
+            tracer = object.__getattribute__(self, "tracer")
+            tracer.refuse(f"its forward pass asks for the type of a value (in {frame.f_code.co_name})")
+        return _StandIn
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a forward pass may change beside its result."""
+
+    draws: Any
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "_Snapshot":
+        return cls(_random_state(), {name: _attributes(module) for name, module in network.named_modules()})
+
+    def difference(self, after: "_Snapshot") -> str | None:
+        if self.draws != after.draws:
+            return "its forward pass draws random numbers in Python"
+        if self.attributes.keys() != after.attributes.keys():
+            return "its forward pass changes its modules"
+        for path, before in self.attributes.items():
+            now = after.attributes[path]
+            changed = [key for key in (*before, *now) if before.get(key) != now.get(key)]
+            if changed:
+                return f"its forward pass changes {f'{path}.' if path else ''}{changed[0]}"
+        return None
+
+
+def _random_state() -> tuple[Any, ...]:
+    _, keys, *position = np.random.get_state()  # noqa: NPY002 the stream that networks draw from
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    streams = (state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda))
+    return random.getstate(), np.asarray(keys).tobytes(), *position, *streams
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Of a module and, as far as they are values, of its class; each as something that can be compared."""
+    own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+    classes = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    shared = {
+        key: value
+        for kind in classes
+        for key, value in vars(kind).items()
+        if isinstance(value, (int, float, str, list, dict, set, Tensor))
+    }
+    named = {**shared, **own, **module._parameters, **module._buffers, **module._modules}
+    return {key: _fingerprint(value, 3) for key, value in named.items()}
+
+
+class _Same:
+    """A value that is compared by identity; held, so that no other one takes its address."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _fingerprint(value: Any, depth: int) -> Any:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return type(value), repr(value)
+    if isinstance(value, (list, tuple)) and depth:
+        return type(value), [_fingerprint(entry, depth - 1) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value), sorted(map(repr, value))
+    return _Same(value), _content(value, depth)
+
+
+def _content(value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
+        return value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if depth == 0 or isinstance(value, (nn.Module, type)):
+        return None
+    entries = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if not isinstance(entries, dict):
+        return None
+    return [(_fingerprint(key, 0), _fingerprint(entry, depth - 1)) for key, entry in entries.items()]

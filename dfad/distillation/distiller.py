@@ -158,7 +158,10 @@ class Distiller:
             RunFolderError: if the folder does not admit this run, or cannot be written to.
             ModelError: if the student cannot be stored, or a run is resumed with another teacher.
         """
-        folder = Path(run_dir) if run_dir is not None else None
+        with self.round.student_placed():
+            return self._fit(Path(run_dir) if run_dir is not None else None, resume=resume, overwrite=overwrite)
+
+    def _fit(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Result:
         if folder is None and resume:
             raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
         if folder is not None:
@@ -171,11 +174,7 @@ class Distiller:
                 self.load_state_dict(state)
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
-        with (
-            self.round.student_placed(),
-            self.engine.running(),
-            seeded(stream_seed(self.config.seed, "networks"), self.device),
-        ):
+        with self.engine.running(), seeded(stream_seed(self.config.seed, "networks"), self.device):
             self._restore_global_rng()
             history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))

@@ -75,6 +75,9 @@ class FusedLoss(Generic[P]):
         loss: Tensor = self._forward_operator(*self.prepare(*args, **kwargs))[0]
         return loss
 
+    def __reduce__(self) -> str:
+        return self.__name__  # pickled as the function that it stands for: by its module and name
+
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         """The loss by its equation, each step a PyTorch operation."""
         arguments = self.prepare(*args, **kwargs)

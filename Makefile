@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m dfad.train --fused
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not alone" --durations=15
 	$(BIN)/pytest -m alone
 
 lint: $(VENV)/.dev

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -19,6 +20,7 @@ import tyro
 from dfad.errors import ConfigurationError, DfadError, unknown
 from dfad.runs.folder import check_folder
 from dfad.runs.settings import override, read_yaml, saved_settings, to_yaml
+from dfad.terminal import prepare_streams, silence_stdout
 
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag that asks for something once, so that its negation has no meaning."""
@@ -140,15 +142,30 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit; an error meant for people is shown as its paragraph alone."""
+    prepare_streams()
+    code = _exit_code(command)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+    raise SystemExit(code)
+
+
+def _exit_code(command: Callable[[], None]) -> Any:
     try:
         command()
+    except SystemExit as ended:
+        return ended.code
+    except BrokenPipeError:  # whoever read the output, such as head, has enough of it
+        return 0
     except DfadError as error:
-        print(f"\n{error}" if error.exit_code < 128 else error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        with suppress(BrokenPipeError):
+            print(f"\n{error}" if error.exit_code < 128 else error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    raise SystemExit(0)
+        return 128 + signal.SIGINT
+    return 0
 
 
 def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: T | None = None) -> T:

@@ -1,6 +1,7 @@
 """Small networks and settings that the tests share."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,9 @@ IMAGE_SHAPE = (1, 8, 8)
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, whichever test does that
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child process of a test could be interrupted
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each take all cores wait for one another

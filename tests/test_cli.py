@@ -1,5 +1,8 @@
 """From defaults, preset, file and flags to one configuration."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -141,3 +144,67 @@ def test_schedules():
     assert (cosine.factor(0), cosine.factor(0.5), cosine.factor(1)) == (1, pytest.approx(0.5), 0)
     step = OptimizerConfig(schedule="step", milestones=(0.2, 0.4), decay=0.1)
     assert [step.factor(p) for p in (0.19, 0.2, 0.41)] == pytest.approx([1, 0.1, 0.01])
+
+
+class TestStreams:
+    """Shells of every kind: the command works, or says in a line why not."""
+
+    @pytest.fixture
+    def stdout(self, monkeypatch):
+        """Reads what a command writes to a pipe of an encoding; closed at once where asked."""
+        opened = []
+
+        def connect(encoding: str, *, closed: bool = False):
+            reading, writing = os.pipe()
+            os.set_blocking(reading, False)
+            stream = os.fdopen(writing, "w", encoding=encoding)
+            opened.append(stream)
+            monkeypatch.setattr("sys.stdout", stream)
+            if closed:
+                os.close(reading)
+            return lambda: os.read(reading, 65536)
+
+        yield connect
+        for stream in opened:
+            stream.close()
+
+    def ends(self, command) -> object:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(command)
+        return stopped.value.code
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+    def test_any_encoding_takes_any_text(self, stdout, encoding):
+        read = stdout(encoding)
+        assert self.ends(lambda: print("╭─ 8×8 → é │ 漢")) == 0
+        assert read().decode(encoding) == {
+            "ascii": "+- 8x8 -> e | ?\n", "cp1252": "+- 8×8 -> é | ?\n", "utf-8": "╭─ 8×8 → é │ 漢\n",
+        }[encoding]  # fmt: skip
+
+    def test_help_in_ascii(self, stdout):
+        read = stdout("ascii")
+        assert self.ends(lambda: parse("--help")) == 0
+        assert read().decode("ascii").startswith("usage: ")
+
+    def test_a_reader_that_has_enough_ends_nothing(self, stdout, capsys):
+        stdout("utf-8", closed=True)
+        assert self.ends(lambda: print("a" * 100_000)) == 0
+        stdout("utf-8", closed=True)
+
+        def fail():
+            print("a" * 100)
+            raise ConfigurationError("refused")
+
+        assert self.ends(fail) == 2
+        assert capsys.readouterr().err == "\nrefused\n"
+
+    def test_without_any_stream(self, monkeypatch):
+        monkeypatch.setattr("sys.stdout", None)
+        monkeypatch.setattr("sys.stderr", None)
+        assert self.ends(lambda: parse("--help")) == 0
+
+    def test_from_a_shell(self, tmp_path):
+        command = f"{sys.executable} -m dfad.train --help | head -n 1"
+        plain = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=120)
+        assert (done.stdout, done.stderr) == ("usage: python -m dfad.train [-h] [OPTIONS]\n", "")

@@ -24,7 +24,14 @@ def cache_folder() -> Path:
     """``$DFAD_CACHE``, else ``$XDG_CACHE_HOME/dfad``, else ``~/.cache/dfad``."""
     if own := os.environ.get("DFAD_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfad"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "dfad"
+    try:
+        return Path.home() / ".cache" / "dfad"
+    except RuntimeError:  # no HOME, and no entry of the user's
+        raise ConfigurationError(
+            "There is no home folder for the cache. Name a folder with the environment variable DFAD_CACHE."
+        ) from None
 
 
 def cached_teacher(name: str, root: Path | None = None) -> Path:
@@ -43,6 +50,8 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
     recipe = RECIPES[name]
     settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
+    if path.exists():  # written whole; the folder may be read-only
+        return path
     lock = FileLock(path.with_suffix(".lock"))  # of several processes that need it at once, one trains, the others wait
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -76,6 +77,21 @@ class TestRecipes:
         monkeypatch.setenv("DFAD_CACHE", str(digits_teacher.parent))
         monkeypatch.setattr(cache, "SupervisedTrainer", None)  # calling it would fail
         assert cache.cached_teacher("digits") == digits_teacher
+
+    def test_one_that_is_there_is_taken_from_a_folder_that_cannot_be_written(
+        self, digits_teacher, monkeypatch, tmp_path
+    ):
+        monkeypatch.setenv("DFAD_CACHE", str(tmp_path))
+        shutil.copy(digits_teacher, tmp_path)
+        monkeypatch.setattr(Path, "mkdir", None)  # calling it would fail
+        assert cache.cached_teacher("digits") == tmp_path / digits_teacher.name
+
+    def test_without_a_home_the_way_out_is_said(self, monkeypatch):
+        for name in ("DFAD_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is where nobody knows the user's home
+        with pytest.raises(ConfigurationError, match="no home folder for the cache.*DFAD_CACHE"):
+            cache.cache_folder()
 
     def test_another_recipe_is_another_file(self, digits_teacher, monkeypatch, tmp_path):
         monkeypatch.setenv("DFAD_CACHE", str(tmp_path))

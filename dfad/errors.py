@@ -26,7 +26,7 @@ class ModelError(DfadError, ValueError):
 
 
 class RunFolderError(DfadError):
-    """A run's folder that already holds a run, holds none, or belongs to another configuration."""
+    """A run's folder that already holds a run, has no room for one, or cannot be written to."""
 
     exit_code = 4
 

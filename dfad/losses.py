@@ -19,6 +19,12 @@ def _implementation(loss: FusedLoss[P], fused: bool) -> Callable[P, Tensor]:
     return loss if fused else loss.reference
 
 
+def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their types: under autocast, networks end in operations of different ones."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
+
+
 class ActivationBoundaryLoss(nn.Module):
     """:func:`~dfad.functional.activation_boundary_loss` of one pair of taps, or summed over several.
 
@@ -59,7 +65,7 @@ class ActivationBoundaryLoss(nn.Module):
             raise ValueError(
                 f"reduction is 'none' for {len(student)} taps; give one pair, or choose another reduction."
             )
-        losses = [self.loss(s, t, self.margin, self.reduction) for s, t in zip(student, teacher, strict=True)]
+        losses = [self.loss(*_alike(s, t), self.margin, self.reduction) for s, t in zip(student, teacher, strict=True)]
         weighted = [weight * loss for weight, loss in zip(self._weights(len(losses)), losses, strict=True)]
         return sum(weighted[1:], start=weighted[0])
 
@@ -96,7 +102,8 @@ class InterpolatedKLDivLoss(nn.Module):
         partner: Tensor | None = None,
     ) -> Tensor:
         """See :func:`~dfad.functional.interpolated_kl_div`."""
-        return self.loss(student_logits, teacher_logits, mixing_coefficient, partner, self.temperature, self.reduction)
+        pair = _alike(student_logits, teacher_logits)
+        return self.loss(*pair, mixing_coefficient, partner, self.temperature, self.reduction)
 
 
 class Discrepancy(nn.Module):

@@ -78,3 +78,16 @@ def test_soft_labels_are_mixed_with_a_partners(fused: bool, generator: Generator
         label = coefficient[:, None] * soft + (1 - coefficient[:, None]) * other
         expected = F.kl_div(student.log_softmax(dim=1), label, reduction="batchmean")
         torch.testing.assert_close(loss(student, teacher, coefficient, partner), expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_networks_may_end_in_different_precisions(dtypes):
+    student, teacher = (torch.randn(4, 3, 5, 5).to(dtype) for dtype in dtypes)
+    torch.testing.assert_close(
+        ActivationBoundaryLoss()(student, teacher), ActivationBoundaryLoss()(student.float(), teacher.float())
+    )
+    student, teacher = student[:, :, 0, 0].requires_grad_(), teacher[:, :, 0, 0]
+    loss = InterpolatedKLDivLoss()(student, teacher, 1.0)
+    torch.testing.assert_close(loss, InterpolatedKLDivLoss()(student.float(), teacher.float(), 1.0))
+    loss.backward()
+    assert student.grad.dtype == dtypes[0]

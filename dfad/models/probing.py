@@ -103,9 +103,13 @@ def image_shape_of(
     if declared is not None and not image_size:
         sizes.insert(0, declared[1:])
     failure: Exception | None = None
+    unusable: ModelError | None = None
     for size in sizes:
         try:
             dry_forward(network, (channels, *size))
+        except ModelError as error:  # it runs, and returns no logits
+            unusable = unusable or error
+            continue
         except Exception as error:  # a network may refuse a size in any way, with an assertion for one
             failure = failure or error
             continue
@@ -118,6 +122,8 @@ def image_shape_of(
         elif image_size is None:
             log.info("The teacher's own configuration says that its images are of %d×%d pixels.", *size)
         return (channels, *size)
+    if unusable is not None:
+        raise unusable
     tried = f"{image_size}×{image_size}" if image_size else f"any of {', '.join(f'{h}×{w}' for h, w in sizes)}"
     raise ModelError(
         f"The teacher took no image of {channels} channels and {tried} pixels: {type(failure).__name__}: "

@@ -84,6 +84,18 @@ def require_file(path: Path) -> None:
         raise ModelError(f"The checkpoint {path} is a pointer of Git LFS, not the file itself. Fetch it: git lfs pull.")
     if start.startswith((b"<!doctype html", b"<html")):
         raise ModelError(f"The checkpoint {path} is a web page, not a file of weights. Download the file itself.")
+    if not path.stat().st_size:
+        raise ModelError(f"The checkpoint {path} is empty. Copy or download it again.")
+    if zipfile.is_zipfile(path) and _is_torchscript(path):
+        raise ModelError(
+            f"The checkpoint {path} is a TorchScript archive, which holds code. Where you trust it, save its weights "
+            f"alone: torch.save(torch.jit.load({str(path)!r}).state_dict(), file)."
+        )
+
+
+def _is_torchscript(path: Path) -> bool:
+    with reading(path), zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 @contextmanager
@@ -95,7 +107,7 @@ def reading(path: Path) -> Iterator[None]:
         raise ModelError(
             f"The checkpoint {path} is a pickle that holds more than tensors, or is damaged, and was not loaded: "
             "running its code would not be safe. Where you trust it, save its state dict alone: "
-            f"torch.save(network.state_dict(), file). Details: {first_line(error)}"
+            f"torch.save(network.state_dict(), file).{_what_else(error)}"
         ) from None
     except (
         SafetensorError,
@@ -111,6 +123,12 @@ def reading(path: Path) -> Iterator[None]:
             f"The checkpoint {path}{size} cannot be read; it is truncated or of another format: {first_line(error)}. "
             "Needed is a safetensors file or a state dict written by torch.save."
         ) from None
+
+
+def _what_else(error: Exception) -> str:
+    """Of PyTorch's long advice, what it is that the pickle holds."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" It holds {found[1]}." if found else ""
 
 
 def is_safetensors(path: Path) -> bool:

@@ -1,7 +1,10 @@
 """Comparisons: every arm over the seeds, judged; finished runs are not run again."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +35,8 @@ CHANNELS = {"channels": [4, 8, 16]}
 ARMS = [PLAIN, FULL]
 
 
-@pytest.fixture
-def comparison(monkeypatch) -> Comparison:
+@pytest.fixture(scope="module")
+def comparison() -> Iterator[Comparison]:
     """Two arms and the ceiling, in seconds."""
     base = replace(
         with_method(PRESETS["digits"], rounds=4, student_steps=2, batch_size=16),
@@ -49,13 +52,53 @@ def comparison(monkeypatch) -> Comparison:
         claims=(Beats(FULL, PLAIN), Reaches(FULL, accuracy=0.01), Sooner(FULL, PLAIN, 0.5), Beats(FULL, "absent")),
         published={PLAIN: 0.99},
     )
-    monkeypatch.setitem(COMPARISONS, "tiny", tiny)
-    return tiny
+    COMPARISONS["tiny"] = tiny
+    yield tiny
+    del COMPARISONS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def finished(comparison, tmp_path_factory) -> Path:
+    """The folder of the comparison, all of it run on one thread; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(folder, "--output", str(folder / "results" / "reproduce-tiny.json"), "--root", str(folder))
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+def again(finished: Path, tmp_path: Path, *arguments) -> dict:
+    """The comparison once more, over a copy of what is finished."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return run(tmp_path, "--root", str(finished), *arguments)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the finished comparison was run: the number of threads changes the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch) -> None:
+    """Whatever is not finished fails."""
+    monkeypatch.setattr(study, "build_distiller", None)
+    monkeypatch.setattr(study, "teach", None)
+
+
+def record_in(folder: Path) -> dict:
+    return json.loads((folder / "runs" / "comparison.json").read_text())
 
 
 def run(tmp_path, *arguments) -> dict:
     reproduce.main(["tiny", "--seeds=2", "--device=cpu", "--run_dir", str(tmp_path / "runs"), *arguments])
-    return json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    return record_in(tmp_path)
 
 
 def timeless(record: dict) -> dict:
@@ -63,12 +106,12 @@ def timeless(record: dict) -> dict:
     return json.loads(json.dumps(record), object_hook=lambda tree: {k: v for k, v in tree.items() if k != "seconds"})
 
 
-def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, tmp_path, capsys):
-    record = run(tmp_path, "--output", str(tmp_path / "results" / "reproduce-tiny.json"), "--root", str(tmp_path))
+def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(finished):
+    record = record_in(finished)
     assert record["settings"]["teacher"]["checkpoint"] is record["settings"]["data"]["root"] is None
-    assert str(tmp_path) not in json.dumps(record)
-    assert json.loads((tmp_path / "results" / "reproduce-tiny.json").read_text()) == record
-    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(finished) not in json.dumps(record)
+    assert json.loads((finished / "results" / "reproduce-tiny.json").read_text()) == record
+    assert (finished / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(record["arms"]) == [*ARMS, REAL_DATA]
     for name, arm in record["arms"].items():
         accuracies = arm["accuracy"]["values"]
@@ -86,20 +129,16 @@ def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(comparison, 
     assert record["arms"][PLAIN]["reproduced"] is False
     assert "published" not in record["arms"][FULL]
     assert len(record["claims"]) == 3  # the one about an arm that was not run is left out
+
+
+def test_what_is_finished_is_only_read_and_shown(finished, tmp_path, nothing_runs, capsys):
+    assert again(finished, tmp_path) == record_in(finished)
     printed = capsys.readouterr().out
     assert "missed" in printed
     assert printed.count("hold") == 3
 
 
-def test_what_is_finished_is_only_read(comparison, tmp_path, monkeypatch):
-    first = run(tmp_path)
-    monkeypatch.setattr(study, "build_distiller", None)  # calling it would fail
-    monkeypatch.setattr(study, "teach", None)
-    assert run(tmp_path) == first
-
-
-def test_a_stopped_run_goes_on(comparison, tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+def test_a_stopped_run_goes_on(finished, tmp_path, monkeypatch, one_thread):
     run_round = Distiller.run_round
 
     def stopping(self):
@@ -110,23 +149,18 @@ def test_a_stopped_run_goes_on(comparison, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "run_round", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "part")
-    assert timeless(run(tmp_path / "part")) == timeless(whole)
+            run(tmp_path)
+    assert timeless(run(tmp_path)) == timeless(record_in(finished))
 
 
 @pytest.mark.slow
-def test_several_processes_come_to_the_same(comparison, tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
-    try:
-        apart, together = run(tmp_path / "apart"), run(tmp_path / "together", "--processes=2")
-    finally:
-        torch.set_num_threads(threads)
-    assert timeless(apart) == timeless(together)
+    together = run(tmp_path, "--processes=2", "--arms", PLAIN)
+    assert timeless(together)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
 
 
-def test_the_record_tells_the_commit_that_was_begun_with(comparison, tmp_path, monkeypatch):
+def test_the_record_tells_the_commit_that_was_begun_with(finished, tmp_path, monkeypatch):
     commits = ["before", "after"]
     monkeypatch.setattr(reproduce, "machine", lambda: {"commit": commits[0]})
 
@@ -135,21 +169,20 @@ def test_the_record_tells_the_commit_that_was_begun_with(comparison, tmp_path, m
         return [study.run_once(run) for run in runs]
 
     monkeypatch.setattr(reproduce, "execute", during)
-    assert run(tmp_path, "--arms", PLAIN)["machine"] == {"commit": "before"}
+    assert again(finished, tmp_path, "--arms", PLAIN)["machine"] == {"commit": "before"}
 
 
-def test_some_arms_alone(comparison, tmp_path):
-    record = run(tmp_path, "--arms", FULL)
+def test_some_arms_alone(finished, tmp_path, nothing_runs):
+    record = again(finished, tmp_path, "--arms", FULL)
     assert list(record["arms"]) == [FULL]
     assert len(record["claims"]) == 1
 
 
-def test_runs_of_other_settings_are_not_mixed_in(comparison, tmp_path, monkeypatch):
-    run(tmp_path, "--arms", PLAIN)
+def test_runs_of_other_settings_are_not_mixed_in(comparison, finished, tmp_path, monkeypatch):
     other = replace(comparison, arms={name: with_method(arm, batch_size=8) for name, arm in comparison.arms.items()})
     monkeypatch.setitem(COMPARISONS, "tiny", other)
     with pytest.raises(ConfigurationError, match="batch_size 16 → 8"):
-        run(tmp_path, "--arms", PLAIN)
+        again(finished, tmp_path, "--arms", PLAIN)
 
 
 @pytest.mark.parametrize(

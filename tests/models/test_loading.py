@@ -123,7 +123,7 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(write, tmp_path):
 
 def test_a_whole_module_is_refused_too(tmp_path):
     torch.save(Plain(), tmp_path / "module.pt")
-    with pytest.raises(ModelError, match="save its state dict alone"):
+    with pytest.raises(ModelError, match=rf"save its state dict alone.* It holds {Plain.__module__}\.Plain\.$"):
         weights.read_weights(tmp_path / "module.pt")
 
 
@@ -167,6 +167,7 @@ class TestWhatLiesThere:
         [
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "pointer of Git LFS"),
             (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+            (b"", "is empty"),
         ],
     )
     @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
@@ -174,6 +175,11 @@ class TestWhatLiesThere:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=message):
             weights.read_weights(tmp_path / name)
+
+    def test_torchscript(self, tmp_path):
+        torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "w.pt")
+        with pytest.raises(ModelError, match=r"TorchScript archive.*torch\.jit\.load"):
+            weights.read_weights(tmp_path / "w.pt")
 
 
 class TestLargerCheckpoints:
@@ -491,6 +497,11 @@ class TestImageSize:
     def test_networks_of_imagenet_are_tried_at_224_first(self):
         pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
         assert probing.image_shape_of(pooled) == (3, 224, 224)
+
+    def test_a_network_that_runs_and_returns_no_logits_is_not_told_to_change_its_images(self):
+        with pytest.raises(ModelError, match="needed is") as refused:
+            probing.image_shape_of(nn.Conv2d(1, 4, 3))
+        assert "image_size" not in str(refused.value)
 
     def test_failing_everywhere_names_the_first_reason(self):
         with pytest.raises(ModelError, match=r"20×20 pixels: AssertionError: Wrong image height!"):

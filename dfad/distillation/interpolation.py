@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dfad import functional
 from dfad.config import InterpolationConfig
+from dfad.distillation.beta import symmetric_beta
 from dfad.losses import InterpolatedKLDivLoss
 from dfad.models.probing import as_outputs
 from dfad.models.taps import Outputs
@@ -89,8 +90,7 @@ class VirtualInterpolation:
 
     def sample_coefficient(self) -> Tensor:
         """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
-        # the first of two Dirichlet components is Beta distributed; the public samplers take no generator
-        return torch._sample_dirichlet(self.concentration, self.rng)[..., 0]
+        return symmetric_beta(self.concentration, self.rng)
 
     def _statistics(self) -> AbstractContextManager[None]:
         return nullcontext() if self.config.batchnorm == "update" else statistics_kept(self.student)

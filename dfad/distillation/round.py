@@ -1,5 +1,6 @@
 """The round: student steps on generated images, then the generator against the student."""
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -114,13 +115,14 @@ class Round:
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
         for name, stream in self.rng.items():
             stream.manual_seed(stream_seed(config.seed, name))
+        this = weakref.proxy(self)  # in a cycle, a captured graph would live until the garbage collector runs
         self.interpolation = VirtualInterpolation(
             method.interpolation,
             method.batch_size,
             self.rng["mixing"],
             self.student,
             self.teacher,
-            lambda student, teacher: self.imitation_loss(self.imitation_terms(student, teacher)),
+            lambda student, teacher: this.imitation_loss(this.imitation_terms(student, teacher)),
             fused=config.fused,
         )
         self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"])

@@ -41,7 +41,7 @@ DIGITS = TrainConfig(
     student=StudentConfig(factory="convnet", kwargs={"channels": [16, 32, 64], "in_channels": 1}),
     generator=GeneratorConfig(noise_dim=64, width=32),
     method=MethodConfig(
-        rounds=150,
+        rounds=100,
         student_steps=5,
         batch_size=128,
         activation=ActivationConfig(weight=0.03),
@@ -49,7 +49,7 @@ DIGITS = TrainConfig(
         regularizers=RegularizerConfig(batchnorm=0.1, one_hot=0.1, diversity=5.0),
     ),
     optimizer=OptimizersConfig(
-        student=OptimizerConfig(lr=0.2, weight_decay=5e-4), generator=OptimizerConfig(name="adam", lr=1e-3)
+        student=OptimizerConfig(lr=0.3, weight_decay=5e-4), generator=OptimizerConfig(name="adam", lr=1e-3)
     ),
 )
 

@@ -28,7 +28,6 @@ class VirtualInterpolation:
         rng: the random stream of the mixing coefficients; all are on its device.
         student: sees the mixed images of the last two forms.
         teacher: is asked about them, if the configuration says so.
-        imitation: the loss of all other images, of what student and teacher say of them.
         fused: see :class:`~dfad.losses.InterpolatedKLDivLoss`.
     """
 
@@ -39,7 +38,6 @@ class VirtualInterpolation:
         rng: torch.Generator,
         student: nn.Module,
         teacher: Callable[[Tensor], Outputs],
-        imitation: Callable[[Outputs, Outputs], Tensor],
         *,
         fused: bool,
     ) -> None:
@@ -47,13 +45,13 @@ class VirtualInterpolation:
         self.rng = rng
         self.student = student
         self.teacher = teacher
-        self.imitation = imitation
         self.divergence = InterpolatedKLDivLoss(config.temperature, fused=fused)
         self.form = config.step if config.weight else None
         replaced = round(config.weight * batch_size) if self.form == "within" else 0
         self.unmixed = torch.arange(batch_size, device=rng.device) < batch_size - replaced
         shape = (batch_size, 2) if config.coefficient == "sample" else (2,)
         self.concentration = torch.full(shape, config.concentration, device=rng.device)
+        self.one = torch.ones(shape[:-1], device=rng.device)
 
     def within(self, images: Tensor) -> Tensor:
         """The images of a student step, the last of them mixed."""
@@ -63,19 +61,23 @@ class VirtualInterpolation:
 
     def joint_terms(self, images: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         """The term of the loss of mixed images, by its name; the images of the step serve again."""
-        return {"interpolation": self.loss(images, teacher_logits)} if self.form == "joint" else {}
+        if self.form != "joint":
+            return {}
+        return {"interpolation": self._loss(images, teacher_logits, self._divergence_from_teacher)}
 
-    def own_loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor | None:
-        """The loss of a step on mixed images; the images of the step before serve again."""
-        return self.loss(images, teacher_logits) if self.form == "own" else None
-
-    def loss(self, images: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The student's loss on mixed images.
+    def own_loss(
+        self, images: Tensor, teacher_logits: Tensor, imitation: Callable[[Outputs, Outputs], Tensor]
+    ) -> Tensor | None:
+        """The loss of a step on mixed images; the images of the step before serve again.
 
         Args:
             images: which are mixed with those of the reversed batch.
             teacher_logits: of the images unmixed, for labels that are interpolated.
+            imitation: the loss of all other images, for labels that the teacher is asked for.
         """
+        return self._loss(images, teacher_logits, imitation) if self.form == "own" else None
+
+    def _loss(self, images: Tensor, teacher_logits: Tensor, imitation: Callable[[Outputs, Outputs], Tensor]) -> Tensor:
         coefficient = self.sample_coefficient()
         mixed = functional.mix(images, coefficient)
         with self._statistics():
@@ -84,9 +86,11 @@ class VirtualInterpolation:
             return self.divergence(student.logits, teacher_logits, coefficient)
         with torch.no_grad():
             teacher = self.teacher(mixed)
-        if self.form == "own":
-            return self.imitation(student, teacher)
-        return self.divergence(student.logits, teacher.logits, torch.ones_like(coefficient))
+        return imitation(student, teacher)
+
+    def _divergence_from_teacher(self, student: Outputs, teacher: Outputs) -> Tensor:
+        loss: Tensor = self.divergence(student.logits, teacher.logits, self.one)
+        return loss
 
     def sample_coefficient(self) -> Tensor:
         """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""

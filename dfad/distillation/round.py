@@ -1,6 +1,5 @@
 """The round: student steps on generated images, then the generator against the student."""
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -115,14 +114,12 @@ class Round:
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
         for name, stream in self.rng.items():
             stream.manual_seed(stream_seed(config.seed, name))
-        this = weakref.proxy(self)  # in a cycle, a captured graph would live until the garbage collector runs
         self.interpolation = VirtualInterpolation(
             method.interpolation,
             method.batch_size,
             self.rng["mixing"],
             self.student,
             self.teacher,
-            lambda student, teacher: this.imitation_loss(this.imitation_terms(student, teacher)),
             fused=config.fused,
         )
         self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"])
@@ -176,7 +173,7 @@ class Round:
         loss = self.imitation_loss(terms)
         self.engine.descend(loss, self.student_optimizer)
         with self.engine.autocast():
-            own_loss = self.interpolation.own_loss(images, teacher.logits)
+            own_loss = self.interpolation.own_loss(images, teacher.logits, self.imitation)
         if own_loss is not None:
             terms["interpolation"] = own_loss
             self.engine.descend(self.config.method.interpolation.weight * own_loss, self.student_optimizer)
@@ -192,6 +189,10 @@ class Round:
             images = self.image_bank.sample(method.batch_size, newest, method.batch_size, self.rng["image_bank"])
             images = images.to(self.engine.dtype)
         return self.augmentation(images)
+
+    def imitation(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """The student's loss on one batch of generated images."""
+        return self.imitation_loss(self.imitation_terms(student, teacher))
 
     def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
         """How far the student is from the teacher on one batch."""

@@ -9,6 +9,7 @@ from dfad.config import (
     CollapseConfig,
     GeneratorConfig,
     InterpolationConfig,
+    OptimizerConfig,
     RecordingConfig,
     RegularizerConfig,
     StudentConfig,
@@ -119,6 +120,12 @@ def _of_rounds(preset: TrainConfig, rounds: int) -> TrainConfig:
     )
 
 
+DIGITS = replace(
+    PRESETS["digits"],
+    optimizer=replace(PRESETS["digits"].optimizer, student=OptimizerConfig(lr=0.2, weight_decay=5e-4)),
+)
+"""With the learning rate that was searched for short runs, with and without the parts."""
+
 MNIST = _of_rounds(PRESETS["mnist"], PRESETS["mnist"].method.rounds)
 
 # between networks of He et al.'s form, as far as one core goes in half an hour; a GPU has the preset cifar10
@@ -158,7 +165,7 @@ COMPARISONS = {
         arms={FULL: PRESETS["digits"]}, teacher="digits", ceiling=None, claims=(Reaches(FULL, share_of_teacher=0.97),)
     ),
     "digits": Comparison(
-        arms=arms(_of_rounds(PRESETS["digits"], 40)),
+        arms=arms(_of_rounds(DIGITS, 40)),
         teacher="digits",
         ceiling=_student_on_real_data("digits", PRESETS["digits"]),
         claims=(*CLAIMS, Reaches(FULL, share_of_teacher=0.97)),

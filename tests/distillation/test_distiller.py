@@ -100,7 +100,7 @@ class TestWhatMoves:
             )
             distiller.student.train()
             before = snapshot(distiller.student)
-            distiller.round.interpolation.loss(torch.randn(16, *IMAGE_SHAPE), torch.randn(16, 4))
+            distiller.round.interpolation.joint_terms(torch.randn(16, *IMAGE_SHAPE), torch.randn(16, 4))
             moves[batchnorm] = moved(distiller.student, before)
         assert moves == {"update": buffers(student), "keep": set()}
 
@@ -186,7 +186,8 @@ class TestLosses:
                 student(mixed).logits.log_softmax(1), teacher.eval()(mixed).logits.softmax(1), reduction="batchmean"
             )
         torch.testing.assert_close(
-            distiller.round.interpolation.loss(images, torch.full((16, 4), torch.nan)).detach(), expected
+            distiller.round.interpolation.joint_terms(images, torch.full((16, 4), torch.nan))["interpolation"].detach(),
+            expected,
         )
 
     def test_mixed_images_may_have_a_step_of_their_own(self, teacher, student, config, monkeypatch):
@@ -208,7 +209,9 @@ class TestLosses:
         images = torch.randn(16, *IMAGE_SHAPE)
         mixed = functional.mix(images, coefficient)
         with torch.no_grad():
-            loss = distiller.round.interpolation.loss(images, torch.full((16, 4), torch.nan))
+            loss = distiller.round.interpolation.own_loss(
+                images, torch.full((16, 4), torch.nan), distiller.round.imitation
+            )
             s, t = student(mixed), teacher.eval()(mixed)
             expected = (s.logits - t.logits).abs().mean() + 0.1 * distiller.round.activation(
                 distiller.round.connectors(s.taps), t.taps

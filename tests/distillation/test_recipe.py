@@ -133,13 +133,8 @@ class TestViews:
         distiller.run_round()
         seen: dict[str, torch.Tensor] = {}
         round_ = distiller.round
-        teacher = round_.teacher
-
-        def ask(images: torch.Tensor) -> Outputs:
-            seen["teacher"] = images.clone()
-            return teacher(images)
-
-        monkeypatch.setattr(round_, "teacher", ask)
+        ask = round_.teacher.without_gradient
+        monkeypatch.setattr(round_.teacher, "without_gradient", lambda x: seen.update(teacher=x.clone()) or ask(x))
         student = round_.student
         showing = type("Showing", (nn.Module,), {"forward": lambda _, x: seen.update(student=x.clone()) or student(x)})
         monkeypatch.setattr(round_, "student", showing())

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from dfad import models
-from dfad.config import EngineConfig, MethodConfig, OptimizerConfig, OptimizersConfig
+from dfad.config import (
+    AugmentationConfig,
+    EngineConfig,
+    ImageBankConfig,
+    InterpolationConfig,
+    MethodConfig,
+    OptimizerConfig,
+    OptimizersConfig,
+)
 from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import CHECKED_WITH, WARM_UP_ROUNDS, RoundGraphs
 from dfad.errors import ConfigurationError
@@ -255,6 +263,27 @@ class TestOnAGpu:
             assert distiller.engine.captured == (graph == "on")
         assert torch.tensor(runs["on"]).isfinite().all()
         torch.testing.assert_close(torch.tensor(runs["on"]), torch.tensor(runs["off"]), rtol=tolerance, atol=tolerance)
+
+    def test_bank_views_and_mixing_go_on_in_a_graph(self, teacher, on_gpu):
+        recipe = with_method(
+            on_gpu,
+            warm_up=2,
+            generator_steps=2,
+            adversary="agreeing",
+            interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
+            image_bank=ImageBankConfig(size=64),
+            augmentation=AugmentationConfig(flip=True, crop=0.25, cutout=0.25, colour=0.1),
+        )
+        runs, written = {}, {}
+        for graph in ("on", "off"):
+            distiller = make(teacher, replace(recipe, engine=EngineConfig(precision="float32", cuda_graph=graph)))
+            for _ in range(recipe.method.warm_up):
+                distiller.run_round()
+            runs[graph] = losses(distiller, ROUNDS)
+            written[graph] = distiller.round.image_bank.written.item()
+        assert runs["on"] == pytest.approx(runs["off"], rel=1e-3)
+        assert len(set(runs["on"])) == ROUNDS
+        assert written["on"] == written["off"] == (2 + 2 * ROUNDS) * recipe.method.batch_size
 
     def test_a_replay_draws_new_noise_and_follows_the_schedule(self, teacher, on_gpu):
         distiller = make(teacher, on_gpu)

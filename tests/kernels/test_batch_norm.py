@@ -17,7 +17,7 @@ from dfad_kernels.registration import compute_dtype
 from dfad_kernels.testing import TOLERANCE, relative_error
 from tests.kernels.implementations import FEATURE_KERNELS, interpreted
 from tests.kernels.memory import guarded
-from tests.kernels.test_contract import NoSynchronization
+from tests.waiting import NoWaiting
 
 SHAPES = [(4, 3), (2, 1, 1, 1), (3, 1, 5, 5), (5, 3, 7), (2, 16, 4, 4), (9, 64, 1, 1), (2, 65, 9, 7)]
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -235,7 +235,7 @@ def test_triton_neither_waits_nor_writes_inputs_nor_changes_a_bit(generator: Gen
         running = torch.zeros(6), torch.ones(6)
         before = [value if value is None else value.clone() for value in inputs]
         upstream = torch.randn(4, 6, 5, 7, generator=generator).bfloat16()
-        with NoSynchronization():
+        with NoWaiting():
             x, weight, bias, residual = inputs
             batch_norm(x, *running, weight, bias, residual=residual, kernels="triton")
             results = [differentiate(batch_norm, inputs, 0.2, upstream, kernels="triton") for _ in range(2)]

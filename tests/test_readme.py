@@ -64,7 +64,6 @@ def execute(folder: Path, command: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split("\n")[0][:40])
 def test_its_commands_run(block, users_folder):
     for line in block.replace("\\\n", " ").splitlines():

@@ -150,14 +150,14 @@ def whole(tmp_path_factory) -> Path:
 
 
 class TestInterrupted:
-    @pytest.mark.slow
     def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(self, whole, tmp_path):
         random_ = random.Random(2102_11638)
         folder = tmp_path / "run"
         temporary = folder / (checkpoint.NAME + ".tmp")
+        some_round = random_.randint(2, 6)
         moments = {
             "set-up": folder.exists,
-            "a round": lambda: lines_of(folder / "metrics.jsonl") >= random_.randint(1, 6),
+            "a round": lambda: lines_of(folder / "metrics.jsonl") >= some_round,
             "writing a checkpoint": lambda: lines_of(folder / "metrics.jsonl") >= 8 and temporary.exists(),
             "the last things": lambda: (folder / "generator.safetensors").exists(),
         }

@@ -73,7 +73,6 @@ class TestPartsComputeTheSame:
                 value, plain[name], rtol=2e-3, atol=2e-4, msg=lambda message, n=name: f"{n}: {message}"
             )
 
-    @pytest.mark.slow
     def test_compiled_equals_eager(self, plain, teacher, config):
         engine = replace(ALL_OFF, compile="on")
         weights = self.weights_after_ten_rounds(teacher, replace(config, fused=False, engine=engine))

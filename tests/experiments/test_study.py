@@ -153,7 +153,6 @@ def test_a_stopped_run_goes_on(finished, tmp_path, monkeypatch, one_thread):
     assert timeless(run(tmp_path)) == timeless(record_in(finished))
 
 
-@pytest.mark.slow
 def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
     together = run(tmp_path, "--processes=2", "--arms", PLAIN)

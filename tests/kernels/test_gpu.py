@@ -136,7 +136,6 @@ def test_batch_norm_moves_running_statistics_without_waiting_and_alike_in_a_grap
     torch.testing.assert_close(moved, expected)
 
 
-@pytest.mark.slow
 def test_more_elements_than_32_bits_count() -> None:
     """Only the last elements differ from zero: a 32-bit offset would miss them."""
     free, _ = torch.cuda.mem_get_info()

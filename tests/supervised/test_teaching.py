@@ -345,7 +345,6 @@ class TestCommand:
             teacher.main(["--lr", "-1"])
         assert raised.value.exit_code == 2
 
-    @pytest.mark.slow
     def test_the_recipe_of_mnist_learns_the_real_images(self, tmp_path, shared_data):
         flags = ["--preset", "mnist", "--epochs", "1", "--data.root", str(shared_data / "mnist")]
         teacher.main([*flags, "--device", "cpu", "--run_dir", str(tmp_path / "run")])

@@ -217,7 +217,6 @@ class TestPlan:
         modules = {part.command[1] for part in parts}
         assert {part.command[1] for part in small} == modules
 
-    @pytest.mark.slow
     def test_each_benchmark_is_in_a_slice(self, parts):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench", "--full"]
         lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
@@ -388,7 +387,6 @@ class TestCommand:
         assert "Continuing what" in (told := capsys.readouterr().out)
         assert "1 of 1 parts done, 0 failed" in told
 
-    @pytest.mark.slow
     @pytest.mark.alone
     def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
         wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe", "kernels of a round")

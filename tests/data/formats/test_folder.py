@@ -163,7 +163,6 @@ def test_a_folder_without_classes_is_named(tmp_path):
         open_dataset(config(write(tmp_path, {"0.jpg": picture(0)})))
 
 
-@pytest.mark.slow
 def test_reads_the_real_jpegs(shared_data):
     dataset = open_dataset(config(shared_data / "cifar10-jpeg.tar.xz"))
     assert (len(dataset.train), len(dataset.test), dataset.image_shape) == (50_000, 10_000, (3, 32, 32))

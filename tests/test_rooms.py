@@ -1,0 +1,135 @@
+"""The rooms of the package and the arrows between them: who may import whom."""
+
+import ast
+from collections import defaultdict
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"dfad": ROOT / "dfad", "dfad_kernels": ROOT / "kernels" / "dfad_kernels"}
+
+COMMANDS = {path.stem for path in (ROOT / "dfad").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+
+GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "validation"}
+"""One small idea each; they know no room."""
+
+ARROWS = {
+    "config": set(),
+    "presets": {"config", "data"},
+    "functional": {"dfad_kernels"},
+    "losses": {"dfad_kernels", "functional"},
+    "models": set(),
+    "engine": {"config", "dfad_kernels", "dfad_kernels.cpu", "models"},
+    "runs": {"config", "models"},
+    "distillation": {"config", "dfad_kernels", "engine", "functional", "losses", "models", "runs"},
+    "data": {"models"},
+    "supervised": {"config", "data", "engine", "models", "runs"},
+    "assembly": {"config", "data", "distillation", "engine", "models", "runs", "supervised"},
+    "experiments": {"assembly", "config", "data", "distillation", "engine", "models", "presets", "runs", "supervised"},
+    "cli": {"runs"},
+    "dfad": {"config", "distillation"},
+    "dfad_kernels": {"dfad_kernels.cpu", "dfad_kernels.gpu"},
+    "dfad_kernels.cpu": {"dfad_kernels"},
+    "dfad_kernels.gpu": {"dfad_kernels"},
+}
+"""What each room may import besides the ground floor; a command may import all but other commands."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, by their full names; what serves types alone is left out."""
+    names = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types = {id(inner) for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else str(node.module) for name in full}
+    return names
+
+
+def room(module: str) -> str:
+    package, *rest = module.split(".")
+    if package == "dfad_kernels":
+        return f"{package}.{rest[0]}" if rest and (PACKAGES[package] / rest[0]).is_dir() else package
+    return rest[0] if rest else package
+
+
+ROOMS = defaultdict(set)
+for name, path in MODULES.items():
+    ROOMS[room(name)] |= {room(found) for found in imports(path) if found in MODULES} - {room(name)}
+
+
+def test_the_commands_are_those_that_are_documented():
+    assert {"train", "teacher", "evaluate", "reproduce"} <= COMMANDS
+    assert not COMMANDS & (set(ARROWS) | GROUND)
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_a_room_imports_what_it_may(name):
+    allowed = set(ARROWS) if name in COMMANDS else ARROWS.get(name, set())
+    assert name in ARROWS or name in GROUND or name in COMMANDS, "a new room: say above what it may import"
+    assert ROOMS[name] <= allowed | GROUND
+
+
+def test_there_is_no_circle_of_rooms():
+    graph = {name: {other for other in others if "dfad_kernels" not in other} for name, others in ROOMS.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
+def test_there_is_no_circle_of_modules():
+    graph = {name: imports(path) & set(MODULES) for name, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())
+
+
+def reachable(start: str) -> set[str]:
+    found, left = set(), [start]
+    while left:
+        for other in ROOMS[left.pop()] - found:
+            found.add(other)
+            left.append(other)
+    return found
+
+
+def test_distilling_cannot_reach_data_nor_the_parser_of_flags():
+    assert not reachable("distillation") & {"data", "cli", "supervised", "assembly", *COMMANDS}
+
+
+def test_kernels_know_nothing_of_what_uses_them():
+    assert not reachable("dfad_kernels") & (set(ARROWS) - {name for name in ARROWS if name.startswith("dfad_kernels")})
+
+
+@pytest.mark.parametrize(
+    ("package", "importers"),
+    [("triton", "dfad_kernels.gpu"), ("tyro", "dfad.cli"), ("nvidia", "dfad.data.dali")],
+)
+def test_a_package_of_one_kind_of_machine_or_use_has_one_importer(package, importers):
+    found = {name for name, path in MODULES.items() if any(i.split(".")[0] == package for i in imports(path))}
+    assert found
+    assert all(name == importers or name.startswith(f"{importers}.") for name in found), found
+
+
+@pytest.mark.parametrize("folder", ["bench", "tools"])
+def test_nobody_imports_a_command(folder):
+    commands = {f"dfad.{name}" for name in COMMANDS}
+    for path in [*MODULES.values(), *(ROOT / folder).rglob("*.py")]:
+        assert not imports(path) & commands, path

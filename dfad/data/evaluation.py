@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dfad.data import BatchSource, DataConfig, batch_source, in_order, open_dataset
 from dfad.errors import ModelError, first_line
 from dfad.metrics import top_k_accuracy
-from dfad.models.probing import as_outputs, dry_forward, require_same_classes
+from dfad.models.outputs import as_outputs
+from dfad.models.probing import dry_forward, require_same_classes
 from dfad.modes import evaluating
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, RunFolderError
 from dfad.models.model_file import weights_hash
-from dfad.models.probing import as_outputs, image_shape_of, in_float32
+from dfad.models.outputs import as_outputs
+from dfad.models.probing import image_shape_of, in_float32
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.folder import open_folder

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from dfad.copies import copy_network
 from dfad.engine import Engine
 from dfad.errors import first_line
-from dfad.models.probing import as_outputs, parameter_count
+from dfad.models.outputs import as_outputs
+from dfad.models.probing import parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
 from dfad.modes import BatchNorm, random_state_kept, set_mode
 

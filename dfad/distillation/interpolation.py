@@ -10,7 +10,7 @@ from dfad import functional
 from dfad.config import InterpolationConfig
 from dfad.distillation.beta import symmetric_beta
 from dfad.losses import InterpolatedKLDivLoss
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.models.taps import Outputs
 from dfad.modes import statistics_kept
 

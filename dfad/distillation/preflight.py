@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from dfad.config import DistillConfig, OptimizerConfig
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line
 from dfad.models.model_file import divided
-from dfad.models.probing import as_outputs, dry_forward, require_same_classes
+from dfad.models.outputs import as_outputs
+from dfad.models.probing import dry_forward, require_same_classes
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 

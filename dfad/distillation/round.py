@@ -21,7 +21,7 @@ from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import frozen, set_mode
 from dfad.seeds import seeded, stream_seed

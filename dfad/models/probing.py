@@ -1,16 +1,15 @@
 """What can be found out about a network without data."""
 
 import copy
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfad.errors import ModelError, first_line
-from dfad.models.taps import Outputs
+from dfad.models.outputs import Outputs, as_outputs, logits_entry
 from dfad.modes import evaluating
 
 log = logging.getLogger(__name__)
@@ -20,64 +19,6 @@ IMAGE_SIZES = (32, 28, 64, 224, 8, 16, 96, 128, 299)
 
 IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 """Networks of so many classes are tried with images of this size before all others."""
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def as_outputs(result: Any) -> Outputs:
-    """What a network returned, as :class:`~dfad.models.taps.Outputs`; plain logits have no taps.
-
-    Of a tuple, mapping or object with several entries, see :func:`logits_entry` for which are the logits. Logits of
-    half precision become float32 outside of autocast.
-
-    Raises:
-        ModelError: if it holds no logits.
-    """
-    taps: tuple[Tensor, ...] = ()
-    if isinstance(result, Outputs):
-        result, taps = result
-    logits = result if isinstance(result, Tensor) else logits_entry(result)[1]
-    if logits.dtype in HALF and not torch.is_autocast_enabled(logits.device.type):
-        logits = logits.float()
-    return Outputs(logits, taps)
-
-
-def logits_entry(result: Any) -> tuple[str, Tensor]:
-    """Name and tensor of the logits in what a network returned: the entry called logits, else its first matrix.
-
-    Args:
-        result: a tuple, list, mapping, or dataclass such as Hugging Face's ``ModelOutput``.
-
-    Raises:
-        ModelError: if none of its entries is a tensor ``(batch, classes)``.
-    """
-    entries = dict(_entries(result))
-    if isinstance(entries.get("logits"), Tensor):
-        return "logits", entries["logits"]
-    for name, value in entries.items():
-        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
-            return name, value
-    shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in entries.items())
-    raise ModelError(
-        f"A network returned a {type(result).__name__}{f' of {shapes}' if shapes else ''}; it must return logits, a "
-        "tensor (batch, classes), alone or in a tuple, a mapping or an object, or dfad.models.taps.Outputs."
-    )
-
-
-def _entries(result: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(result, Mapping):
-        yield from ((str(name), value) for name, value in result.items())
-    elif isinstance(result, (tuple, list)):
-        names = getattr(result, "_fields", None) or map(str, range(len(result)))
-        yield from zip(names, result, strict=False)
-    elif dataclasses.is_dataclass(result):
-        yield from ((field.name, getattr(result, field.name, None)) for field in dataclasses.fields(result))
-    elif isinstance(getattr(result, "logits", None), Tensor):
-        yield "logits", result.logits
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def image_shape_of(

@@ -1,4 +1,4 @@
-"""What a network returns, and how taps are taken: as outputs of a traced graph where the network is plain, else by
+"""How taps are taken: as outputs of a traced graph where the network is plain, else by
 hooks that are there for the length of a call.
 
 A graph has no hidden state, which would have to be kept apart from CUDA graphs and compilation by hand; hooks leave a
@@ -7,24 +7,14 @@ network as it is, whatever it does.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
 from dfad.engine.tracing import NotPlain, is_written_in_place, trace
 from dfad.errors import ModelError, first_line, nearest
+from dfad.models.outputs import Outputs, as_outputs
 from dfad.modes import BatchNorm
-
-
-class Outputs(NamedTuple):
-    """What every network of this project returns."""
-
-    logits: Tensor
-    """Class scores before softmax, ``(B, classes)``."""
-
-    taps: tuple[Tensor, ...] = ()
-    """Pre-activation feature maps ``(B, channels, height, width)`` at the end of each stage: after BatchNorm and the
-    addition of the shortcut, before ReLU."""
 
 
 def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -174,8 +164,6 @@ class _HookedTaps(_SameNetwork):
         self.names = tuple(names)
 
     def forward(self, *inputs: Any, **options: Any) -> Outputs:
-        from dfad.models.probing import as_outputs  # which imports this module
-
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:

@@ -18,7 +18,8 @@ from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with
 from dfad.errors import ConfigurationError, DivergenceError, ModelError
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
-from dfad.models.probing import as_outputs, dry_forward, require_same_classes
+from dfad.models.outputs import as_outputs
+from dfad.models.probing import dry_forward, require_same_classes
 from dfad.runs.settings import to_tree
 from dfad.seeds import seeded
 from dfad.supervised.recipes import Recipe

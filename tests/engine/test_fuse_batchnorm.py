@@ -15,7 +15,7 @@ from dfad.config import EngineConfig
 from dfad.engine import Engine
 from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
 from dfad.models.generator import Generator
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.modes import statistics_kept
 from tests.kernels.implementations import interpreted
 

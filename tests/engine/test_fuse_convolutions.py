@@ -19,7 +19,7 @@ from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions, unchained
 from dfad.errors import ConfigurationError
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.models.taps import with_taps
 from dfad.modes import statistics_kept
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Link

@@ -12,6 +12,7 @@ from torch import nn
 
 from dfad.errors import ModelError
 from dfad.models import factory as factories
+from dfad.models import outputs as outputs_module
 from dfad.models import probing, weights
 from dfad.models.taps import Outputs
 
@@ -384,11 +385,11 @@ class TestOutputs:
         ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
     )
     def test_logits_are_found_among_other_things(self, result, entry):
-        assert probing.logits_entry(result)[0] == entry
-        outputs = probing.as_outputs(result)
+        assert outputs_module.logits_entry(result)[0] == entry
+        outputs = outputs_module.as_outputs(result)
         assert torch.equal(outputs.logits, self.logits)
         assert outputs.taps == ()
-        assert probing.as_outputs(Outputs(result, (self.maps,))).taps == (self.maps,)
+        assert outputs_module.as_outputs(Outputs(result, (self.maps,))).taps == (self.maps,)
 
     @pytest.mark.parametrize(
         ("result", "message"),
@@ -401,17 +402,17 @@ class TestOutputs:
     )
     def test_what_holds_none_is_refused_with_its_entries(self, result, message):
         with pytest.raises(ModelError, match=message):
-            probing.as_outputs(result)
+            outputs_module.as_outputs(result)
 
-    @pytest.mark.parametrize("dtype", probing.HALF)
+    @pytest.mark.parametrize("dtype", outputs_module.HALF)
     def test_half_precision_becomes_float32_but_under_autocast(self, dtype):
-        assert probing.as_outputs(self.logits.to(dtype)).logits.dtype == torch.float32
+        assert outputs_module.as_outputs(self.logits.to(dtype)).logits.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
-            assert probing.as_outputs(self.logits.to(dtype)).logits.dtype == dtype
+            assert outputs_module.as_outputs(self.logits.to(dtype)).logits.dtype == dtype
 
     def test_it_is_compiled_as_one_graph(self):
         compiled = torch.compile(
-            lambda x: probing.as_outputs({"logits": x.half(), "other": (x,)}).logits + 1,
+            lambda x: outputs_module.as_outputs({"logits": x.half(), "other": (x,)}).logits + 1,
             fullgraph=True,
             backend="eager",
         )

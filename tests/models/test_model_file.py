@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dfad import models
 from dfad.errors import ModelError, RunFolderError
 from dfad.models.model_file import load_model, read_manifest, save_model, weights_hash
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ARCHITECTURE = {"factory": "convnet", "kwargs": {"channels": [4, 8], "num_classes": 3, "in_channels": 1}}

@@ -15,6 +15,7 @@ from tests.test_train_command import SMALL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 
 NETWORKS = """
 import torch
@@ -44,7 +45,7 @@ def blocks(language: str) -> list[str]:
 
 
 def table(heading: str) -> list[list[str]]:
-    section = README.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    section = USAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -93,6 +94,10 @@ def test_its_links_and_pictures_exist():
     assert len(links) >= 2
     for link in links:
         assert (ROOT / link).stat().st_size < 300_000
+
+
+def test_it_is_short():
+    assert README.count("\n") < 150
 
 
 def test_its_exit_codes_are_those_of_the_errors():

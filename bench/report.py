@@ -336,8 +336,8 @@ def highlights(records: Records) -> list[str]:
     return [
         *table(head, body, figures_from=1),
         "",
-        "Time of a whole round. Multiples of ours: the loop as published, and the same loop repaired by hand; and ours as",
-        "a multiple of its floor, the convolutions and matrix products alone.",
+        "Time of a whole round. Multiples of ours: the loop as published, and the same loop repaired by hand; and ours",
+        "as a multiple of its floor, the convolutions and matrix products alone.",
         "",
         *rounds(records),
         *no_gpu(records),

@@ -137,7 +137,9 @@ def test_shared_tensors_are_stored_once_and_everything_comes_back(tmp_path, monk
     )
 
 
-@pytest.mark.parametrize("extra", [{1: "a"}, (1, 2), {"when": object()}, float("nan")], ids=["key", "tuple", "object", "nan"])
+@pytest.mark.parametrize(
+    "extra", [{1: "a"}, (1, 2), {"when": object()}, float("nan")], ids=["key", "tuple", "object", "nan"]
+)
 def test_extra_state_that_would_not_come_back_is_refused(extra, tmp_path):
     network = Shared()
     network.extra = extra

@@ -372,16 +372,16 @@ class EngineConfig:
     """The teacher's BatchNorms folded into its convolutions."""
 
     fuse_batchnorm: Switch = "auto"
-    """Each BatchNorm that learns computed with the addition and the activation behind it."""
+    """Each BatchNorm that learns computed together with the addition and the activation that follow it."""
 
     fuse_convolutions: Switch = "auto"
     """Its BatchNorm computed with the 3×3 convolution before it, too, by tiles in bfloat16."""
 
     merge_upsampling: Switch = "auto"
-    """Each upsampling of the generator and the convolution behind it computed at once."""
+    """Each upsampling of the generator and the convolution that follows it, computed at once."""
 
     keep_memory: Switch = "auto"
-    """What a round's tensors let go of kept for the next one's, on a CPU, instead of given back to the system."""
+    """Memory freed in one round is reused in the next, on a CPU, instead of given back to the system."""
 
     cuda_graph: Switch = "auto"
     """The whole round captured as one CUDA graph."""
@@ -401,7 +401,7 @@ class SelectionConfig:
     """Images in the bank; gathered evenly over the first half of the rounds, then fixed."""
 
     every: int = 25
-    """Rounds between two looks (and evaluations, where an evaluation set is given)."""
+    """Evaluation interval, in rounds: agreement, and accuracy where an evaluation set is given."""
 
     def __post_init__(self) -> None:
         positive(bank_size=self.bank_size, every=self.every)
@@ -437,10 +437,10 @@ class RecordingConfig:
     """What is written down, and how often."""
 
     log_every: int = 10
-    """Rounds between two readings of the metrics; the host waits for the device at these alone."""
+    """Logging interval, in rounds; the host waits for the device only then."""
 
     checkpoint_every: int = 50
-    """Rounds between two checkpoints."""
+    """Checkpoint interval, in rounds."""
 
     def __post_init__(self) -> None:
         positive(log_every=self.log_every, checkpoint_every=self.checkpoint_every)

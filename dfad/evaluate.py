@@ -49,10 +49,10 @@ class Evaluate:
     """
 
     model: Path
-    """Its weights; a file that this project wrote tells the rest."""
+    """Its weights; a file written by this project describes the rest."""
 
     factory: str | None = None
-    """Callable that builds it, where its file does not tell: package.module:callable, or a bare name of dfad.models."""
+    """Callable that builds it, where its file does not say: package.module:callable, or a bare name of dfad.models."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Keyword arguments of the factory."""
@@ -89,7 +89,7 @@ class Evaluate:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Parse the arguments, measure the network, print the figures."""
     command = cli.parse_flags(Evaluate, arguments)
     configure_logging()
     device = choose_device(command.device)
@@ -140,7 +140,7 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
     recorded = manifest.get("recipe", {}).get("data")
     if recorded is None:
         raise ConfigurationError(
-            f"{command.model} does not tell which data it was trained on. Give --data.name and, for data sets "
+            f"{command.model} does not say which data it was trained on. Give --data.name and, for data sets "
             "in files, --data.root."
         )
     named = override(DataConfig(), recorded, source=str(command.model))

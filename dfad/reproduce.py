@@ -30,7 +30,7 @@ RECORD_FILE, CURVES_FILE = "comparison.json", "curves.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Run the arms of a comparison over several seeds, and tell what they show.
+    """Run the arms of a comparison over several seeds, and report what they show.
 
     Runs that are finished are not run again, and one that was stopped goes on from its last checkpoint: call it again
     with the same --run_dir.
@@ -71,7 +71,7 @@ class Reproduce:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Parse the arguments, run the comparison, print what it shows."""
     command = cli.parse_flags(Reproduce, arguments)
     configure_logging()
     comparison = located(command)

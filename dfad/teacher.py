@@ -30,7 +30,7 @@ class Teach(cli.Command):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Parse the arguments, train the teacher, print its result."""
     command = cli.parse(Teach(preset="digits"), RECIPES, arguments)
     configure_logging()
     recipe = command.settings

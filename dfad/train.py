@@ -44,7 +44,7 @@ class Train(cli.Command):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Parse the arguments, run the distillation, print its result."""
     command = cli.parse(Train(), PRESETS, arguments)
     configure_logging()
     config = command.settings

@@ -70,10 +70,10 @@ class Recipe:
     """The network through torch.compile."""
 
     evaluate_every: int = 1
-    """Epochs between two looks at the test split; they select nothing, the last network is kept."""
+    """Evaluation interval on the test split, in epochs; it selects nothing, the last network is kept."""
 
     checkpoint_every: int = 1
-    """Epochs between two checkpoints."""
+    """Checkpoint interval, in epochs."""
 
     def __post_init__(self) -> None:
         positive(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfad_kernels import activation_boundary_loss as activation_boundary_loss
+from dfad_kernels import batchnorm_distance as batchnorm_distance
 from dfad_kernels import interpolated_kl_div as interpolated_kl_div
 
 
@@ -33,23 +34,6 @@ def diversity_loss(teacher_logits: Tensor) -> Tensor:
     """
     mean_prediction = teacher_logits.float().softmax(dim=1).mean(dim=0)
     return -torch.special.entr(mean_prediction).sum()
-
-
-def batchnorm_distance(features: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    r"""Distance between the statistics of a batch and those that a BatchNorm holds.
-
-    .. math:: \lVert \mu(x) - \mu \rVert_2 + \lVert \sigma^2(x) - \sigma^2 \rVert_2
-
-    Yin et al., "Dreaming to Distill" (DeepInversion), CVPR 2020; the batch's variance is the biased one.
-
-    Args:
-        features: what reaches the BatchNorm, ``(B, channels, ...)``.
-        running_mean: ``(channels,)``.
-        running_var: ``(channels,)``.
-    """
-    dims = [0, *range(2, features.ndim)]
-    variance, mean = torch.var_mean(features.float(), dim=dims, correction=0)
-    return torch.linalg.vector_norm(mean - running_mean) + torch.linalg.vector_norm(variance - running_var)
 
 
 def class_entropy(logits: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfad import functional
 from dfad.modes import BatchNorm
-from dfad_kernels import FusedLoss, activation_boundary_loss, interpolated_kl_div
+from dfad_kernels import FusedLoss, activation_boundary_loss, batchnorm_distance, interpolated_kl_div
+from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
 
 P = ParamSpec("P")
 
@@ -130,20 +130,22 @@ class Discrepancy(nn.Module):
 class BatchNormStatisticsLoss(nn.Module):
     """Distance between a batch's statistics and a network's, summed over its BatchNorms.
 
-    See :func:`dfad.functional.batchnorm_distance`.
+    See :func:`~dfad.functional.batchnorm_distance`.
 
     Args:
         norms: the BatchNorms, whose running statistics are read at each call; a list may change between calls.
+        fused: run the operator's kernels instead of its reference.
     """
 
-    def __init__(self, norms: Sequence[BatchNorm]) -> None:
+    def __init__(self, norms: Sequence[BatchNorm], fused: bool = True) -> None:
         super().__init__()
         self.norms = norms  # no ModuleList: they belong to the teacher
+        self.distance = batchnorm_distance if fused else batchnorm_distance_reference
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """What reached each BatchNorm, ``(B, channels, ...)`` each."""
         distances = [
-            functional.batchnorm_distance(x, norm.running_mean, norm.running_var)  # type: ignore[arg-type]
+            self.distance(x, norm.running_mean, norm.running_var)  # type: ignore[arg-type]
             for x, norm in zip(features, self.norms, strict=True)
         ]
         return torch.stack(distances).sum()

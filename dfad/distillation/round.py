@@ -109,7 +109,7 @@ class Round:
             method.activation.scaling,
             fused=config.fused,
         )
-        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms)
+        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
 
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
         for name, stream in self.rng.items():

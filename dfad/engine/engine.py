@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad.config import EngineConfig, OptimizerConfig, Switch
+from dfad.engine import fuse_convolutions as chains
 from dfad.engine.cuda_graph import RoundGraphs
 from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
@@ -20,7 +21,6 @@ from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_
 from dfad.engine.two_streams import TwoStreams
 from dfad.errors import ConfigurationError
 from dfad_kernels import kernel_name
-from dfad_kernels.cpu.convolution_chain import has_tiles
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,9 @@ class Engine:
             raise Unavailable("engine.fuse_batchnorm is off, or cannot run here, and it is built on that")
         if self.dtype != torch.bfloat16:
             raise Unavailable(f"its tiles are of bfloat16, and the precision is {self.precision}")
-        if not has_tiles():
-            raise Unavailable("the processor has no tiles (Intel AMX)")
+        reason = chains.unavailable()
+        if reason:
+            raise Unavailable(reason)
 
     def _check_keep_memory(self) -> None:
         if self.device.type != "cpu":

@@ -25,6 +25,7 @@ from dfad.engine.fuse_batchnorm import (
 )
 from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
+from dfad_kernels.cpu.convolution_chain import unavailable as unavailable
 from dfad_kernels.cpu.subsampling import subsample
 
 
@@ -107,18 +108,17 @@ class ChainedConvolutions(nn.Module):
         ]
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = list(inputs)
-        for link, convolution, norm in zip(self.chain.links, self.convolutions, self.norms, strict=True):
-            y = convolution(values[link.source])
-            residual = None if link.residual is None else values[link.residual]
+        def compute(number: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            link, norm = self.chain.links[number], self.norms[number]
+            y = self.convolutions[number](x)
             if norm is not None:
                 y = norm(y, residual)  # with the activation, if it is all that anybody uses
             elif residual is not None:
                 y = y + residual
             activates = norm is None or link.keeps_pre
-            post = F.leaky_relu(y, link.negative_slope) if activates and link.keeps_post else y
-            values += [y, post]
-        return tuple(values[number] for number in self.chain.outputs)  # type: ignore[misc]
+            return y, F.leaky_relu(y, link.negative_slope) if activates and link.keeps_post else y
+
+        return self.chain.link_by_link(inputs, compute)
 
 
 def _learning(convolution: nn.Conv2d, fused: FusedBatchNorm | None) -> Layer:

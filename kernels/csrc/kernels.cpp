@@ -3,9 +3,9 @@
 
 #include "losses/activation_boundary_loss.hpp"
 #include "batch_norm/batch_norm.hpp"
-#include "chains/convolution_batch_norm.hpp"
+#include "batch_norm/batchnorm_distance.hpp"
+#include "batch_norm/frozen_batch_norm.hpp"
 #include "elementwise.hpp"
-#include "chains/frozen_convolution.hpp"
 #include "losses/interpolated_kl_div.hpp"
 #include "batch_norm/subsampling.hpp"
 

@@ -21,29 +21,13 @@ void batch_norm_backward(Array x, Address x_gradient, Address weight_gradient, A
                          Address residual_gradient, Address y_gradient, Address y, Address statistics, Address weight,
                          Address bias, double epsilon, double slope, int threads);
 
-void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
-                                int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                double slope, int threads);
-void frozen_convolution_backward(Address kernel, Address post, Address pre_gradient, Address post_gradient,
-                                 Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                 int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                 double slope, int threads);
+void frozen_batch_norm_forward(Array x, Address y, Address mean, Address variance, Address weight, Address bias,
+                               Address residual, double epsilon, double slope, int threads);
+void frozen_batch_norm_backward(Array y_gradient, Address x_gradient, Address residual_gradient, Address y,
+                                Address variance, Address weight, double epsilon, double slope, int threads);
 
-void convolution_batch_norm_forward(Address x, Address source_statistics, Address source_weight, Address source_bias,
-                                    Address kernel, Address y, Address pre, Address post, Address statistics,
-                                    Address running_mean, Address running_variance, Address residual,
-                                    Address weight, Address bias, double source_slope, double source_epsilon,
-                                    int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
-                                    int64_t step, double momentum, double slope, double epsilon, int threads);
-void convolution_batch_norm_backward(Address x, Address source_statistics, Address source_weight, Address source_bias,
-                                     Address kernel, Address y, Address post, Address statistics, Address weight,
-                                     Address bias, Address pre_gradient, Address post_gradient,
-                                     Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                     Address kernel_gradient, Address weight_gradient, Address bias_gradient,
-                                     Address source_weight_gradient, Address source_bias_gradient, bool summed,
-                                     double source_slope, double source_epsilon, int64_t count, int64_t height,
-                                     int64_t width, int64_t in, int64_t out, int64_t step, double slope,
-                                     double epsilon, int threads);
+void batchnorm_distance_forward(Array x, Address loss, Address saved, Address mean, Address variance, int threads);
+void batchnorm_distance_backward(Array x, Address x_gradient, Address loss_gradient, Address saved, int threads);
 
 void subsampling_forward(Address x, Address y, int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
                          int64_t before, int64_t step, int64_t bytes, int threads);

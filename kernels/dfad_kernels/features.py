@@ -26,8 +26,8 @@ class FeatureOperator:
     """One direction of an operator over features: it allocates its results, and kernels fill them.
 
     Kernels are given the features, the operator's first argument, as a matrix ``(rows, channels)``, then the results
-    and the other arguments. Of those the C++ kernels take addresses alone, and null for a tensor without elements: to
-    ask a tensor for its shape would take longer than to normalise many a map.
+    and the other arguments but flags, which say what is allocated. Of those the C++ kernels take addresses alone, null
+    for a tensor without elements: to ask a tensor for its shape would take longer than to normalise many a map.
 
     Args:
         allocate: from the operator's arguments to what is to be filled; its signature becomes the schema.
@@ -58,6 +58,7 @@ class FeatureOperator:
         """The results of the kernels of that name, as :func:`dfad_kernels.registration.load_kernels` names them."""
         results = self.allocate(features, *others)
         filled = (results,) if isinstance(results, Tensor) else results
+        others = tuple(other for other in others if not isinstance(other, bool))
         with current_device(features.device):
             _launcher(kernels, self.operator, self.direction)(rows_channels(features), *filled, *others)
         return results

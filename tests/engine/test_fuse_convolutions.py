@@ -318,13 +318,13 @@ class TestEngine:
     @pytest.fixture
     def tiles(self, monkeypatch):
         """Every processor has them, computed by loops if it must be."""
-        monkeypatch.setattr("dfad.engine.engine.has_tiles", lambda: True)
+        monkeypatch.setattr("dfad.engine.fuse_convolutions.unavailable", lambda: None)
 
     def test_without_tiles_it_is_left_out_or_refused(self, monkeypatch, caplog):
-        monkeypatch.setattr("dfad.engine.engine.has_tiles", lambda: False)
+        monkeypatch.setattr("dfad.engine.fuse_convolutions.unavailable", lambda: "the processor has no tiles")
         with caplog.at_level(logging.INFO, logger="dfad"):
             assert not Engine(EngineConfig(precision="bfloat16"), fused=True, device=CPU).fuse_convolutions
-        assert "Without engine.fuse_convolutions: the processor has no tiles (Intel AMX)." in caplog.messages
+        assert "Without engine.fuse_convolutions: the processor has no tiles." in caplog.messages
         with pytest.raises(ConfigurationError, match="fuse_convolutions is on, but cannot run here: the processor has"):
             Engine(EngineConfig(precision="bfloat16", fuse_convolutions="on"), fused=True, device=CPU)
 

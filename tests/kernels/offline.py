@@ -23,10 +23,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dfad_kernels import activation_boundary_loss, batch_norm, interpolated_kl_div
+from dfad_kernels import (
+    activation_boundary_loss,
+    batch_norm,
+    batchnorm_distance,
+    frozen_batch_norm,
+    interpolated_kl_div,
+)
 from dfad_kernels.gpu import activation_boundary_loss as activation_boundary_module
 from dfad_kernels.gpu import batch_norm as batch_norm_module
+from dfad_kernels.gpu import batchnorm_distance as batchnorm_distance_module
 from dfad_kernels.gpu import channels as channels_module
+from dfad_kernels.gpu import frozen_batch_norm as frozen_batch_norm_module
 from dfad_kernels.gpu import interpolated_kl_div as interpolated_kl_div_module
 from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 
@@ -124,9 +132,15 @@ def feature_launches(dtype: torch.dtype) -> list[Launch]:
         )
         numbers = [torch.empty(channels, device="meta") for _ in range(4)]
         options = {"residual": residual} if adds else {}
-        with recorded(batch_norm_module, channels_module) as found:
-            leaf = x.requires_grad_()
-            batch_norm(leaf, *numbers, **options, negative_slope=0.0, kernels="triton").backward(gradient)
+        modules = batch_norm_module, batchnorm_distance_module, channels_module, frozen_batch_norm_module
+        with recorded(*modules) as found:
+            x.requires_grad_()
+            residual.requires_grad_()
+            batch_norm(x, *numbers, **options, negative_slope=0.0, kernels="triton").backward(gradient)
+            of_norm = numbers if adds else [None] * 3 + numbers[3:]
+            frozen_batch_norm(x, *of_norm, **options, negative_slope=0.0, kernels="triton").backward(gradient)
+            if adds:
+                batchnorm_distance(x, *numbers[:2], kernels="triton").backward()
         launches += found
     return launches
 

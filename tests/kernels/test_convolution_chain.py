@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dfad_kernels.cpu.convolution_chain import TILES, ConvolutionChain, Layer, Link, Misfit, has_tiles
-from dfad_kernels.registration import instruction_sets
+from dfad_kernels.cpu.convolution_chain import (
+    TILES,
+    ConvolutionChain,
+    Layer,
+    Link,
+    Misfit,
+    instruction_sets,
+    unavailable,
+)
 from tests.kernels.memory import guarded
 
 SHAPES = [
@@ -59,32 +66,6 @@ def inputs_of(shape: Sequence[int], link: Link, generator: Generator) -> list[Te
     result = batch, out, -(-height // link.stride), -(-width // link.stride)
     shapes = [(batch, channels, height, width)] if link.residual is None else [(batch, channels, height, width), result]
     return [channels_last(torch.randn(size, generator=generator).bfloat16()) for size in shapes]
-
-
-class Rounded(torch.autograd.Function):
-    """To bfloat16, as if it were the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.bfloat16().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def reference(chain: ConvolutionChain, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The equations, each step a PyTorch operation; values are rounded where the chain rounds them."""
-    values = list(inputs)
-    for link, layer in zip(chain.links, layers, strict=True):
-        y = F.conv2d(values[link.source], layer.kernel, stride=link.stride, padding=1)
-        if link.normalises:
-            pre = F.batch_norm(Rounded.apply(y), None, None, layer.weight, layer.bias, True, 0.1, layer.epsilon)
-        else:
-            pre = y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
-        pre = pre if link.residual is None else pre + values[link.residual]
-        values += [Rounded.apply(pre), Rounded.apply(F.leaky_relu(pre, link.negative_slope))]
-    return [values[number] for number in chain.outputs]
 
 
 def chain_of(*links: Link, inputs: int = 1, outputs: Sequence[int] = ()) -> ConvolutionChain:
@@ -135,8 +116,8 @@ def test_a_link_matches_the_equation(shape: tuple[int, ...], link: Link, level: 
     inputs = inputs_of(shape, link, generator)
     layers = [layer_of(link, *shape[1:3], generator)]
     chain = chain_of(link, inputs=len(inputs))
-    found = differentiate(lambda *a: chain(*a, kernels=f"cpp.{level}"), [link], layers, inputs)
-    expected = differentiate(lambda *a: reference(chain, *a), [link], *double(layers, inputs))
+    found = differentiate(lambda *a: chain(*a, instruction_set=level), [link], layers, inputs)
+    expected = differentiate(lambda *a: chain.reference(*a), [link], *double(layers, inputs))
     for actual, exact, tolerance in zip(found, expected, (2**-8, 2**-6.5), strict=True):
         assert_near(actual, exact, tolerance)
     assert {y.dtype for y in found[0]} == {torch.bfloat16}
@@ -169,21 +150,23 @@ def test_a_chain_is_its_links(normalises: bool, level: str, generator: Generator
     chain, layers, inputs = network_of(normalises, generator)
     assert chain.unwritten == [normalises, False, normalises, False, False]
 
-    def one_by_one(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> list[Tensor]:
-        values: list[Tensor | None] = list(inputs)
-        for link, layer in zip(chain.links, layers, strict=True):
-            operands = [values[i] for i in (link.source, link.residual) if i is not None]
-            alone = replace(link, source=0, residual=None if link.residual is None else 1)
-            given = iter(chain_of(alone, inputs=len(operands))([layer], operands, kernels=f"cpp.{level}"))
-            values += [next(given) if keeps else None for keeps in (link.keeps_pre, link.keeps_post)]
-        return [values[number] for number in chain.outputs]  # type: ignore[misc]
+    def one_by_one(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def compute(number: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            link = chain.links[number]
+            operands = [x] if residual is None else [x, residual]
+            alone = replace(link, source=0, residual=None if residual is None else 1)
+            given = iter(chain_of(alone, inputs=len(operands))([layers[number]], operands, instruction_set=level))
+            pre, post = (next(given) if keeps else None for keeps in (link.keeps_pre, link.keeps_post))
+            return pre, post
 
-    found = differentiate(lambda *a: chain(*a, kernels=f"cpp.{level}"), chain.links, layers, inputs)
+        return chain.link_by_link(inputs, compute)
+
+    found = differentiate(lambda *a: chain(*a, instruction_set=level), chain.links, layers, inputs)
     expected = differentiate(one_by_one, chain.links, layers, inputs)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     # where gradients meet, a chain does not round their sum
     assert_near(found[1], [g.double() for g in expected[1]], 2**-6)
-    exact = differentiate(lambda *a: reference(chain, *a), chain.links, *double(layers, inputs))
+    exact = differentiate(lambda *a: chain.reference(*a), chain.links, *double(layers, inputs))
     assert_near(found[0], exact[0], 2**-6)
     # each layer's rounding decides on which side of an activation a few values are
     assert_near(found[1], exact[1], 0.1)
@@ -197,15 +180,15 @@ def test_what_is_let_go_of_changes_nothing(normalises: bool, generator: Generato
         torch.testing.assert_close(list(chain(layers, inputs)), kept, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not has_tiles(), reason=f"the processor has no {TILES}")
+@pytest.mark.skipif(unavailable() is not None, reason=f"the processor has no {TILES}")
 @each_variant
 def test_tiles_compute_what_loops_compute(link: Link, generator: Generator) -> None:
     shape = (9, 32, 32, 8, 8)
     inputs, layers = inputs_of(shape, link, generator), [layer_of(link, 32, 32, generator)]
     chain = chain_of(link, inputs=len(inputs))
     results = [
-        differentiate(lambda *a, level=level: chain(*a, kernels=f"cpp.{level}"), [link], layers, inputs)
-        for level in (TILES, "x86_64_v3")
+        differentiate(lambda *a, level=level: chain(*a, instruction_set=level), [link], layers, inputs)
+        for level in (TILES, "baseline")
     ]
     for found, expected in zip(*results, strict=True):
         assert_near(found, [t.double() for t in expected], 2**-9)
@@ -218,7 +201,7 @@ def test_running_statistics_move_as_pytorch_moves_them(level: str, generator: Ge
     moved, expected = ([torch.full((16,), 0.7), torch.full((16,), 1.3)] for _ in range(2))
     y = F.conv2d(x.float(), layer.kernel, padding=1).bfloat16().float()
     for _ in range(3):
-        chain_of(link)([Layer(*layer[:3], *moved, momentum=0.3)], [x], kernels=f"cpp.{level}")
+        chain_of(link)([Layer(*layer[:3], *moved, momentum=0.3)], [x], instruction_set=level)
         F.batch_norm(y, *expected, training=True, momentum=0.3)
     torch.testing.assert_close(moved, expected, rtol=2e-3, atol=1e-4)
     assert not torch.equal(moved[0], torch.full((16,), 0.7))
@@ -294,7 +277,7 @@ def test_nothing_past_a_tensor_is_touched(link: Link, level: str, generator: Gen
         layer = layer_of(link, *shape[1:3], generator)
         layer = Layer(*(t if t is None else guarded(t) for t in layer[:3]))
         chain = chain_of(link, inputs=len(inputs))
-        y, gradients = differentiate(lambda *a, c=chain: c(*a, kernels=f"cpp.{level}"), [link], [layer], inputs)
+        y, gradients = differentiate(lambda *a, c=chain: c(*a, instruction_set=level), [link], [layer], inputs)
         assert all(value.isfinite().all() for value in (*y, *gradients))
 
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from dfad_kernels import activation_boundary_loss, batch_norm, interpolated_kl_div, kernel_name
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import OpCase, Settings
-from tests.kernels import implementations, test_batch_norm
+from tests.kernels import implementations, test_batch_norm, test_batchnorm_distance, test_frozen_batch_norm
 from tests.kernels.test_numerics import LAYOUTS, check, each_case, each_dtype
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -106,6 +106,19 @@ def test_batch_norm_matches_the_equation(dtype: torch.dtype, generator: Generato
     shapes = (*test_batch_norm.SHAPES, (3, 1, 40, 8), (64, 16, 32, 32), (2, 2048, 3, 3), (64, 96, 33, 31))
     for shape, variant in itertools.product(shapes, test_batch_norm.VARIANTS):
         test_batch_norm.check(shape, dtype, variant, None, generator, device="cuda")
+
+
+@each_dtype
+def test_frozen_batch_norm_matches_the_equation(dtype: torch.dtype, generator: Generator) -> None:
+    shapes = (*test_frozen_batch_norm.SHAPES, (64, 16, 32, 32), (64, 96, 33, 31))
+    for shape, variant in itertools.product(shapes, test_frozen_batch_norm.VARIANTS[::5]):
+        test_frozen_batch_norm.check(shape, dtype, variant, None, generator, device="cuda")
+
+
+@each_dtype
+def test_batchnorm_distance_matches_the_equation(dtype: torch.dtype, generator: Generator) -> None:
+    for shape in (*test_batchnorm_distance.SHAPES, (64, 16, 32, 32), (64, 96, 33, 31)):
+        test_batchnorm_distance.check(shape, dtype, None, generator, device="cuda")
 
 
 def test_batch_norm_moves_running_statistics_without_waiting_and_alike_in_a_graph(generator: Generator) -> None:

@@ -26,12 +26,12 @@ def test_kernels_compile_to_wide_accesses_without_spills(target: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     reports: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    assert len(reports) == 31 + 24
+    assert len(reports) == 31 + 40
     for report in reports:
         assert report["spills"] == report["local_bytes"] == report["int32_offsets"] == 0, report
         # permutations are read with wide loads as well where the layout happens to allow it
         assert report["wide_loads"] >= report["expected_loads"], report
-        assert report["expected_loads"] > 0 or report["kernel"].startswith("combine"), report
+        assert report["expected_loads"] > 0 or report["kernel"].startswith(("combine", "distance,")), report
         assert report["wide_stores"] >= report["expected_stores"], report
     rows = [[r["kernel"], r["dtype"], r["registers"], r["wide_loads"], r["wide_stores"]] for r in reports]
     document(

@@ -180,6 +180,32 @@ inline void about_mean(double* sums, const S* centre, int64_t channels, int64_t 
     }
 }
 
+// Of each block its columns' means and squares about them, (blocks, 2, channels).
+template <class T>
+void sum_blocks_about_means(const Rows<T>& walk, const T* in, double* partial, int threads) {
+    using S = typename Rows<T>::S;
+    using V = typename Rows<T>::V;
+    const int64_t channels = walk.channels;
+    // Squares about a block's first row, which no row is so far from that more cancels than the block is long
+    // (Samuelson's inequality).
+    parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
+        const T* first = in + walk.begin(block);
+        double* sums = partial + block * 2 * channels;
+        Buffer<S> centre(walk.period);
+        for (int64_t c = 0; c < channels; c += lanes<V>)
+            store(centre.data() + c, load(first + c, channels - c, 0), channels - c);
+        walk.repeat(centre);
+        walk.template sum<2>(block, sums, [&](int64_t place) {
+            return [in, from = centre.data() + place](auto access, int64_t i, int k, V* terms) {
+                const V d = access.read(in + i) - load(from + k * lanes<V>);
+                terms[0] = d;
+                terms[1] = d * d;
+            };
+        });
+        about_mean(sums, centre.data(), channels, walk.rows(block));
+    });
+}
+
 // What a BatchNorm multiplies by and adds, repeated over a walk's period.
 template <class Walk>
 struct Coefficients {
@@ -188,10 +214,15 @@ struct Coefficients {
 
     // statistics: as of BatchStatistics::batch.
     Coefficients(const Walk& walk, const S* statistics, Address weight, Address bias, double epsilon)
+        : Coefficients(walk, {const_cast<S*>(statistics)}, {const_cast<S*>(statistics) + walk.channels}, weight, bias,
+                       epsilon) {}
+    // Without a mean and a variance there is nothing to subtract, and nothing to divide by.
+    Coefficients(const Walk& walk, Address mean, Address variance, Address weight, Address bias, double epsilon)
         : centre(walk.period), scale(walk.period), shift(walk.period) {
-        walk.repeat(centre, [&](int64_t c) { return statistics[c]; });
+        walk.repeat(centre, [&](int64_t c) { return at<S>(mean, c, 0); });
         walk.repeat(scale, [&](int64_t c) {
-            return at<S>(weight, c, 1) / std::sqrt(statistics[walk.channels + c] + epsilon);
+            const double deviation = variance.exists() ? std::sqrt(at<S>(variance, c, 1) + epsilon) : 1;
+            return at<S>(weight, c, 1) / deviation;
         });
         walk.repeat(shift, [&](int64_t c) { return at<S>(bias, c, 0); });
     }
@@ -233,32 +264,12 @@ void batch_norm_forward(Array x, Address y, Address statistics, Address running_
         using T = std::remove_pointer_t<decltype(type)>;
         using Walk = Rows<T>;
         using S = typename Walk::S;
-        using V = typename Walk::V;
         const Walk walk(x.shape[0], x.shape[1]);
-        const int64_t channels = walk.channels;
         const auto* in = static_cast<const T*>(x.data);
-
-        // Squares about a block's first row, which no row is so far from that more cancels than the block is long
-        // (Samuelson's inequality).
-        Buffer<double> partial(walk.blocks * 2 * channels);
-        parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
-            const T* first = in + walk.begin(block);
-            double* sums = partial.data() + block * 2 * channels;
-            Buffer<S> centre(walk.period);
-            for (int64_t c = 0; c < channels; c += lanes<V>)
-                store(centre.data() + c, load(first + c, channels - c, 0), channels - c);
-            walk.repeat(centre);
-            walk.template sum<2>(block, sums, [&](int64_t place) {
-                return [in, from = centre.data() + place](auto access, int64_t i, int k, V* terms) {
-                    const V d = access.read(in + i) - load(from + k * lanes<V>);
-                    terms[0] = d;
-                    terms[1] = d * d;
-                };
-            });
-            about_mean(sums, centre.data(), channels, walk.rows(block));
-        });
+        Buffer<double> partial(walk.blocks * 2 * walk.channels);
+        sum_blocks_about_means(walk, in, partial.data(), threads);
         const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
-        moved.merge<S>(partial.data(), walk.blocks, channels, [&](int64_t block) { return walk.rows(block); });
+        moved.merge<S>(partial.data(), walk.blocks, walk.channels, [&](int64_t block) { return walk.rows(block); });
         Coefficients<Walk> coefficients(walk, static_cast<const S*>(statistics.data), weight, bias, epsilon);
         normalise<T>(walk, coefficients, in, static_cast<const T*>(residual.data), nullptr, static_cast<T*>(y.data),
                      slope, threads);

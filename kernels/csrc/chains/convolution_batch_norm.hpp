@@ -6,6 +6,7 @@
 
 #include "batch_norm/batch_norm.hpp"
 #include "chains/frozen_convolution.hpp"
+#include "chains/link.hpp"
 
 namespace dfad::DFAD_ISA {
 
@@ -14,6 +15,10 @@ namespace dfad::DFAD_ISA {
 struct Source {
     Address x, statistics, weight, bias;
     double slope, epsilon;
+
+    explicit Source(const Link& link)
+        : x(link.x), statistics(link.source_statistics), weight(link.source_weight), bias(link.source_bias),
+          slope(link.source_slope), epsilon(link.source_epsilon) {}
 
     // Calls f(fill), fill(convolution, positions, first image, images).
     template <class F>
@@ -43,22 +48,16 @@ struct Source {
     }
 };
 
-// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) in float32. pre, post or both, residual, the running
-// statistics, weights and biases may be missing. Features are bfloat16, all else is float32.
-void convolution_batch_norm_forward(Address x, Address source_statistics, Address source_weight, Address source_bias,
-                                    Address kernel, Address y, Address pre, Address post, Address statistics,
-                                    Address running_mean, Address running_variance, Address residual,
-                                    Address weight, Address bias, double source_slope, double source_epsilon,
-                                    int64_t count, int64_t height, int64_t width, int64_t in, int64_t out,
-                                    int64_t step, double momentum, double slope, double epsilon, int threads) {
-    const Source source{x, source_statistics, source_weight, source_bias, source_slope, source_epsilon};
-    const Convolution convolution{count, height, width, in, out, step};
+void convolution_batch_norm_forward(const Link& link, int threads) {
+    const Source source(link);
+    const Convolution convolution(link);
+    const int64_t count = link.images, in = link.in, out = link.out;
     const Images images = convolution.images();
     const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
     const int64_t result_pixels = convolution.result_pixels();
     Factors factors(images, images.channels, out);
-    convolution.with_padded(kernel, [&](const float* weights) { factors.pack(weights); });
-    Pixels result(images, step);
+    convolution.with_padded(link.kernel, [&](const float* weights) { factors.pack(weights); });
+    Pixels result(images, link.stride);
     const auto images_in = [&](int64_t number) { return number + 1 < chunks ? chunk : count - number * chunk; };
 
     struct Memory {
@@ -74,7 +73,7 @@ void convolution_batch_norm_forward(Address x, Address source_statistics, Addres
             [&] { return Memory{{}, {images, 1}, new_products(), Buffer<float>(3 * out)}; },
             [&](int64_t number, Memory& memory) {
                 fill(convolution, memory.in, number * chunk, images_in(number));
-                bfloat16* results = static_cast<bfloat16*>(y.data) + number * chunk * result_pixels * out;
+                bfloat16* results = static_cast<bfloat16*>(link.y.data) + number * chunk * result_pixels * out;
                 float *centre = memory.sums.data(), *sum = centre + out, *squares = sum + out;
                 convolve(memory.tiles, memory.in.data(), images, images_in(number), factors, memory.products,
                          [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
@@ -108,58 +107,48 @@ void convolution_batch_norm_forward(Address x, Address source_statistics, Addres
     };
     source.with_fill(in, convolve_all);
 
-    const BatchStatistics moved{statistics, running_mean, running_variance, momentum};
+    const BatchStatistics moved{link.statistics, link.running_mean, link.running_variance, link.momentum};
     moved.merge<float>(partial.data(), chunks, out, [&](int64_t number) { return images_in(number) * result_pixels; });
-    if (!pre.exists() && !post.exists()) return;
+    if (!link.pre.exists() && !link.post.exists()) return;
     const Rows<bfloat16> walk(count * result_pixels, out);
-    Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(statistics.data), weight, bias, epsilon);
-    normalise<bfloat16>(walk, coefficients, static_cast<const bfloat16*>(y.data),
-                        static_cast<const bfloat16*>(residual.data), static_cast<bfloat16*>(pre.data),
-                        static_cast<bfloat16*>(post.data), slope, threads);
+    Coefficients<Rows<bfloat16>> coefficients(walk, static_cast<const float*>(link.statistics.data), link.weight,
+                                              link.bias, link.epsilon);
+    normalise<bfloat16>(walk, coefficients, static_cast<const bfloat16*>(link.y.data),
+                        static_cast<const bfloat16*>(link.residual.data), static_cast<bfloat16*>(link.pre.data),
+                        static_cast<bfloat16*>(link.post.data), link.negative_slope, threads);
 }
 
-// Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
-// written: what all of them make behind the activation, which is the residual's gradient as well. It must be given
-// where anything was added or more than one gradient comes in; post then says where the activation passed.
-// x_gradient and kernel_gradient may be missing; the former is of what is convolved, however it came to be. Where a
-// BatchNorm made that, of whose result nobody else has a gradient, its parameters' gradients are summed on the way; its
-// own call is then told that its parameters' gradients are given.
-void convolution_batch_norm_backward(Address x, Address source_statistics, Address source_weight, Address source_bias,
-                                     Address kernel, Address y, Address post, Address statistics, Address weight,
-                                     Address bias, Address pre_gradient, Address post_gradient,
-                                     Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                     Address kernel_gradient, Address weight_gradient, Address bias_gradient,
-                                     Address source_weight_gradient, Address source_bias_gradient, bool summed,
-                                     double source_slope, double source_epsilon, int64_t count, int64_t height,
-                                     int64_t width, int64_t in, int64_t out, int64_t step, double slope,
-                                     double epsilon, int threads) {
-    const Source source{x, source_statistics, source_weight, source_bias, source_slope, source_epsilon};
+// behind_activation must be given where anything was added or more than one gradient comes in; post then says where the
+// activation passed. Where source_weight and source_bias are given they are summed on the way.
+void convolution_batch_norm_backward(const Link& link, const LinkGradients& gradients, int threads) {
     using Walk = Rows<bfloat16>;
-    const Convolution convolution{count, height, width, in, out, step};
+    const Source source(link);
+    const Convolution convolution(link);
+    const int64_t count = link.images, in = link.in, out = link.out;
     const Images images = convolution.images();
     const int64_t result_pixels = convolution.result_pixels();
-    const auto* results = static_cast<const bfloat16*>(y.data);
-    const auto* activated = static_cast<const bfloat16*>(post.data);
-    const auto* of_pre = static_cast<const bfloat16*>(pre_gradient.data);
-    const auto* of_post = static_cast<const bfloat16*>(post_gradient.data);
-    const auto* of_post_too = static_cast<const bfloat16*>(second_post_gradient.data);
-    auto* passed_on = static_cast<bfloat16*>(behind_activation.data);
-    const auto* batch = static_cast<const float*>(statistics.data);
-    const floats below = broadcast<floats>(slope);
+    const auto* results = static_cast<const bfloat16*>(link.y.data);
+    const auto* activated = static_cast<const bfloat16*>(link.post.data);
+    const auto* of_pre = static_cast<const bfloat16*>(gradients.pre.data);
+    const auto* of_post = static_cast<const bfloat16*>(gradients.post.data);
+    const auto* of_post_too = static_cast<const bfloat16*>(gradients.second_post.data);
+    auto* passed_on = static_cast<bfloat16*>(gradients.behind_activation.data);
+    const auto* batch = static_cast<const float*>(link.statistics.data);
+    const floats below = broadcast<floats>(link.negative_slope);
     const Walk walk(count * result_pixels, out);
-    Coefficients<Walk> coefficients(walk, batch, weight, bias, epsilon);
+    Coefficients<Walk> coefficients(walk, batch, link.weight, link.bias, link.epsilon);
 
     const int64_t chunk = images.chunk();
     const int64_t block = round_up((count + 15) / 16, chunk), blocks = (count + block - 1) / block;
     const int64_t weights = out * taps * images.channels;
     Factors factors(images, out, images.channels);
-    if (x_gradient.exists()) convolution.with_padded(kernel, [&](const float* all) { factors.pack_reversed(all); });
+    if (gradients.x.exists()) convolution.with_padded(link.kernel, [&](const float* all) { factors.pack_reversed(all); });
     Pixels every(images, 1);
-    Buffer<float> partial(kernel_gradient.exists() ? blocks * weights : 1);
+    Buffer<float> partial(gradients.kernel.exists() ? blocks * weights : 1);
     std::optional<Coefficients<Walk>> source_coefficients;
-    if (source_weight_gradient.exists())
-        source_coefficients.emplace(Walk(1, in), static_cast<const float*>(source_statistics.data), source_weight,
-                                    source_bias, source_epsilon);
+    if (gradients.source_weight.exists())
+        source_coefficients.emplace(Walk(1, in), static_cast<const float*>(link.source_statistics.data),
+                                    link.source_weight, link.source_bias, link.source_epsilon);
     Buffer<double> source_partial(blocks * 2 * in);
     struct Memory {
         Tiles tiles;
@@ -169,13 +158,13 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
         Buffer<float> sums;  // of the source's gradient: (2, in)
     };
     const auto new_memory = [&] {
-        return Memory{{},           {images, 1},     {convolution.results(), step},
+        return Memory{{},           {images, 1},     {convolution.results(), link.stride},
                       new_products(), {images, out}, Buffer<float>(2 * in)};
     };
 
     // What reached the upstream positions goes back through the convolution.
     const auto write_plainly = [&](Memory& memory, int64_t, int64_t first, int64_t here) {
-        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + first * convolution.pixels() * in;
+        bfloat16* to = static_cast<bfloat16*>(gradients.x.data) + first * convolution.pixels() * in;
         convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                  [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
                      every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {
@@ -185,9 +174,9 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     };
     const auto write_and_sum = [&](Memory& memory, int64_t number, int64_t first, int64_t here) {
         const int64_t offset = first * convolution.pixels() * in;
-        bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + offset;
-        const bfloat16* of_source = static_cast<const bfloat16*>(x.data) + offset;
-        const floats below_source = broadcast<floats>(source_slope);
+        bfloat16* to = static_cast<bfloat16*>(gradients.x.data) + offset;
+        const bfloat16* of_source = static_cast<const bfloat16*>(link.x.data) + offset;
+        const floats below_source = broadcast<floats>(link.source_slope);
         float *tilted = memory.sums.data(), *level = tilted + in;
         convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                  [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
@@ -220,7 +209,7 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
 
     // again(element, normalised) is the gradient behind the activation once more.
     const auto convolve_back = [&](auto again, auto write_gradient) {
-        Gradient<Walk> gradient(walk, coefficients, batch, epsilon, weight_gradient, bias_gradient);
+        Gradient<Walk> gradient(walk, coefficients, batch, link.epsilon, gradients.weight, gradients.bias);
         const auto differentiate = [&](bfloat16* to, int64_t from, int64_t pixels) {
             for (int64_t c = 0; c < out; c += lanes<floats>) {
                 const floats scale = load(coefficients.scale.data() + c), tilt = load(gradient.tilt.data() + c);
@@ -244,8 +233,8 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
                         memory.upstream.fill(here, [&](bfloat16* to, int64_t pixel, int64_t pixels) {
                             differentiate(to, (first * result_pixels + pixel) * out, pixels);
                         });
-                        if (x_gradient.exists()) write_gradient(memory, number, first, here);
-                        if (!kernel_gradient.exists()) continue;
+                        if (gradients.x.exists()) write_gradient(memory, number, first, here);
+                        if (!gradients.kernel.exists()) continue;
                         fill(convolution, memory.in, first, here);
                         memory.kernel.add(memory.tiles, memory.in.data(), memory.upstream.data(), positions,
                                           partial.data() + number * weights, first == number * block);
@@ -255,8 +244,8 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     };
 
     const auto differentiate = [&](auto g, auto again) {
-        if (!summed)
-            sum_gradients<bfloat16>(walk, coefficients, results, batch, epsilon, weight_gradient, bias_gradient,
+        if (!gradients.summed)
+            sum_gradients<bfloat16>(walk, coefficients, results, batch, link.epsilon, gradients.weight, gradients.bias,
                                     threads, g);
         source_coefficients ? convolve_back(again, write_and_sum) : convolve_back(again, write_plainly);
     };
@@ -290,14 +279,14 @@ void convolution_batch_norm_backward(Address x, Address source_statistics, Addre
     else met(std::false_type{}, std::false_type{});
 
     if (source_coefficients)
-        parameter_gradients(source_partial.data(), blocks, in, static_cast<const float*>(source_statistics.data),
-                            source_epsilon, source_weight_gradient, source_bias_gradient);
-    if (!kernel_gradient.exists()) return;
+        parameter_gradients(source_partial.data(), blocks, in, static_cast<const float*>(link.source_statistics.data),
+                            link.source_epsilon, gradients.source_weight, gradients.source_bias);
+    if (!gradients.kernel.exists()) return;
     Buffer<float> sums(images.channels == in ? 1 : weights);
-    auto* gradient = images.channels == in ? static_cast<float*>(kernel_gradient.data) : sums.data();
+    auto* gradient = images.channels == in ? static_cast<float*>(gradients.kernel.data) : sums.data();
     sum_blocks(partial, blocks, weights, gradient, threads);
     if (images.channels != in)
-        resize(sums.data(), out * taps, images.channels, in, static_cast<float*>(kernel_gradient.data));
+        resize(sums.data(), out * taps, images.channels, in, static_cast<float*>(gradients.kernel.data));
 }
 
 }  // namespace dfad::DFAD_ISA

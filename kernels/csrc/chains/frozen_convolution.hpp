@@ -3,6 +3,7 @@
 #pragma once
 
 #include "chains/convolution.hpp"
+#include "chains/link.hpp"
 
 namespace dfad::DFAD_ISA {
 
@@ -18,6 +19,9 @@ inline void resize(const float* in, int64_t rows, int64_t from, int64_t to, floa
 // What both directions know of a convolution: x is (images, height, width, in), y every step-th pixel of it.
 struct Convolution {
     int64_t count, height, width, in, out, step;
+
+    explicit Convolution(const Link& link)
+        : count(link.images), height(link.height), width(link.width), in(link.in), out(link.out), step(link.stride) {}
 
     Images images() const { return {count, height, width, padded(in)}; }
     Images results() const { return {count, height, width, out}; }
@@ -63,20 +67,17 @@ struct Convolution {
     }
 };
 
-// Shapes: x (images, height, width, in); kernel (out, 3, 3, in) and bias in float32. pre or post, residual and bias may
-// be missing. All else is bfloat16.
-void frozen_convolution_forward(Address x, Address kernel, Address pre, Address post, Address residual, Address bias,
-                                int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                double slope, int threads) {
-    const Convolution convolution{count, height, width, in, out, step};
+void frozen_convolution_forward(const Link& link, int threads) {
+    const Convolution convolution(link);
+    const int64_t count = link.images, out = link.out;
     const Images images = convolution.images();
     const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
     Factors factors(images, images.channels, out);
-    convolution.with_padded(kernel, [&](const float* weights) { factors.pack(weights); });
-    Pixels result(images, step);
-    const floats below = broadcast<floats>(slope);
+    convolution.with_padded(link.kernel, [&](const float* weights) { factors.pack(weights); });
+    Pixels result(images, link.stride);
+    const floats below = broadcast<floats>(link.negative_slope);
     Buffer<float> shift(out);
-    for (int64_t c = 0; c < out; ++c) shift[c] = bias.exists() ? static_cast<const float*>(bias.data)[c] : 0;
+    for (int64_t c = 0; c < out; ++c) shift[c] = link.bias.exists() ? static_cast<const float*>(link.bias.data)[c] : 0;
 
     struct Memory {
         Tiles tiles;
@@ -88,13 +89,13 @@ void frozen_convolution_forward(Address x, Address kernel, Address pre, Address 
         [&] { return Memory{{}, {images, 1}, new_products()}; },
         [&](int64_t number, Memory& memory) {
             const int64_t here = number + 1 < chunks ? chunk : count - number * chunk;
-            convolution.fill(memory.in, static_cast<const bfloat16*>(x.data), number * chunk, here);
+            convolution.fill(memory.in, static_cast<const bfloat16*>(link.x.data), number * chunk, here);
             const int64_t offset = number * chunk * convolution.result_pixels() * out;
             const auto at_chunk = [&](Address a) {
                 return a.exists() ? static_cast<bfloat16*>(a.data) + offset : nullptr;
             };
-            const bfloat16* added = at_chunk(residual);
-            bfloat16 *before = at_chunk(pre), *after = at_chunk(post);
+            const bfloat16* added = at_chunk(link.residual);
+            bfloat16 *before = at_chunk(link.pre), *after = at_chunk(link.post);
             convolve(memory.tiles, memory.in.data(), images, here, factors, memory.products,
                      [&](int64_t q, int64_t positions, const float* from, int64_t channel, int64_t channels) {
                          for (int64_t c = 0; c < channels; c += lanes<floats>) {
@@ -113,24 +114,20 @@ void frozen_convolution_forward(Address x, Address kernel, Address pre, Address 
         });
 }
 
-// Incoming gradients: of pre, and up to two of post, where two consumers met. behind_activation, where given, is
-// written: what they make behind the activation, which is the residual's gradient.
-void frozen_convolution_backward(Address kernel, Address post, Address pre_gradient, Address post_gradient,
-                                 Address second_post_gradient, Address behind_activation, Address x_gradient,
-                                 int64_t count, int64_t height, int64_t width, int64_t in, int64_t out, int64_t step,
-                                 double slope, int threads) {
-    const Convolution convolution{count, height, width, in, out, step};
+void frozen_convolution_backward(const Link& link, const LinkGradients& gradients, int threads) {
+    const Convolution convolution(link);
+    const int64_t count = link.images, in = link.in, out = link.out;
     const Images images = convolution.images();
     const int64_t chunk = images.chunk(), chunks = (count + chunk - 1) / chunk;
-    const auto* activated = static_cast<const bfloat16*>(post.data);
-    const auto* of_pre = static_cast<const bfloat16*>(pre_gradient.data);
-    const auto* of_post = static_cast<const bfloat16*>(post_gradient.data);
-    const auto* of_post_too = static_cast<const bfloat16*>(second_post_gradient.data);
-    auto* passed_on = static_cast<bfloat16*>(behind_activation.data);
+    const auto* activated = static_cast<const bfloat16*>(link.post.data);
+    const auto* of_pre = static_cast<const bfloat16*>(gradients.pre.data);
+    const auto* of_post = static_cast<const bfloat16*>(gradients.post.data);
+    const auto* of_post_too = static_cast<const bfloat16*>(gradients.second_post.data);
+    auto* passed_on = static_cast<bfloat16*>(gradients.behind_activation.data);
     Factors factors(images, out, images.channels);
-    convolution.with_padded(kernel, [&](const float* weights) { factors.pack_reversed(weights); });
+    convolution.with_padded(link.kernel, [&](const float* weights) { factors.pack_reversed(weights); });
     Pixels every(images, 1);
-    const floats below = broadcast<floats>(slope);
+    const floats below = broadcast<floats>(link.negative_slope);
 
     struct Memory {
         Tiles tiles;
@@ -139,7 +136,7 @@ void frozen_convolution_backward(Address kernel, Address post, Address pre_gradi
     };
     parallel_stretches(
         chunks, count * convolution.pixels() * images.channels, threads, Order::back,
-        [&] { return Memory{{}, {convolution.results(), step}, new_products()}; },
+        [&] { return Memory{{}, {convolution.results(), link.stride}, new_products()}; },
         [&](int64_t number, Memory& memory) {
             const int64_t here = number + 1 < chunks ? chunk : count - number * chunk;
             const int64_t first = number * chunk * convolution.result_pixels();
@@ -157,7 +154,7 @@ void frozen_convolution_backward(Address kernel, Address post, Address pre_gradi
                     if (passed_on) store_rounded(passed_on + from + i, g);
                 }
             });
-            bfloat16* to = static_cast<bfloat16*>(x_gradient.data) + number * chunk * convolution.pixels() * in;
+            bfloat16* to = static_cast<bfloat16*>(gradients.x.data) + number * chunk * convolution.pixels() * in;
             convolve(memory.tiles, memory.upstream.data(), images, here, factors, memory.products,
                      [&](int64_t q, int64_t rows, const float* from, int64_t channel, int64_t channels) {
                          every.each(q, rows, [&](int64_t i, int64_t pixel, int64_t pixels) {

@@ -1,24 +1,27 @@
-"""Chains of 3×3 convolutions, each with the BatchNorm, the addition and the activation behind it.
+"""Chains of 3×3 convolutions, each with the BatchNorm, the addition and the activation that follow it.
 
 On CPUs that multiply bfloat16 by tiles (Intel AMX). A chain is one node of autograd's graph: between its links nothing
-is dispatched, and where gradients meet in it they are added as they are read.
+is dispatched, and where gradients meet in it they are added as they are read. It is no operator of PyTorch's
+dispatcher: how many tensors it takes depends on its links, and what it has checked once it does not check again.
 """
 
+import functools
+import importlib
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfad_kernels.features import address, channels_last
-from dfad_kernels.registration import cpp_functions, instruction_sets
 
 TILES = "x86_64_amx"
-"""The instruction set that has tiles in hardware; others compute the same, slowly."""
+"""The instruction set that has tiles in hardware; the other one computes the same, slowly."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,28 @@ class Misfit(ValueError):
     """What a chain was given is nothing that it can compute, and nothing of it was computed."""
 
 
-def has_tiles() -> bool:
-    """Whether this processor multiplies by tiles."""
-    return TILES in instruction_sets()
+def unavailable() -> str | None:
+    """Why chains are no gain here; None if they are one."""
+    try:
+        extension = _extension()
+    except ImportError as error:
+        return f"the kernels of chains cannot be loaded: {error}"
+    return None if TILES in extension.isa else "the processor has no tiles (Intel AMX)"
+
+
+def instruction_sets() -> list[str]:
+    """Those that the kernels were compiled for and this processor runs; the last one is used."""
+    return list(_extension().isa)
+
+
+@functools.cache
+def _extension() -> Any:
+    return importlib.import_module("dfad_kernels._chains")
+
+
+@functools.cache
+def _kernels(instruction_set: str | None) -> Any:
+    return getattr(_extension(), instruction_set or instruction_sets()[-1])
 
 
 def admits(kernel: Tensor) -> bool:
@@ -123,7 +145,7 @@ class ConvolutionChain:
         self._known: tuple[list[torch.Size], list[Tensor | None], list[int]] | None = None
 
     def __call__(
-        self, layers: Sequence[Layer], inputs: Sequence[Tensor], *, kernels: str = "cpp"
+        self, layers: Sequence[Layer], inputs: Sequence[Tensor], *, instruction_set: str | None = None
     ) -> tuple[Tensor, ...]:
         """The values asked for: bfloat16 features, channels last in memory.
 
@@ -131,7 +153,7 @@ class ConvolutionChain:
             layers: one for each link.
             inputs: bfloat16 features ``(B, channels, height, width)`` on a CPU; channels last in memory, or they are
                 copied so.
-            kernels: which to run, as :func:`dfad_kernels.registration.load_kernels` names them.
+            instruction_set: one of :func:`instruction_sets`; the last one if None.
 
         Raises:
             Misfit: if shapes, layouts or dtypes are not what they must be.
@@ -151,9 +173,47 @@ class ConvolutionChain:
             self._known = known
         parameters = [tensor for layer in layers for tensor in layer[:3]]
         results: tuple[Tensor, ...] = _Chain.apply(
-            self, tuple(layer[3:] for layer in layers), kernels, *inputs, *parameters
+            self, tuple(layer[3:] for layer in layers), instruction_set, *inputs, *parameters
         )
         return results
+
+    def reference(self, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same by the equations, each step a PyTorch operation in the inputs' dtype.
+
+        Values are rounded to bfloat16 where the kernels round them, and gradients are not.
+        """
+
+        def compute(number: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            link, layer = self.links[number], layers[number]
+            y = F.conv2d(x, layer.kernel, stride=link.stride, padding=1)
+            if link.normalises:
+                statistics = layer.running_mean, layer.running_variance
+                y = _Rounded.apply(y)
+                pre = F.batch_norm(y, *statistics, layer.weight, layer.bias, True, layer.momentum, layer.epsilon)
+            else:
+                pre = y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
+            pre = pre if residual is None else pre + residual
+            return _Rounded.apply(pre), _Rounded.apply(F.leaky_relu(pre, link.negative_slope))
+
+        return self.link_by_link(inputs, compute)
+
+    def link_by_link(
+        self,
+        inputs: Sequence[Tensor],
+        compute: Callable[[int, Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]],
+    ) -> tuple[Tensor, ...]:
+        """The values asked for.
+
+        Args:
+            inputs: the first values.
+            compute: pre and post, or what of them is kept, of a link's number, source and residual.
+        """
+        values: list[Tensor | None] = list(inputs)
+        for number, link in enumerate(self.links):
+            source = values[link.source]
+            assert source is not None
+            values += compute(number, source, None if link.residual is None else values[link.residual])
+        return tuple(values[number] for number in self.outputs)  # type: ignore[misc]
 
     def _find_unwritten(self) -> list[bool]:
         numbers = [self.inputs + 2 * number + 1 for number in range(len(self.links))]
@@ -212,20 +272,35 @@ class ConvolutionChain:
             shapes += [shape if link.keeps_pre else None, shape if link.keeps_post else None]
 
 
+class _Rounded(torch.autograd.Function):
+    """To bfloat16, as if it were the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class _Chain(torch.autograd.Function):
     """The kernels of a chain's links, one after the other."""
 
     @staticmethod
     def forward(
-        ctx: Any, chain: ConvolutionChain, statistics: tuple[tuple[Any, ...], ...], kernels: str, *tensors: Any
+        ctx: Any,
+        chain: ConvolutionChain,
+        statistics: tuple[tuple[Any, ...], ...],
+        instruction_set: str | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        normalising, ctx.normalising_back = cpp_functions(kernels, "convolution_batch_norm")
-        frozen, ctx.frozen_back = cpp_functions(kernels, "frozen_convolution")
+        ctx.kernels = _kernels(instruction_set)
+        epsilons = [of_link[-1] for of_link in statistics]
         threads = torch.get_num_threads()
         differentiates = any(ctx.needs_input_grad)
         inputs, parameters = tensors[: chain.inputs], tensors[chain.inputs :]
         values: list[Tensor | None] = [channels_last(x.detach()) for x in inputs]
-        numbers: list[tuple[Any, ...]] = []
         results: list[Tensor | None] = []
         batch_statistics: list[Tensor | None] = []
         for number, (link, (running_mean, running_variance, momentum, epsilon)) in enumerate(
@@ -242,21 +317,19 @@ class _Chain(torch.autograd.Function):
                 for kept in (link.normalises, link.keeps_pre, link.keeps_post and not unwritten)
             )
             of_batch = torch.empty((2, shape[1]), dtype=torch.float32) if link.normalises else None
-            residual = None if link.residual is None else values[link.residual]
-            batch, channels, height, width = source.shape
-            size = batch, height, width, channels, shape[1], link.stride
+            given = _named(
+                "Link",
+                **_geometry(link, source, kernel),
+                **_source(chain, maker, batch_statistics, parameters, epsilons),
+                **{"x": source, "kernel": kernel, "weight": weight, "bias": bias},
+                **{"residual": None if link.residual is None else values[link.residual], "pre": pre, "post": post},
+                **{"y": y, "statistics": of_batch, "running_mean": running_mean, "running_variance": running_variance},
+                **{"momentum": momentum, "epsilon": epsilon},
+            )
             if link.normalises:
-                normalised = _normalisation(maker, batch_statistics, parameters)
-                activated = (1.0, 1.0) if maker is None else numbers[maker][-2:]
-                normalising(
-                    *map(address, (source, *normalised, kernel, y, pre, post, of_batch)),
-                    *map(address, (running_mean, running_variance, residual, weight, bias)),
-                    *(*activated, *size, momentum, link.negative_slope, epsilon, threads),
-                )
-                numbers.append((*activated, *size, link.negative_slope, epsilon))
+                ctx.kernels.convolution_batch_norm_forward(given, threads)
             else:
-                frozen(*map(address, (source, kernel, pre, post, residual, bias)), *size, link.negative_slope, threads)
-                numbers.append((*size, link.negative_slope))
+                ctx.kernels.frozen_convolution_forward(given, threads)
             values += [pre, post]
             results.append(y)
             batch_statistics.append(of_batch)
@@ -268,7 +341,7 @@ class _Chain(torch.autograd.Function):
                         if value in chain.makers:
                             results[chain.makers[value]] = None
         if differentiates:
-            ctx.chain, ctx.numbers = chain, numbers
+            ctx.chain, ctx.epsilons = chain, epsilons
             ctx.set_materialize_grads(False)
             saved = (x if value in chain.saved else None for value, x in enumerate(values))
             ctx.save_for_backward(*parameters, *results, *batch_statistics, *saved)
@@ -305,30 +378,36 @@ class _Chain(torch.autograd.Function):
             maker = chain.makers.get(link.source)
             source = values[link.source] if maker is None else results[maker]
             x_gradient = torch.empty_like(source) if link.source >= inputs or needs[link.source] else None
-            incoming = (*of_pre, *[None] * (1 - len(of_pre)), *of_post, *[None] * (2 - len(of_post)))
+            incoming = {**_numbered(of_pre, "pre"), **_numbered(of_post, "post", "second_post")}
+            given = _named(
+                "Link",
+                **_geometry(link, source, kernel),
+                **_source(chain, maker, batch_statistics, parameters, ctx.epsilons),
+                **{"x": source, "kernel": kernel, "weight": weight, "bias": bias, "epsilon": ctx.epsilons[number]},
+                **{"y": results[number], "post": values[post], "statistics": batch_statistics[number]},
+            )
             if link.normalises:
-                normalised = _normalisation(maker, batch_statistics, parameters)
                 kernel_gradient = torch.empty_like(kernel) if needed[0] else None
                 of_norm = of_norms.get(number) or _of_norm(kernel.shape[0])
                 of_source: tuple[Tensor | None, ...] = (None, None)
                 if maker is not None:
                     of_source = of_norms[maker] = _of_norm(source.shape[1])
-                ctx.normalising_back(
-                    *map(address, (source, *normalised, kernel, results[number], values[post])),
-                    *map(address, (batch_statistics[number], weight, bias, *incoming, behind)),
-                    *map(address, (x_gradient, kernel_gradient, *of_norm, *of_source)),
-                    *(number in of_norms, *ctx.numbers[number], threads),
+                wanted = _named(
+                    "LinkGradients",
+                    **{**incoming, "behind_activation": behind, "x": x_gradient, "kernel": kernel_gradient},
+                    **dict(zip(("weight", "bias"), of_norm, strict=True)),
+                    **dict(zip(("source_weight", "source_bias"), of_source, strict=True)),
+                    summed=number in of_norms,
                 )
+                ctx.kernels.convolution_batch_norm_backward(given, wanted, threads)
                 of_link = kernel_gradient, *of_norm
                 of_parameters[3 * number : 3 * number + 3] = [
                     gradient if need else None for gradient, need in zip(of_link, needed, strict=True)
                 ]
             elif x_gradient is not None or behind is not None:
                 x_gradient = torch.empty_like(source) if x_gradient is None else x_gradient
-                ctx.frozen_back(
-                    *map(address, (kernel, values[post], *incoming, behind, x_gradient)),
-                    *(*ctx.numbers[number], threads),
-                )
+                wanted = _named("LinkGradients", **{**incoming, "behind_activation": behind, "x": x_gradient})
+                ctx.kernels.frozen_convolution_backward(given, wanted, threads)
             if x_gradient is not None:
                 gradients[link.source].append(x_gradient)
             if link.residual is not None:
@@ -337,11 +416,43 @@ class _Chain(torch.autograd.Function):
         return (None, None, None, *(g[0] if g else None for g in of_inputs), *of_parameters)
 
 
-def _normalisation(
-    maker: int | None, batch_statistics: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Statistics, weight and bias of the link whose result is normalised as it is read."""
-    return (None, None, None) if maker is None else (batch_statistics[maker], *parameters[3 * maker + 1 :][:2])
+def _named(structure: str, **values: Any) -> Any:
+    """A structure of the kernels, tensors by their addresses; what is None is missing in it."""
+    named = getattr(_extension(), structure)()
+    for name, value in values.items():
+        if value is not None:
+            setattr(named, name, address(value))
+    return named
+
+
+def _numbered(tensors: Sequence[Tensor], *names: str) -> dict[str, Tensor]:
+    """As many of the names as there are tensors."""
+    return dict(zip(names, tensors, strict=False))
+
+
+def _geometry(link: Link, source: Tensor, kernel: Tensor) -> dict[str, Any]:
+    images, channels, height, width = source.shape
+    return {
+        **{"images": images, "height": height, "width": width, "stride": link.stride},
+        **{"in_channels": channels, "out_channels": kernel.shape[0], "negative_slope": link.negative_slope},
+    }
+
+
+def _source(
+    chain: ConvolutionChain,
+    maker: int | None,
+    batch_statistics: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    epsilons: Sequence[float],
+) -> dict[str, Any]:
+    """Of the link whose result is normalised and activated as it is read."""
+    if maker is None:
+        return {}
+    weight, bias = parameters[3 * maker + 1 : 3 * maker + 3]
+    return {
+        **{"source_statistics": batch_statistics[maker], "source_weight": weight, "source_bias": bias},
+        **{"source_slope": chain.links[maker].negative_slope, "source_epsilon": epsilons[maker]},
+    }
 
 
 def _of_norm(channels: int) -> tuple[Tensor, Tensor]:

@@ -11,31 +11,15 @@ from torch import Tensor
 from dfad_kernels.gpu.channels import (
     COMBINED_CHANNELS,
     SUMMED_OF_SEVERAL,
-    activate,
     affine_of,
     batch_statistics,
     channels_of,
+    normalise,
     offsets_of,
     stretches_for,
     walk,
 )
 from dfad_kernels.gpu.common import compute_type
-
-
-@triton.jit
-def _normalise_kernel(
-    out_ptr, x_ptr, r_ptr, mean_ptr, variance_ptr, w_ptr, b_ptr, rows, channels, epsilon: tl.float64, slope: tl.float64,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    channel = channels_of(tl.program_id(1), CHANNELS)
-    mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
-    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
-    inside = (row < rows)[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    v = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-    if r_ptr is not None:
-        v += tl.load(r_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    tl.store(out_ptr + offsets, activate(v, slope, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -132,11 +116,7 @@ def forward(
 ) -> None:
     """Fills y and the batch's statistics: see :func:`dfad_kernels.batch_norm`."""
     batch_statistics(statistics, x, running_mean, running_variance, momentum)
-    tiling = walk(x)
-    _normalise_kernel[(tiling.stretches, tiling.columns)](
-        y, x, residual, *statistics.unbind(), weight, bias, *x.shape, epsilon, negative_slope,
-        DTYPE=compute_type(x), ROWS=tiling.rows, CHANNELS=tiling.channels,
-    )  # fmt: skip
+    normalise(y, x, residual, statistics[0], statistics[1], weight, bias, epsilon, negative_slope)
 
 
 def backward(

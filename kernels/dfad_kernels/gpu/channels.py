@@ -65,12 +65,6 @@ def affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, 
 
 
 @triton.jit
-def activate(v, slope, DTYPE: tl.constexpr):
-    """φ(v) of a leaky ReLU; NaN stays NaN."""
-    return tl.where(v > 0, v, tl.full((), slope, DTYPE) * v)
-
-
-@triton.jit
 def _moments_kernel(
     partial_ptr, x_ptr, rows, channels, stretch,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -128,6 +122,22 @@ def _combine_moments_kernel(
         tl.store(running_variance_ptr + channel, moved_variance.to(DTYPE), mask=known)
 
 
+@triton.jit
+def _normalise_kernel(
+    out_ptr, x_ptr, r_ptr, mean_ptr, variance_ptr, w_ptr, b_ptr, rows, channels, epsilon: tl.float64, slope: tl.float64,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = channels_of(tl.program_id(1), CHANNELS)
+    mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
+    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    v = (x - mean[None, :]) * scale[None, :] + shift[None, :]
+    if r_ptr is not None:
+        v += tl.load(r_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    tl.store(out_ptr + offsets, tl.where(v > 0, v, tl.full((), slope, DTYPE) * v), mask=inside)
+
+
 def walk(x: Tensor) -> Tiling:
     """Of a matrix that is read once and kept nothing of."""
     return tile(x, WALKED_BYTES // x.element_size(), WALKED_CHANNELS)
@@ -158,4 +168,23 @@ def batch_statistics(
         statistics, running_mean, running_variance, partial, rows, channels, tiling.stretches, tiling.stretch,
         momentum, DTYPE=dtype, STRETCHES=triton.next_power_of_2(tiling.stretches), CHANNELS=COMBINED_CHANNELS,
         num_warps=8,
+    )  # fmt: skip
+
+
+def normalise(
+    y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    negative_slope: float,
+) -> None:
+    """Fills y = φ(γ (x − μ) / √(σ² + ε) + β + r)."""
+    tiling = walk(x)
+    _normalise_kernel[(tiling.stretches, tiling.columns)](
+        y, x, residual, mean, variance, weight, bias, *x.shape, epsilon, negative_slope,
+        DTYPE=compute_type(x), ROWS=tiling.rows, CHANNELS=tiling.channels,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,7 +28,12 @@ def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Mo
                 memo[id(tensor)] = tensor.detach().clone()
     if share_parameters:
         memo |= {id(parameter): parameter for parameter in network.parameters()}
-    return copy.deepcopy(network, memo)
+    with torch.no_grad():  # TorchScript's parameters would be computed from the network's
+        copied: nn.Module = copy.deepcopy(network, memo)
+    for parameter, original in zip(copied.parameters(), network.parameters(), strict=True):
+        if parameter.requires_grad != original.requires_grad:
+            parameter.requires_grad = original.requires_grad
+    return copied
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -127,6 +127,8 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
 def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
     """The graph of a plain network, or those of the largest parts of another one that are plain themselves and whose
     calls may be replaced."""
+    if type(network) in LAYERS:  # there is nothing beside it to be computed with it
+        return
     try:
         yield trace(network, training=training)
     except NotPlain:
@@ -354,6 +356,8 @@ class _Same:
 
 
 def _fingerprint(value: Any, depth: int) -> Any:
+    if isinstance(value, fx.Proxy):  # before it is asked for its type
+        return _Same(value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value), repr(value)
     if isinstance(value, (list, tuple)) and depth:
@@ -366,6 +370,11 @@ def _fingerprint(value: Any, depth: int) -> Any:
 def _content(value: Any, depth: int) -> Any:
     if isinstance(value, Tensor):
         return value._version
+    if isinstance(value, (nn.Module, type)):
+        return None
+    if isinstance(value, dict):
+        entries = value.items() if depth else ()
+        return [(_fingerprint(key, 0), _fingerprint(entry, depth - 1)) for key, entry in entries]
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, random.Random):
@@ -374,9 +383,5 @@ def _content(value: Any, depth: int) -> Any:
         return repr(value.bit_generator.state)
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if depth == 0 or isinstance(value, (nn.Module, type)):
-        return None
-    entries = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    if not isinstance(entries, dict):
-        return None
-    return [(_fingerprint(key, 0), _fingerprint(entry, depth - 1)) for key, entry in entries.items()]
+    attributes = getattr(value, "__dict__", None)
+    return _content(attributes, depth - 1) if isinstance(attributes, dict) and depth else None

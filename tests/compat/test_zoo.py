@@ -1,0 +1,215 @@
+"""The engine on networks as others bring them: it computes what plain PyTorch computes, as teacher and as student."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dfad.config import (
+    CollapseConfig,
+    DistillConfig,
+    EngineConfig,
+    GeneratorConfig,
+    MethodConfig,
+    OptimizerConfig,
+    OptimizersConfig,
+    RecordingConfig,
+    RegularizerConfig,
+    SelectionConfig,
+)
+from dfad.copies import copy_network
+from dfad.distillation.distiller import Distiller
+from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.engine import Engine
+from dfad.engine.fuse_batchnorm import FusedBatchNorm
+from dfad.engine.placement import Placement
+from dfad.errors import ConfigurationError
+from dfad.models.probing import as_outputs
+from dfad.models.taps import has_batchnorm
+from dfad.modes import set_mode
+from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, ZOO, Small
+
+SHAPE = (CHANNELS, SIZE, SIZE)
+each_trait = pytest.mark.parametrize("trait", ZOO)
+
+
+@pytest.fixture(autouse=True)
+def worth_it_for_any_size(monkeypatch):
+    monkeypatch.setattr(FusedBatchNorm, "smallest", 0)
+
+
+def make(trait: str, seed: int = 0) -> nn.Module:
+    """A network whose BatchNorms have seen data."""
+    torch.manual_seed(seed)
+    network = ZOO[trait]()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.uniform_(0.5, 2)
+                module.bias.normal_()
+        for _ in range(3):
+            network(2 * torch.randn(8, *SHAPE) + 1)
+    return network
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def engine(precision: str, *, fused: bool = True) -> Engine:
+    return Engine(EngineConfig(precision=precision), fused=fused, device=torch.device("cpu"))
+
+
+FLOAT32_ALONE = {"a BatchNorm of its own"}
+"""They raise under autocast: an operation in place that takes one dtype."""
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-3)).item()
+
+
+@each_trait
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_as_teacher(trait, precision):
+    network = make(trait)
+    frozen = FrozenTeacher(network, engine(precision), SHAPE, 8)
+    set_mode(network, training=False)
+    images = torch.randn(8, *SHAPE).contiguous(memory_format=torch.channels_last)
+    results = []
+    for call in (network, frozen, lambda x: frozen.with_statistics(x)[0]):
+        x = images.clone(memory_format=torch.contiguous_format if call is network else torch.preserve_format)
+        x.requires_grad_()
+        seed_everything(5)
+        with frozen_engine_autocast(precision, call is not network):
+            logits = as_outputs(call(x)).logits
+        if logits.requires_grad:
+            logits.float().square().sum().backward()
+        results.append((logits.detach(), torch.zeros_like(x) if x.grad is None else x.grad))
+    for logits, gradient in results[1:]:
+        assert relative_error(logits, results[0][0]) < (1e-4 if precision == "float32" else 0.1)
+        assert relative_error(gradient, results[0][1]) < (1e-3 if precision == "float32" else 0.5)
+
+
+def frozen_engine_autocast(precision: str, on: bool):
+    return torch.autocast("cpu", torch.bfloat16, enabled=on and precision == "bfloat16")
+
+
+CONFIG = DistillConfig(
+    device="cpu",
+    engine=EngineConfig(precision="float32"),
+    generator=GeneratorConfig(noise_dim=4, width=2),
+    method=MethodConfig(
+        rounds=2, student_steps=2, batch_size=8, regularizers=RegularizerConfig(batchnorm=0.1, one_hot=0, diversity=0)
+    ),
+    optimizer=OptimizersConfig(student=OptimizerConfig(lr=0.01), generator=OptimizerConfig(lr=0.01)),
+    selection=SelectionConfig(bank_size=8, every=2),
+    recording=RecordingConfig(log_every=2, checkpoint_every=2),
+    collapse=CollapseConfig(budget=0),
+)
+
+
+class Teacher(Small):
+    """Of as many classes as the student."""
+
+
+def a_teacher_for(student: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        set_mode(student, training=False)
+        classes = as_outputs(student(torch.zeros(2, *SHAPE))).logits.shape[1]
+        set_mode(student, training=True)
+    torch.manual_seed(1)
+    teacher = type("Teacher", (Small,), {"classes": classes})()
+    with torch.no_grad():
+        teacher(torch.randn(16, *SHAPE))
+    return teacher
+
+
+def layout(network: nn.Module) -> dict[str, object]:
+    """What an owner may notice of a network, beside its weights."""
+    found: dict[str, object] = {}
+    for name, module in network.named_modules():
+        found[f"{name} call"] = module._compiled_call_impl is not None
+        found[f"{name} mode"] = module.training
+        found[f"{name} hooks"] = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
+        found[f"{name} attributes"] = set(vars(module)) - {"features", "calls"}
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        found[name] = tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    return found
+
+
+each_student = pytest.mark.parametrize("trait", [trait for trait in ZOO if trait not in TEACHERS_ALONE])
+
+
+@each_student
+def test_as_student(trait):
+    weights = []
+    for fused in (True, False):
+        student = make(trait, seed=2)
+        teacher = a_teacher_for(student)
+        before = layout(student)
+        random.seed(3)
+        Distiller(teacher, student, replace(CONFIG, fused=fused), image_shape=SHAPE).fit()
+        assert layout(student) == before
+        weights.append({**dict(student.named_parameters()), **dict(student.named_buffers())})
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@each_student
+def test_as_student_in_bfloat16(trait):
+    network = make(trait, seed=2)
+    plain = network if trait == "a forward pass of the instance" else copy_network(network)
+    arguments = {"input_shape": SHAPE, "batch_size": 8, "read": as_outputs}
+    if trait in FLOAT32_ALONE:
+        with pytest.raises(ConfigurationError, match="engine.precision is bfloat16, but not for the network"):
+            Placement(engine("bfloat16"), network, **arguments)
+        return
+    results = []
+    placement = Placement(engine("bfloat16"), network, **arguments)
+    for candidate in (plain, placement.take()):
+        images = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(4)).bfloat16()
+        images = images.contiguous(memory_format=torch.channels_last) if candidate is not plain else images
+        set_mode(candidate, training=True)
+        seed_everything(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = as_outputs(candidate(images)).logits.float()
+        logits.square().mean().backward()
+        gradients = {name: p.grad for name, p in candidate.named_parameters() if p.grad is not None}
+        results.append({"logits": logits.detach()} | {f"gradient of {name}": g for name, g in gradients.items()})
+    for name, value in results[0].items():
+        scale = max(value.norm().item(), 0.01)
+        found = results[1][name]
+        assert (found.float() - value.float()).norm().item() <= (0.5 if name.startswith("gradient") else 0.1) * scale
+
+
+@each_trait
+def test_statistics_are_of_each_call(trait):
+    network = make(trait)
+    if not has_batchnorm(network):
+        pytest.skip("it has no statistics")
+    frozen = FrozenTeacher(network, engine("float32"), SHAPE, 8)
+    network = getattr(network, "_orig_mod", network)
+    set_mode(network, training=False)
+    seen = []
+    for module in network.modules():
+        if has_batchnorm(nn.Sequential(module)) and not list(module.children()):
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    images = torch.randn(8, *SHAPE)
+    with torch.no_grad():
+        seed_everything(6)
+        network(images)
+        seed_everything(6)
+        _, features = frozen.with_statistics(images)
+    assert len(features) == len(frozen.norms) == len(seen)
+    for found, expected in zip(features, seen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_zoo_is_large():
+    assert len(ZOO) >= 60
+    assert all(tree_leaves(make(trait)(torch.randn(8, *SHAPE))) for trait in ("plain", "a tuple", "a dictionary"))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.tracing import Trace, plain_parts
+from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
 from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
 
@@ -139,24 +139,40 @@ def _fuse(fused: fx.GraphModule, norm: fx.Node) -> None:
     module = fused.get_submodule(str(norm.target))
     if type(module) is not nn.BatchNorm2d:
         return
-    chain, residual, slope = [norm], None, 1.0
-    addition = only_user(norm)
+    nodes, residual, slope = following(fused, norm)
+    name = f"fused_{norm.name}"
+    fused.add_submodule(name, FusedBatchNorm(module, slope))
+    with fused.graph.inserting_before(nodes[-1]):
+        nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (norm.args[0], residual)))
+    for node in reversed(nodes):
+        fused.graph.erase_node(node)
+
+
+def following(fused: fx.GraphModule, first: fx.Node) -> tuple[list[fx.Node], fx.Node | None, float]:
+    """A node with the addition and the activation that follow it and nobody else reads between: those nodes, what is
+    added, and the activation's negative slope, 1 if there is none."""
+    nodes, residual, slope = [first], None, 1.0
+    addition = only_user(first)
     if addition is not None:
-        residual = addend(norm, addition)
+        residual = addend(first, addition)
         if residual is not None:
-            chain.append(addition)
-    activation = only_user(chain[-1])
+            nodes.append(addition)
+    activation = only_user(nodes[-1])
     if activation is not None:
         found = negative_slope(fused, activation)
         if found is not None:
             slope = found
-            chain.append(activation)
-    name = f"fused_{norm.name}"
-    fused.add_submodule(name, FusedBatchNorm(module, slope))
-    with fused.graph.inserting_before(chain[-1]):
-        chain[-1].replace_all_uses_with(fused.graph.call_module(name, (norm.args[0], residual)))
-    for node in reversed(chain):
-        fused.graph.erase_node(node)
+            nodes.append(activation)
+    if any(is_written_in_place(node, fused) for node in _between(first, nodes[-1]) if node not in nodes):
+        return [first], None, 1.0  # what was read at the first node may be another value at the last one
+    return nodes, residual, slope
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first
+    while node is not last:
+        yield node
+        node = node.next
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -164,7 +180,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def addend(norm: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What a node adds to a BatchNorm's output; None if it is no such addition."""
+    """What a node adds to another's output; None if it is no such addition."""
     if node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args

@@ -22,6 +22,7 @@ from dfad.copies import copy_network
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import fuse_batchnorm, of_any_size
 from dfad.engine.fuse_convolutions import fuse_convolutions
+from dfad.engine.fuse_epilogues import fuse_epilogues
 from dfad.engine.tracing import NotPlain, calls_are_fixed, plain_parts, trace
 from dfad.errors import ConfigurationError, ModelError, first_line
 from dfad.modes import modes_of, random_state_kept, restore_modes, set_mode
@@ -129,7 +130,7 @@ class Placement:
         if "fuse_convolutions" in parts:
             fuse_convolutions(network)
         elif "fuse_batchnorm" in parts:
-            fuse_batchnorm(network)
+            (fuse_batchnorm if self.learns else fuse_epilogues)(network)
         if "compile" in parts:
             network.compile(dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
@@ -142,13 +143,14 @@ class Placement:
         """Those that the engine has for such a network, in the order in which they are tried."""
         engine = self.engine
         norms, products = ({type(module) for module in self.network.modules()} & kinds for kinds in (NORMS, PRODUCTS))
+        has_epilogues = not self.learns and engine.device.type == "cuda"
         available = {
             "precision": engine.dtype != torch.float32,
             "channels_last": engine.channels_last,
             **{name: getattr(engine, name) for name in self.changes},
             "fold_batchnorm": engine.fold_batchnorm and "fold_batchnorm" in self.own and norms,
             "weights": engine.dtype != torch.float32 and "weights" in self.own and products,
-            "fuse_batchnorm": engine.fuse_batchnorm and self.learns and norms,
+            "fuse_batchnorm": engine.fuse_batchnorm and (norms or (has_epilogues and nn.Conv2d in products)),
             "fuse_convolutions": engine.fuse_convolutions and nn.Conv2d in products,
             "compile": engine.compile,
         }

@@ -1,0 +1,145 @@
+"""What follows a convolution of a network that does not learn as one pass: BatchNorm in eval mode or a bias, the
+addition of a shortcut, and a (leaky) ReLU. A part of ``engine.fuse_batchnorm``."""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dfad.engine.fuse_batchnorm import following, replace_call, without_identities
+from dfad.engine.tracing import plain_parts
+from dfad_kernels import frozen_batch_norm
+from dfad_kernels.registration import compute_dtype
+
+log = logging.getLogger(__name__)
+
+
+class FusedEpilogue(nn.Module):
+    """A BatchNorm in eval mode or a bias, the addition of a residual if it is given one, and a leaky ReLU.
+
+    Args:
+        norm: whose statistics and parameters are read, or None.
+        bias: ``(channels,)``, added where there is no BatchNorm, or None.
+        negative_slope: of the leaky ReLU; 1 is none.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d | None, bias: Tensor | None, negative_slope: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.bias = None if bias is None else bias.detach().to(compute_dtype(bias))  # cast once: it does not learn
+        self.negative_slope = negative_slope
+
+    def forward(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm = self.norm
+        reason = self._reason_against(features, residual)
+        if reason is not None:
+            _say_once(reason)
+            return self._one_by_one(features, residual)
+        if norm is None:
+            return frozen_batch_norm(features, bias=self.bias, residual=residual, negative_slope=self.negative_slope)
+        return frozen_batch_norm(
+            *(features, norm.running_mean, norm.running_var, norm.weight, norm.bias),
+            residual=residual,
+            epsilon=norm.eps,
+            negative_slope=self.negative_slope,
+        )
+
+    def _reason_against(self, features: Tensor, residual: Tensor | None) -> str | None:
+        norm = self.norm
+        if not features.is_contiguous(memory_format=torch.channels_last):
+            return "its features are not channels last in memory"
+        if residual is not None and (residual.shape != features.shape or residual.dtype != features.dtype):
+            return "what is added to it is of another shape or dtype"
+        if norm is None:
+            same = self.bias is None or self.bias.dtype == compute_dtype(features)
+            return None if same else "its bias is of another precision"
+        if norm.training:
+            return "its BatchNorm is in training mode"
+        if any(parameter.requires_grad for parameter in norm.parameters()):
+            return "its BatchNorm learns"
+        tensors = *norm.parameters(), norm.running_mean, norm.running_var
+        if any(tensor is None or tensor.dtype != compute_dtype(features) for tensor in tensors):
+            return "its BatchNorm is of another precision"
+        return None
+
+    def _one_by_one(self, features: Tensor, residual: Tensor | None) -> Tensor:
+        if self.norm is not None:
+            features = self.norm(features)
+        elif self.bias is not None:
+            features = features + self.bias.to(features.dtype).view(-1, 1, 1)
+        y = features if residual is None else features + residual
+        return y if self.negative_slope == 1 else F.leaky_relu(y, self.negative_slope)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.info("What follows a convolution of a frozen network is computed one by one: %s.", reason)
+
+
+class Unbiased(nn.Module):
+    """A convolution without its bias.
+
+    Args:
+        convolution: zero-padded; whose kernel is used.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.convolution
+        return F.conv2d(x, own.weight, None, own.stride, own.padding, own.dilation, own.groups)
+
+
+def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None) -> None:
+    """Let a frozen network compute so; parameters, buffers and modules stay what they are.
+
+    Where it may not be rewritten, those of its parts are that may (:mod:`dfad.engine.tracing`).
+
+    Args:
+        network: any; what learns in it is left as it is.
+        takes_biases: replace what follows convolutions as well, and add their biases there; on a GPU if None. On a CPU
+            that gains nothing: PyTorch adds a bias within the convolution.
+    """
+    for traced in plain_parts(network, training=False):
+        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+        without_identities(fused)
+        _replace_all(fused, traced.replaceable, takes_biases)
+        if any(isinstance(module, FusedEpilogue) for module in fused.children()):
+            replace_call(traced, fused)
+
+
+def _replace_all(fused: fx.GraphModule, replaceable: frozenset[str], takes_biases: bool | None) -> None:
+    for node in list(fused.graph.nodes):
+        if node.op != "call_module" or str(node.target) not in replaceable or len(node.args) != 1 or node.kwargs:
+            continue
+        module, source = fused.get_submodule(str(node.target)), node.args[0]
+        if type(module) is nn.BatchNorm2d and module.running_mean is not None:
+            _replace(fused, node, source, module, None)
+        elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            on_gpu = module.weight.device.type == "cuda"
+            nodes, residual, _ = following(fused, node)
+            learns = module.bias is not None and module.bias.requires_grad
+            saves = not learns and len(nodes) > 1 and (module.bias is not None or residual is not None)
+            if saves and (on_gpu if takes_biases is None else takes_biases):
+                name = f"unbiased_{node.name}"
+                fused.add_submodule(name, Unbiased(module))
+                with fused.graph.inserting_before(node):
+                    source = fused.graph.call_module(name, node.args)
+                _replace(fused, node, source, None, module.bias)
+
+
+def _replace(
+    fused: fx.GraphModule, first: fx.Node, source: object, norm: nn.BatchNorm2d | None, bias: Tensor | None
+) -> None:
+    """Replace a node and what follows it by one operation on ``source``."""
+    nodes, residual, slope = following(fused, first)
+    name = f"epilogue_{first.name}"
+    fused.add_submodule(name, FusedEpilogue(norm, bias, slope))
+    with fused.graph.inserting_before(nodes[-1]):
+        nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (source, residual)))  # type: ignore[arg-type]
+    for node in reversed(nodes):
+        fused.graph.erase_node(node)

@@ -1,4 +1,5 @@
-"""The fused losses against the formulas as published, their reference, and what ``torch.compile`` makes of it.
+"""The fused losses against the formulas as published, their reference, and what ``torch.compile`` makes of it; and
+operators over features against PyTorch's own.
 
 A red check of a contender's loss or gradient stops its benchmark.
 """
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from bench.device import DEVICE, ON_GPU, captured, cold_cache
 from bench.race import Outcome, Rules
-from dfad_kernels import activation_boundary_loss, interpolated_kl_div
+from dfad_kernels import (
+    activation_boundary_loss,
+    batch_norm,
+    batchnorm_distance,
+    frozen_batch_norm,
+    interpolated_kl_div,
+)
+from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
 from dfad_kernels.testing import CASES, OpCase, relative_error
 
 MIXING_COEFFICIENT = 0.3
@@ -224,3 +232,116 @@ def test_loss(
         rounds=lambda seconds: max(5, min(int(budget / max(seconds, 1e-9)), 500)), turns=5, warm_up=2, prepare=cold
     )
     race(group, {name: functools.partial(enter, name) for name in (*task.contenders, "copy")}, rules, bandwidth)
+
+
+@dataclass(frozen=True)
+class FeatureTask:
+    """An operator over features, and PyTorch's operations that it stands for.
+
+    Both are called with the features, what is added to them, and four numbers for each channel.
+    """
+
+    name: str
+    plain: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    adds: bool
+    tensors: int
+    """Of the features' size, that ours reads and writes forward and backward."""
+
+
+def _batch_norm(x: Tensor, added: Tensor, *numbers: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(x, *numbers, training=True) + added)
+
+
+def _frozen_batch_norm(x: Tensor, added: Tensor, *numbers: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(x, *numbers, training=False) + added)
+
+
+def _epilogue(x: Tensor, added: Tensor, *numbers: Tensor) -> Tensor:
+    return F.relu(x + numbers[-1].to(x.dtype).view(-1, 1, 1) + added)
+
+
+FEATURE_TASKS = (
+    FeatureTask(
+        "BatchNorm, addition, ReLU",
+        _batch_norm,
+        lambda x, added, *numbers: batch_norm(x, *numbers, residual=added, negative_slope=0.0),
+        adds=True,
+        tensors=11,
+    ),
+    FeatureTask(
+        "frozen BatchNorm, addition, ReLU",
+        _frozen_batch_norm,
+        lambda x, added, *numbers: frozen_batch_norm(x, *numbers, residual=added, negative_slope=0.0),
+        adds=True,
+        tensors=7,
+    ),
+    FeatureTask(
+        "bias, addition, ReLU",
+        _epilogue,
+        lambda x, added, *numbers: frozen_batch_norm(x, bias=numbers[-1], residual=added, negative_slope=0.0),
+        adds=True,
+        tensors=6,
+    ),
+    FeatureTask(
+        "distance of BatchNorm statistics",
+        lambda x, added, *numbers: batchnorm_distance_reference(x, *numbers[:2]),
+        lambda x, added, *numbers: batchnorm_distance(x, *numbers[:2]),
+        adds=False,
+        tensors=3,
+    ),
+)
+
+
+@pytest.mark.parametrize("task", FEATURE_TASKS, ids=lambda task: task.name.replace(", ", "-").replace(" ", "-"))
+@pytest.mark.parametrize("channels", [64, pytest.param(512, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)], ids=str)
+def test_features(
+    task: FeatureTask,
+    channels: int,
+    dtype: torch.dtype,
+    race: Callable[..., None],
+    cold: Callable[[], object],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Forward and backward beside a copy of as many bytes; as a CUDA graph on a GPU."""
+    size = 32 if channels == 64 else 8
+    shape = (512 if ON_GPU else 64, channels, size, size)
+    generator = torch.Generator().manual_seed(0)
+    x, added, upstream = (
+        torch.randn(shape, generator=generator).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(3)
+    )
+    numbers = [(torch.rand(channels, generator=generator) + 0.5).to(DEVICE) for _ in range(4)]
+    leaves = [x.requires_grad_(), added.requires_grad_()] if task.adds else [x.requires_grad_()]
+    bytes_moved = task.tensors * x.numel() * x.element_size()
+    budget = request.config.getoption("--seconds")
+
+    def differentiate(compute: Callable[..., Tensor]) -> list[Tensor]:
+        y = compute(x, added, *numbers)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream if y.ndim else torch.ones_like(y))]
+
+    def enter(name: str) -> Callable[[], object]:
+        if name == "copy":
+            return captured(copying(bytes_moved))
+        if name == "torch.compile":
+            torch.compiler.reset()
+        compute = {"PyTorch": task.plain, "torch.compile": compiled(task.plain), "ours": task.ours}[name]
+        for found, expected in zip(differentiate(compute), differentiate(task.plain), strict=True):
+            difference = (found.double() - expected.double()).norm()
+            # in bfloat16 PyTorch rounds between operations, which may choose another side of zero
+            assert difference <= (1e-3 if dtype == torch.float32 else 5e-2) * expected.double().norm()
+        return captured(lambda: differentiate(compute))
+
+    def bandwidth(outcomes: Mapping[str, Outcome], name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"bytes": bytes_moved}
+        if "copy" in outcomes:
+            found["share_of_copy_bandwidth"] = outcomes["copy"].fastest / outcomes[name].fastest
+        return found
+
+    group = f"{task.name} {_size(shape)}, {str(dtype).removeprefix('torch.')}, forward+backward"
+    rules = Rules(
+        rounds=lambda seconds: max(5, min(int(budget / max(seconds, 1e-9)), 200)), turns=5, warm_up=2, prepare=cold
+    )
+    names = ("PyTorch", "torch.compile", "ours", "copy")
+    race(group, {name: functools.partial(enter, name) for name in names}, rules, bandwidth)

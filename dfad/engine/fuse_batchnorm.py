@@ -1,5 +1,7 @@
 """BatchNorms in training mode computed together with the addition and the activation behind them."""
 
+import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from torch import Tensor, fx, nn
 from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
 from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
+
+log = logging.getLogger(__name__)
 
 
 class FusedBatchNorm(nn.Module):
@@ -34,7 +38,9 @@ class FusedBatchNorm(nn.Module):
 
     def forward(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
         norm = self.norm
-        if not self._applies(features, residual):
+        reason = self._reason_against(features, residual)
+        if reason is not None:
+            say_once(f"A BatchNorm is computed by PyTorch's own operations: {reason}.")
             y = norm(features)
             y = y if residual is None else y + residual
             return y if self.negative_slope == 1 else F.leaky_relu(y, self.negative_slope)
@@ -48,17 +54,29 @@ class FusedBatchNorm(nn.Module):
             negative_slope=self.negative_slope,
         )
 
-    def _applies(self, features: Tensor, residual: Tensor | None) -> bool:
+    def _reason_against(self, features: Tensor, residual: Tensor | None) -> str | None:
         norm = self.norm
-        return (
-            norm.training
-            and norm.momentum is not None
-            and (features.device.type == "cuda" or features.numel() >= self.smallest or _of_any_size.get())
-            and features.numel() > features.shape[1]  # of a single value there is no variance: PyTorch's own error
-            and features.is_contiguous(memory_format=torch.channels_last)
-            and (norm.weight is None or norm.weight.dtype == compute_dtype(features))
-            and (residual is None or (residual.shape == features.shape and residual.dtype == features.dtype))
-        )
+        if not norm.training:
+            return "it is in eval mode"
+        if norm.momentum is None:
+            return "its statistics are averages over all batches"
+        if features.numel() <= features.shape[1]:
+            return "of a single value there is no variance"  # PyTorch's own error
+        if not features.is_contiguous(memory_format=torch.channels_last):
+            return "its features are not channels last in memory"
+        if norm.weight is not None and norm.weight.dtype != compute_dtype(features):
+            return "its weights are of another precision"
+        if residual is not None and (residual.shape != features.shape or residual.dtype != features.dtype):
+            return "what is added to it is of another shape or dtype"
+        if features.device.type == "cpu" and features.numel() < self.smallest and not _of_any_size.get():
+            return f"of fewer than {self.smallest} elements on a CPU it is as fast"
+        return None
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log what is computed in another way from some call on."""
+    log.info(message)
 
 
 _of_any_size = ContextVar("of_any_size", default=False)

@@ -20,6 +20,7 @@ from dfad.engine.fuse_batchnorm import (
     negative_slope,
     only_user,
     replace_call,
+    say_once,
     statistics_to_move,
     without_identities,
 )
@@ -96,7 +97,8 @@ class ChainedConvolutions(nn.Module):
             return self._one_by_one(inputs)
         try:
             results = self.chain(self._layers(), [x.bfloat16() for x in inputs])
-        except Misfit:
+        except Misfit as reason:
+            say_once(f"A chain of convolutions is computed link by link: {reason}")
             return self._one_by_one(inputs)
         count_batch(*norms)
         return results

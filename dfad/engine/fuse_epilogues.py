@@ -1,19 +1,14 @@
 """What follows a convolution of a network that does not learn as one pass: BatchNorm in eval mode or a bias, the
 addition of a shortcut, and a (leaky) ReLU. A part of ``engine.fuse_batchnorm``."""
 
-import functools
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import following, replace_call, without_identities
+from dfad.engine.fuse_batchnorm import following, replace_call, say_once, without_identities
 from dfad.engine.tracing import plain_parts
 from dfad_kernels import frozen_batch_norm
 from dfad_kernels.registration import compute_dtype
-
-log = logging.getLogger(__name__)
 
 
 class FusedEpilogue(nn.Module):
@@ -35,7 +30,7 @@ class FusedEpilogue(nn.Module):
         norm = self.norm
         reason = self._reason_against(features, residual)
         if reason is not None:
-            _say_once(reason)
+            say_once(f"What follows a frozen convolution is computed by PyTorch's own operations: {reason}.")
             return self._one_by_one(features, residual)
         if norm is None:
             return frozen_batch_norm(features, bias=self.bias, residual=residual, negative_slope=self.negative_slope)
@@ -71,11 +66,6 @@ class FusedEpilogue(nn.Module):
             features = features + self.bias.to(features.dtype).view(-1, 1, 1)
         y = features if residual is None else features + residual
         return y if self.negative_slope == 1 else F.leaky_relu(y, self.negative_slope)
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    log.info("What follows a convolution of a frozen network is computed one by one: %s.", reason)
 
 
 class Unbiased(nn.Module):

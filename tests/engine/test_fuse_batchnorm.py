@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfad import models
 from dfad.config import EngineConfig
 from dfad.engine import Engine
-from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
+from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm, say_once
 from dfad.models.generator import Generator
 from dfad.models.outputs import as_outputs
 from dfad.modes import statistics_kept
@@ -177,6 +177,19 @@ def test_small_features_go_to_pytorch(calls, monkeypatch):
     monkeypatch.setattr(FusedBatchNorm, "smallest", 6 * 16 * 16 * 16)
     assert_computes_the_same(models.resnet20(), images())
     assert len(calls) == 2 * 7  # the first stage alone is large enough
+
+
+def test_what_goes_to_pytorch_is_said_once(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    say_once.cache_clear()
+    monkeypatch.setattr(FusedBatchNorm, "smallest", 1 << 20)
+    network = channels_last(models.resnet20())
+    fuse_batchnorm(network)
+    for _ in range(2):
+        network(images())
+    assert caplog.messages == [
+        "A BatchNorm is computed by PyTorch's own operations: of fewer than 1048576 elements on a CPU it is as fast."
+    ]
 
 
 def test_eval_mode_is_left_alone(calls):

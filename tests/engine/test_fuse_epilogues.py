@@ -14,6 +14,7 @@ from dfad.config import EngineConfig
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
+from dfad.engine.fuse_batchnorm import say_once
 from dfad.engine.fuse_epilogues import fuse_epilogues
 from dfad.models.outputs import as_outputs
 from dfad.models.taps import BatchNormTaps
@@ -169,7 +170,7 @@ def test_what_is_overwritten_is_read_before(calls):
 
 def test_what_learns_or_is_in_training_mode_is_left_alone(calls, caplog):
     caplog.set_level(logging.INFO)
-    importlib.import_module("dfad.engine.fuse_epilogues")._say_once.cache_clear()
+    say_once.cache_clear()
     network = frozen(Residual("modules"))
     network.bn1.weight.requires_grad_()
     plain = copy.deepcopy(network)
@@ -180,7 +181,7 @@ def test_what_learns_or_is_in_training_mode_is_left_alone(calls, caplog):
         torch.testing.assert_close(network.bn1.weight.grad, plain.bn1.weight.grad)
     assert calls == [(True, True, LEAKY)] * 2
     assert [record.message for record in caplog.records] == [
-        "What follows a convolution of a frozen network is computed one by one: its BatchNorm learns."
+        "What follows a frozen convolution is computed by PyTorch's own operations: its BatchNorm learns."
     ]
     network.bn2.train()
     plain.bn2.train()

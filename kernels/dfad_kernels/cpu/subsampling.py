@@ -1,4 +1,7 @@
-"""The shortcut without parameters of thin residual networks."""
+"""The shortcut without parameters of thin residual networks.
+
+It stands between chains of convolutions alone, which are no operators of PyTorch's dispatcher either, on CPUs alone.
+"""
 
 from typing import Any
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
-.PHONY: demo test bench report gpu gpu-wheels lint sanitize clean
+.PHONY: demo test compat bench report gpu gpu-wheels lint sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m dfad.train --fused
@@ -12,6 +12,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not alone" --durations=15
 	$(BIN)/pytest -m alone
+
+# Real architectures as well, as far as they are installed: pip install -e '.[compat]' installs them.
+compat: $(VENV)/.dev
+	$(BIN)/pytest tests/compat -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,9 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
         try:
             with _in_mode(scratch, training):
                 modes = {path: module.training for path, module in scratch.named_modules()}
-                graph, again = _graph(scratch), _graph(scratch)
+                graph = _graph(scratch)
+                with torch.no_grad(), _all_autocast():  # what a part switches on or off shows in one of the two
+                    again = _graph(scratch)
         except _Refusal as reason:
             raise NotPlain(f"{name} is left as it is: {reason}.") from reason.__cause__
         try:
@@ -198,6 +200,12 @@ def _place(network: nn.Module, path: str) -> str:
 
 def _in_mode(network: nn.Module, mode: bool) -> AbstractContextManager[None]:
     return in_training(network) if mode else evaluating(network)
+
+
+@contextmanager
+def _all_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", enabled=torch.cuda.is_available()):
+        yield
 
 
 class _Refusal(Exception):

@@ -399,6 +399,19 @@ class FixedNoise(Small):
         return super().stem(x) * (1 + 0.1 * torch.rand(1, WIDTH, 1, 1))
 
 
+@trait
+class OwnGenerator(Small):
+    """a random generator of its own"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = torch.Generator().manual_seed(3)
+
+    def stem(self, x: Tensor) -> Tensor:
+        y = super().stem(x)
+        return y * (1 + 0.3 * torch.rand(1, generator=self.stream)) if self.training else y
+
+
 # How gradients are computed
 
 
@@ -469,6 +482,56 @@ class Precise(Small):
     def body(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().body(x.float())
+
+
+@trait
+class PreciseByName(Small):
+    """a part in float32 on a device that is named"""
+
+    def body(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().body(x.float())
+
+
+@trait
+class InnerGradient(Small):
+    """gradients inside the forward pass"""
+
+    def stem(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((leaf**3).sum(), leaf)
+        return super().stem(x + 0.1 * gradient)
+
+
+@trait
+class SavedTensors(Small):
+    """hooks of saved tensors"""
+
+    def body(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            return super().body(x)
+
+
+@trait
+class Substituted(Small):
+    """weights that are substituted for a call"""
+
+    def head(self, x: Tensor) -> Any:
+        weights = {name: 1.5 * parameter for name, parameter in self.fc.named_parameters()}
+        return torch.func.functional_call(self.fc, weights, (x.mean((2, 3)),))
+
+
+@trait
+class SwapsWeights(Small):
+    """a weight that is another one for the length of a call"""
+
+    def forward(self, x: Tensor) -> Any:
+        weight = self.fc.weight.data.clone()
+        self.fc.weight.data.mul_(1.5)
+        y = super().forward(x)
+        self.fc.weight.data.copy_(weight)
+        return y
 
 
 # Control flow
@@ -663,6 +726,18 @@ class Convolutions(Small):
 
 
 @trait
+class Deep(Small):
+    """a three-dimensional convolution"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv3 = nn.Conv3d(WIDTH, WIDTH, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv3(super().body(x)[:, :, None]).squeeze(2)
+
+
+@trait
 class Attention(Small):
     """attention"""
 
@@ -837,6 +912,23 @@ class KeepsMode(Small):
         super().train(mode)
         self.bn1.eval()
         return self
+
+
+@trait
+def _() -> nn.Module:
+    """SyncBatchNorm"""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(Small())
+
+
+@trait
+class OwnAttributes(Small):
+    """attributes that are made up"""
+
+    def __getattr__(self, name: str) -> Any:
+        return 2.0 if name == "factor" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * self.factor
 
 
 @trait

@@ -222,6 +222,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         operators("bfloat16"),
         operators("float32"),
         # what follows refines the record, in further calls
+        benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
         benchmark(f"rounds, compiled: {thin}", 60, steps[thin], COMPILED),
         *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark(

@@ -30,7 +30,7 @@ from dfad.errors import ConfigurationError
 from dfad.models.probing import as_outputs
 from dfad.models.taps import has_batchnorm
 from dfad.modes import set_mode
-from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, ZOO, Small
+from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small
 
 SHAPE = (CHANNELS, SIZE, SIZE)
 each_trait = pytest.mark.parametrize("trait", ZOO)
@@ -187,10 +187,13 @@ def test_as_student_in_bfloat16(trait):
 
 
 @each_trait
+def test_statistics_are_those_of_batchnorms(trait):
+    assert has_batchnorm(make(trait)) == (trait not in WITHOUT_STATISTICS)
+
+
+@pytest.mark.parametrize("trait", [trait for trait in ZOO if trait not in WITHOUT_STATISTICS])
 def test_statistics_are_of_each_call(trait):
     network = make(trait)
-    if not has_batchnorm(network):
-        pytest.skip("it has no statistics")
     frozen = FrozenTeacher(network, engine("float32"), SHAPE, 8)
     network = getattr(network, "_orig_mod", network)
     set_mode(network, training=False)

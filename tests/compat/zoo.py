@@ -19,6 +19,12 @@ ZOO: dict[str, Callable[[], nn.Module]] = {}
 TEACHERS_ALONE = {"exported", "one class"}
 """What torch.export makes has one mode; of one class there is nothing to learn."""
 
+WITHOUT_STATISTICS = {
+    *("GroupNorm", "LayerNorm", "InstanceNorm", "no norm", "BatchNorm without running statistics"),
+    *("scripted", "traced by jit", "exported"),
+}
+"""They have no BatchNorm with statistics, or hold it as something else than PyTorch's module."""
+
 
 def trait(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Enter a network; its docstring names the trait."""

@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from dfad.config import DistillConfig
     from dfad.distillation.distiller import Distiller, Result, distill
 
+    __version__: str
+
 __all__ = ["DistillConfig", "Distiller", "Result", "distill"]
 
 
 def __getattr__(name: str) -> Any:
     # on first use, so that `import dfad.losses` loads the losses alone
+    if name == "__version__":
+        from dfad.version import version
+
+        return version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dfad import config

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 import tyro
 
@@ -194,7 +194,31 @@ def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: 
         raise ConfigurationError(f"{error}.") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Print what lets a shell complete commands and options: source <(dfad completion bash)."""
+
+    shell: Positional[Literal["bash", "zsh"]]
+    """Which shell."""
+
+
+def print_completion(shell: str, commands: Mapping[str, type]) -> None:
+    """Print a shell's completion script for the ``dfad`` script.
+
+    Args:
+        shell: bash or zsh.
+        commands: the dataclass of each command's options.
+    """
+    subcommand = tyro.conf.subcommand
+    kinds = [Annotated[kind, subcommand(name, prefix_name=False)] for name, kind in commands.items()]
+    any_of_them: Any = Union[tuple(kinds)]  # noqa: UP007
+    arguments = ["--tyro-print-completion", shell]
+    tyro.cli(any_of_them, prog="dfad", args=arguments, use_underscores=True, registry=_registry)
+
+
 def _program() -> str:
     # tyro would name the file of the module
     spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    if spec is None or spec.name.endswith(".__main__"):
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name}"

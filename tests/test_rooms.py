@@ -10,9 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dfad": ROOT / "dfad", "dfad_kernels": ROOT / "kernels" / "dfad_kernels"}
 
-COMMANDS = {path.stem for path in (ROOT / "dfad").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+SCRIPT = "__main__"
+"""Calls any command by its name."""
 
-GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "validation"}
+COMMANDS = {path.stem for path in (ROOT / "dfad").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+COMMANDS.remove(SCRIPT)
+
+GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "validation", "version"}
 """One small idea each; they know no room."""
 
 ARROWS = {
@@ -29,6 +33,7 @@ ARROWS = {
     "assembly": {"config", "data", "distillation", "engine", "models", "runs", "supervised"},
     "experiments": {"assembly", "config", "data", "distillation", "engine", "models", "presets", "runs", "supervised"},
     "cli": {"runs"},
+    SCRIPT: {"cli"},
     "dfad": {"config", "distillation"},
     "dfad_kernels": {"dfad_kernels.cpu", "dfad_kernels.gpu"},
     "dfad_kernels.cpu": {"dfad_kernels"},

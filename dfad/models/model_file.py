@@ -26,6 +26,7 @@ from dfad.models.weights import (
     require_file,
     shared_tensors,
 )
+from dfad.version import version
 
 
 def save_model(path: Path, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -133,11 +134,4 @@ def weights_hash(state: Mapping[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    return {"dfad": _own_version(), "python": platform.python_version(), **packages}
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("dfad")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
-        return "not installed"
+    return {"dfad": version(), "python": platform.python_version(), **packages}

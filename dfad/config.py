@@ -125,6 +125,17 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
+class FeatureMatchingConfig:
+    """Feature matching: the student's taps near the teacher's (FitNets), beside its logits."""
+
+    weight: float = 0.0
+    """Weight of the normalized squared error in the student's loss; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        not_negative(weight=self.weight)
+
+
+@dataclass(frozen=True)
 class InterpolationConfig:
     """Virtual interpolation: mixed images with mixed soft labels."""
 
@@ -255,6 +266,7 @@ class MethodConfig:
     """Mode of the student's BatchNorms in the generator's step: moving statistics (DFAD) or fixed ones."""
 
     activation: ActivationConfig = ActivationConfig()
+    feature_matching: FeatureMatchingConfig = FeatureMatchingConfig()
     interpolation: InterpolationConfig = InterpolationConfig()
     regularizers: RegularizerConfig = RegularizerConfig()
     image_bank: ImageBankConfig = ImageBankConfig()
@@ -274,6 +286,11 @@ class MethodConfig:
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
         need = "0 where every weight of regularizers is 0, for they alone shape its images"
         require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
+
+    @property
+    def uses_taps(self) -> bool:
+        """Whether a loss reads the taps of both networks."""
+        return bool(self.activation.weight or self.activation.generator_weight or self.feature_matching.weight)
 
     @property
     def images_per_round(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dfad_kernels import activation_boundary_loss as activation_boundary_loss
 from dfad_kernels import batchnorm_distance as batchnorm_distance
 from dfad_kernels import interpolated_kl_div as interpolated_kl_div
+from dfad_kernels.checks import check_pair
 
 
 def one_hot_loss(teacher_logits: Tensor) -> Tensor:
@@ -34,6 +35,27 @@ def diversity_loss(teacher_logits: Tensor) -> Tensor:
     """
     mean_prediction = teacher_logits.float().softmax(dim=1).mean(dim=0)
     return -torch.special.entr(mean_prediction).sum()
+
+
+def normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared error of a tap, relative to the size of the teacher's: 1 for a student that is zero everywhere.
+
+    .. math:: \frac{\lVert s - t \rVert^2}{\lVert t \rVert^2}
+
+    The loss of hints (Romero et al., "FitNets", ICLR 2015), normalized over the batch so that one weight suits every
+    tap and every network.
+
+    Args:
+        student: tap, ``(B, ...)``.
+        teacher: tap of the same shape.
+
+    Raises:
+        ValueError: if shapes or devices differ.
+        TypeError: if the dtypes differ or are not floating-point.
+    """
+    check_pair(student, teacher)
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
 
 
 def class_entropy(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfad.functional import normalized_squared_error
 from dfad.modes import BatchNorm
 from dfad_kernels import FusedLoss, activation_boundary_loss, batchnorm_distance, interpolated_kl_div
 from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
@@ -125,6 +126,16 @@ class Discrepancy(nn.Module):
             return F.l1_loss(student_logits.float(), teacher_logits.float())
         result: Tensor = self.divergence(student_logits, teacher_logits, 1.0)
         return result
+
+
+class FeatureMatchingLoss(nn.Module):
+    """:func:`~dfad.functional.normalized_squared_error` summed over pairs of taps."""
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Both a sequence of taps ``(B, ...)``, in the order of the network; the teacher's get no gradient."""
+        pairs = zip(student, teacher, strict=True)
+        errors = [normalized_squared_error(*_alike(s, t.detach())) for s, t in pairs]
+        return torch.stack(errors).sum()
 
 
 class BatchNormStatisticsLoss(nn.Module):

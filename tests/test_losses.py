@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from dfad import functional
-from dfad.losses import ActivationBoundaryLoss, InterpolatedKLDivLoss
+from dfad.losses import ActivationBoundaryLoss, FeatureMatchingLoss, InterpolatedKLDivLoss
 
 
 @pytest.fixture
@@ -42,6 +42,25 @@ def test_weights_of_taps(generator: Generator) -> None:
     torch.testing.assert_close(ActivationBoundaryLoss(weights="uniform")(student, teacher), sum(each))
     torch.testing.assert_close(ActivationBoundaryLoss(weights=[1, 0, 2])(student, teacher), each[0] + 2 * each[2])
     torch.testing.assert_close(ActivationBoundaryLoss()(student[0], teacher[0]), each[0])
+
+
+def test_matched_features_are_relative_to_the_teachers(generator: Generator) -> None:
+    student, teacher = taps(generator, *SHAPES), taps(generator, *SHAPES)
+    expected = sum(((s - t) ** 2).sum() / (t**2).sum() for s, t in zip(student, teacher, strict=True))
+    torch.testing.assert_close(FeatureMatchingLoss()(student, teacher), expected)
+    torch.testing.assert_close(FeatureMatchingLoss()([10 * s for s in student], [10 * t for t in teacher]), expected)
+    assert FeatureMatchingLoss()(teacher, teacher) == 0
+    assert FeatureMatchingLoss()([torch.zeros_like(t) for t in teacher], teacher).item() == pytest.approx(3)
+    assert FeatureMatchingLoss()([teacher[0]], [torch.zeros_like(teacher[0])]).isfinite()
+    with pytest.raises(ValueError, match=r"\(4, 3, 8, 8\).*\(4, 3, 8, 1\)"):
+        functional.normalized_squared_error(student[0], teacher[0][..., :1])
+
+
+def test_matching_features_moves_the_student_alone(generator: Generator) -> None:
+    student, teacher = (tap.requires_grad_() for tap in taps(generator, SHAPES[0], SHAPES[0]))
+    (3 * FeatureMatchingLoss()([student], [teacher])).backward()
+    torch.testing.assert_close(student.grad, 6 * (student - teacher).detach() / teacher.detach().square().sum())
+    assert teacher.grad is None
 
 
 def test_taps_that_do_not_fit_are_refused(generator: Generator) -> None:

@@ -18,7 +18,7 @@ from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
 from dfad.errors import ModelError
-from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy
+from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, FeatureMatchingLoss
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
 from dfad.models.outputs import as_outputs
@@ -67,9 +67,8 @@ class Round:
             )
         with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
-            uses_taps = method.activation.weight or method.activation.generator_weight
             connectors: nn.Module = (
-                Connectors(student_outputs.taps, teacher_outputs.taps) if uses_taps else nn.Identity()
+                Connectors(student_outputs.taps, teacher_outputs.taps) if method.uses_taps else nn.Identity()
             )
         size = method.batch_size
         self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
@@ -109,6 +108,7 @@ class Round:
             method.activation.scaling,
             fused=config.fused,
         )
+        self.feature_matching = FeatureMatchingLoss()
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
 
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
@@ -197,8 +197,13 @@ class Round:
     def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
         """How far the student is from the teacher on one batch."""
         terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
-        if self.config.method.activation.weight:
-            terms["activation"] = self.activation(self.connectors(student.taps), teacher.taps)
+        method = self.config.method
+        if method.activation.weight or method.feature_matching.weight:
+            taps = self.connectors(student.taps)
+            if method.activation.weight:
+                terms["activation"] = self.activation(taps, teacher.taps)
+            if method.feature_matching.weight:
+                terms["feature_matching"] = self.feature_matching(taps, teacher.taps)
         return terms
 
     def imitation_loss(self, terms: Terms) -> Tensor:
@@ -207,6 +212,7 @@ class Round:
         weights = {
             "discrepancy": 1.0,
             "activation": method.activation.weight,
+            "feature_matching": method.feature_matching.weight,
             "interpolation": method.interpolation.weight,
         }
         return _weighted_sum(terms, weights)

@@ -13,6 +13,9 @@ AXES = {
 }
 """What the axes of a tap are taken for, by their number without the batch."""
 
+WITHOUT_TAPS = "set --method.activation.weight and --method.feature_matching.weight to 0"
+"""What a run does that needs no taps, for messages."""
+
 CHANNELS_LAST = ("height", "width", "channels")
 
 
@@ -35,9 +38,8 @@ class Connectors(nn.Module):
         sizes = [[tuple(tap.shape[1:]) for tap in taps] for taps in (student_taps, teacher_taps)]
         if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ModelError(
-                f"The activation regularizer pairs the student's taps {sizes[0]} with the teacher's {sizes[1]}: both "
-                "need the same number, at least one. Name them with --student.taps and --teacher.taps, or set "
-                "--method.activation.weight 0."
+                f"The student's taps {sizes[0]} are paired with the teacher's {sizes[1]}: both need the same number, "
+                f"at least one. Name them with --student.taps and --teacher.taps, or {WITHOUT_TAPS}."
             )
         self.connectors = nn.ModuleList(
             _connector(stage, student, teacher) for stage, (student, teacher) in enumerate(zip(*sizes, strict=True))
@@ -54,7 +56,7 @@ def _connector(stage: int, student: tuple[int, ...], teacher: tuple[int, ...]) -
     if len(student) != len(teacher) or len(student) not in AXES:
         raise ModelError(
             f"Tap {stage} is {_named(student)} in the student and {_named(teacher)} in the teacher: both must have the "
-            "same axes. Choose other taps, or set --method.activation.weight 0."
+            f"same axes. Choose other taps, or {WITHOUT_TAPS}."
         )
     axes = _axes(student, teacher)
     channels = axes.index("channels")
@@ -62,7 +64,7 @@ def _connector(stage: int, student: tuple[int, ...], teacher: tuple[int, ...]) -
         others = " and ".join(axis for axis in axes if axis != "channels")
         raise ModelError(
             f"Tap {stage} is {student} ({', '.join(axes)}) in the student and {teacher} in the teacher: {others} must "
-            "match. Choose other taps, or set --method.activation.weight 0."
+            f"match. Choose other taps, or {WITHOUT_TAPS}."
         )
     if axes == AXES[3]:
         convolution = nn.Conv2d(student[0], teacher[0], kernel_size=1, bias=False)

@@ -15,6 +15,7 @@ from dfad.config import (
     ActivationConfig,
     AugmentationConfig,
     DistillConfig,
+    FeatureMatchingConfig,
     ImageBankConfig,
     InterpolationConfig,
     MethodConfig,
@@ -42,6 +43,7 @@ def recipe(config) -> DistillConfig:
         temperature=4.0,
         adversary="agreeing",
         interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
+        feature_matching=FeatureMatchingConfig(weight=2.0),
         image_bank=ImageBankConfig(size=BANK),
         augmentation=AugmentationConfig(flip=True, crop=0.25, cutout=0.25, colour=0.1),
     )
@@ -64,6 +66,21 @@ def snapshot(*networks: nn.Module) -> list[torch.Tensor]:
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_students_loss_is_its_weighted_terms(distiller):
+    distiller.round.warm_up()
+    terms = distiller.round.student_step()
+    weighted = terms["student/discrepancy"] + 0.1 * terms["student/activation"] + 2 * terms["student/feature_matching"]
+    torch.testing.assert_close(terms["student_loss"], weighted)
+    assert terms["student/feature_matching"] > 0
+
+
+def test_matching_features_needs_connectors_alone(teacher, recipe):
+    alone = make(teacher, with_method(recipe, activation=ActivationConfig()))
+    assert list(alone.round.connectors.parameters())
+    without = with_method(recipe, activation=ActivationConfig(), feature_matching=FeatureMatchingConfig())
+    assert not list(make(teacher, without).round.connectors.parameters())
 
 
 class TestWarmUp:

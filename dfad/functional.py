@@ -10,6 +10,7 @@ from dfad_kernels import activation_boundary_loss as activation_boundary_loss
 from dfad_kernels import batchnorm_distance as batchnorm_distance
 from dfad_kernels import interpolated_kl_div as interpolated_kl_div
 from dfad_kernels.checks import check_pair
+from dfad_kernels.registration import compute_dtype
 
 
 def one_hot_loss(teacher_logits: Tensor) -> Tensor:
@@ -54,8 +55,11 @@ def normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
         TypeError: if the dtypes differ or are not floating-point.
     """
     check_pair(student, teacher)
-    student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
+    # the difference of two bfloat16 is rounded as the gradient will be; nothing else is, and no copy in float32 is made
+    error, size = (
+        torch.linalg.vector_norm(x, dtype=compute_dtype(student)).square() for x in (student - teacher, teacher)
+    )
+    return error / size.clamp_min(1e-12)
 
 
 def class_entropy(logits: Tensor) -> Tensor:

@@ -63,6 +63,17 @@ def test_matching_features_moves_the_student_alone(generator: Generator) -> None
     assert teacher.grad is None
 
 
+def test_matched_features_in_bfloat16_are_near_those_in_float64(generator: Generator) -> None:
+    student, teacher = (tap.bfloat16() for tap in taps(generator, SHAPES[0], SHAPES[0]))
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        s = student.to(dtype).requires_grad_()
+        loss = functional.normalized_squared_error(s, teacher.to(dtype))
+        gradients.append(torch.autograd.grad(3 * loss, s)[0].double())
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2**-6, atol=0)
+
+
 def test_taps_that_do_not_fit_are_refused(generator: Generator) -> None:
     student = taps(generator, *SHAPES)
     with pytest.raises(ValueError, match="2 taps, the teacher 3"):

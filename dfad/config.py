@@ -131,6 +131,9 @@ class FeatureMatchingConfig:
     weight: float = 0.0
     """Weight of the normalized squared error in the student's loss; 0 switches it off."""
 
+    unpaired: Literal["error", "skip"] = "error"
+    """Where the networks' taps do not pair: an error, or no feature matching and a line in the log."""
+
     def __post_init__(self) -> None:
         not_negative(weight=self.weight)
 
@@ -291,6 +294,12 @@ class MethodConfig:
     def uses_taps(self) -> bool:
         """Whether a loss reads the taps of both networks."""
         return bool(self.activation.weight or self.activation.generator_weight or self.feature_matching.weight)
+
+    @property
+    def needs_taps(self) -> bool:
+        """Whether networks whose taps do not pair are an error."""
+        matching = self.feature_matching.weight and self.feature_matching.unpaired == "error"
+        return bool(self.activation.weight or self.activation.generator_weight or matching)
 
     @property
     def images_per_round(self) -> int:

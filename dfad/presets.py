@@ -6,6 +6,7 @@ from dfad.config import (
     ActivationConfig,
     AugmentationConfig,
     DistillConfig,
+    FeatureMatchingConfig,
     GeneratorConfig,
     ImageBankConfig,
     InterpolationConfig,
@@ -82,6 +83,7 @@ RECIPE = MethodConfig(
     temperature=4.0,
     adversarial=0.5,
     activation=ActivationConfig(weight=0.1),
+    feature_matching=FeatureMatchingConfig(weight=50.0),
     interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
     regularizers=RegularizerConfig(batchnorm=1.0, one_hot=1.0, diversity=5.0),
     image_bank=ImageBankConfig(size=25_600),
@@ -89,30 +91,30 @@ RECIPE = MethodConfig(
 )
 """For natural images: a generator that is warmed up, a bank of its images, and views of them: docs/experiments.md."""
 
-RECIPE_STUDENT = OptimizerConfig(lr=0.05, weight_decay=5e-4, warm_up=0.02)
-"""For a batch size of 64."""
+RECIPE_STUDENT = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.01, warm_up=0.02)
 
 RECIPE_GENERATOR = OptimizerConfig(name="adam", lr=2e-3, schedule="constant")
 
 
 OWN = TrainConfig(
-    method=replace(RECIPE, activation=ActivationConfig()),  # taps differ from network to network
+    # networks may have no taps, or none that pair
+    method=replace(
+        RECIPE, activation=ActivationConfig(), feature_matching=replace(RECIPE.feature_matching, unpaired="skip")
+    ),
     optimizer=OptimizersConfig(student=RECIPE_STUDENT, generator=RECIPE_GENERATOR),
 )
 
 
 def _cifar(name: str, classes: int) -> TrainConfig:
     """The recipe from ResNet-34 to ResNet-18 for at most 100 PFLOP, as FLOPs are counted: 2 in the generator's warm-up,
-    85 in 15 million student-images and 12 in the generator's steps between them. Batch and rates are scaled, SGD for
-    long runs; none of it has been tuned on these networks."""
+    85 in 15 million student-images and 12 in the generator's steps between them. The batch is larger, the
+    student's rate that of a wider network; none of it has been tuned on these networks."""
     return TrainConfig(
         data=DataConfig(name=name),
         student=StudentConfig(factory="resnet18", kwargs={"num_classes": classes}),
         generator=GeneratorConfig(noise_dim=256, width=128),
         method=replace(RECIPE, rounds=2950, batch_size=512, image_bank=ImageBankConfig(size=51_200)),
-        optimizer=OptimizersConfig(
-            student=OptimizerConfig(lr=0.2, weight_decay=5e-4, warm_up=0.02), generator=RECIPE_GENERATOR
-        ),
+        optimizer=OptimizersConfig(student=replace(RECIPE_STUDENT, lr=3e-3), generator=RECIPE_GENERATOR),
         selection=SelectionConfig(bank_size=2048, every=100),
         recording=RecordingConfig(log_every=20, checkpoint_every=100),
     )

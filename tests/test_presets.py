@@ -7,9 +7,10 @@ import torch
 
 from dfad import models
 from dfad.assembly import build_student
-from dfad.config import ImageBankConfig, StudentConfig
+from dfad.config import FeatureMatchingConfig, ImageBankConfig, StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.estimate import count_flops
+from dfad.errors import ModelError
 from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
 from tests.conftest import with_method
@@ -65,6 +66,22 @@ def test_own_runs_on_images_of_any_size(size, channels):
     distiller = Distiller(teacher, build_student(config), config, image_shape=(channels, size, size))
     for _ in range(config.method.warm_up + 1):
         assert all(torch.isfinite(term) for term in distiller.run_round().values())
+
+
+def test_own_matches_features_where_taps_pair_and_says_where_not(caplog):
+    settings = tiny(PRESETS["own"])
+    for depth, matched in ((2, True), (3, False)):
+        channels = [4, 8, 8][:depth]
+        config = replace(settings, student=StudentConfig("convnet", {"channels": channels, "in_channels": 1}))
+        teacher = models.convnet(channels=(8, 16), in_channels=1)
+        distiller = Distiller(teacher, build_student(config), config, image_shape=(1, 8, 8))
+        for _ in range(config.method.warm_up + 1):
+            terms = distiller.run_round()
+        assert ("student/feature_matching" in terms) == matched
+        assert ("Features are not matched" in caplog.text) == (not matched)
+    refused = with_method(config, feature_matching=FeatureMatchingConfig(weight=1.0))
+    with pytest.raises(ModelError, match=r"--student.taps.*--method.feature_matching.weight"):
+        Distiller(teacher, build_student(refused), refused, image_shape=(1, 8, 8))
 
 
 def test_the_digits_student_has_at_most_a_third_of_its_teachers_parameters():

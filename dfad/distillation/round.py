@@ -1,6 +1,7 @@
 """The round: student steps on generated images, then the generator against the student."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,8 @@ from dfad.models.outputs import as_outputs
 from dfad.models.taps import Outputs, has_batchnorm
 from dfad.modes import frozen, set_mode
 from dfad.seeds import seeded, stream_seed
+
+log = logging.getLogger(__name__)
 
 Terms = dict[str, Tensor]
 
@@ -67,9 +70,8 @@ class Round:
             )
         with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
-            connectors: nn.Module = (
-                Connectors(student_outputs.taps, teacher_outputs.taps) if method.uses_taps else nn.Identity()
-            )
+            connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
+        self.matches_features = bool(method.feature_matching.weight) and isinstance(connectors, Connectors)
         size = method.batch_size
         self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
         if method.regularizers.batchnorm and not self.teacher.norms:
@@ -198,11 +200,11 @@ class Round:
         """How far the student is from the teacher on one batch."""
         terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
         method = self.config.method
-        if method.activation.weight or method.feature_matching.weight:
+        if method.activation.weight or self.matches_features:
             taps = self.connectors(student.taps)
             if method.activation.weight:
                 terms["activation"] = self.activation(taps, teacher.taps)
-            if method.feature_matching.weight:
+            if self.matches_features:
                 terms["feature_matching"] = self.feature_matching(taps, teacher.taps)
         return terms
 
@@ -284,6 +286,22 @@ class Round:
             self.config.generator.noise_dim,
             self.config.generator.width,
         )
+
+    def _new_connectors(self, student_taps: Sequence[Tensor], teacher_taps: Sequence[Tensor]) -> nn.Module:
+        method = self.config.method
+        if not method.uses_taps:
+            return nn.Identity()
+        try:
+            return Connectors(student_taps, teacher_taps)
+        except ModelError as error:
+            if method.needs_taps:
+                raise
+            log.warning(
+                "Features are not matched, which costs more student-images for the same accuracy than any other part "
+                "of the method: %s",
+                error,
+            )
+            return nn.Identity()
 
     def fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
         """Of a generator that has learned nothing, the ``number``-th of this run."""

@@ -7,6 +7,7 @@ from typing import Any
 from dfad.config import (
     ActivationConfig,
     CollapseConfig,
+    FeatureMatchingConfig,
     GeneratorConfig,
     InterpolationConfig,
     OptimizerConfig,
@@ -154,6 +155,7 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
         "recipe without activation": {"activation": ActivationConfig()},
         RECIPE_BARE: {"interpolation": InterpolationConfig(), "activation": ActivationConfig()},
         "recipe without adversary": {"adversarial": 0.0},
+        "recipe without feature matching": {"feature_matching": FeatureMatchingConfig()},
     }
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 

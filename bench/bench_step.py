@@ -47,7 +47,7 @@ RULES = Rules(
     turns=1 if ON_GPU else 5,
     warm_up=2,
 )
-torch._dynamo.config.recompile_limit = 64  # several contenders compile the same networks in one process
+torch.compiler.config.recompile_limit = 64  # several contenders compile the same networks in one process
 
 
 @pytest.mark.parametrize("case", RUNNABLE)

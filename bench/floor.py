@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.device import seconds_of
 from dfad.distillation.distiller import Distiller
+from dfad.distillation.tensor_memory import TorchDispatchMode
 from dfad.models.probing import parameter_count
 
 aten = torch.ops.aten

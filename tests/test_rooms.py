@@ -1,7 +1,7 @@
 """The rooms of the package and the arrows between them: who may import whom."""
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -16,7 +16,7 @@ SCRIPT = "__main__"
 COMMANDS = {path.stem for path in (ROOT / "dfad").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
 COMMANDS.remove(SCRIPT)
 
-GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "validation", "version"}
+GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "trees", "validation", "version"}
 """One small idea each; they know no room."""
 
 ARROWS = {
@@ -138,3 +138,48 @@ def test_nobody_imports_a_command(folder):
     commands = {f"dfad.{name}" for name in COMMANDS}
     for path in [*MODULES.values(), *(ROOT / folder).rglob("*.py")]:
         assert not imports(path) & commands, path
+
+
+def private_names(path: Path) -> set[str]:
+    """What a file takes of PyTorch that is private: modules, and attributes that are not this project's own."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {name for name in imports(path) if name.startswith("torch.") and "._" in name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "sys"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            found |= {str(name.value) for name in node.args[1:2] if isinstance(name, ast.Constant)}
+    private = {name for name in found if "._" in name or (name.startswith("_") and not name.startswith("__"))}
+    return private - OWN - {"_asdict", "_fields"}  # public ones of named tuples
+
+
+def own_names() -> set[str]:
+    """Private names that the project defines."""
+    found = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found |= {node.attr} if ast.unparse(node.value) == "self" else set()
+    return found - {"_parameters", "_buffers", "_modules", "_apply"}
+
+
+OWN = own_names()
+
+
+def test_private_interfaces_of_pytorch_stand_in_guarded_files():
+    """Each in one that names the versions it was checked with, which a test of its own compares with the installed
+    one."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    used = {name: private_names(path) for name, path in MODULES.items() if private_names(path)}
+    for name, names in used.items():
+        module = name.rpartition(".")[2]
+        assert "CHECKED_WITH" in MODULES[name].read_text(encoding="utf-8"), (name, names)
+        assert f"from {name} import CHECKED_WITH" in tests or f"{module}.CHECKED_WITH" in tests, name
+    owners = Counter(private for names in used.values() for private in names)
+    assert {private for private, count in owners.items() if count > 1} <= {"_C"}
+    assert "_compiled_call_impl" in owners
+    for folder in ("bench", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert private_names(path) <= {"_benchmarksession"}, path  # pytest-benchmark's

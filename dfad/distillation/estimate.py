@@ -11,7 +11,7 @@ from dfad.distillation.distiller import Distiller
 from dfad.distillation.tensor_memory import TensorMemory
 from dfad.engine import wait_for
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS
-from dfad.engine.fuse_convolutions import unchained
+from dfad.engine.fuse_convolutions import chained_flops
 from dfad.models.probing import parameter_count
 
 TIMED_ROUNDS = 5
@@ -81,9 +81,10 @@ def count_flops(distiller: Distiller) -> tuple[int, int]:
 
 
 def _flops(work: Callable[[], object]) -> int:
-    with unchained(), FlopCounterMode(display=False) as flops:
+    chained = chained_flops()
+    with FlopCounterMode(display=False) as flops:
         work()
-    return flops.get_total_flops()
+    return flops.get_total_flops() + chained_flops() - chained
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dfad.copies import copy_network
 from dfad.engine import Engine
+from dfad.engine.calls import uncompiled
 from dfad.errors import first_line
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
 from dfad.modes import BatchNorm, random_state_kept, set_mode
+from dfad.trees import tree_leaves
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,7 @@ def _read(result: tuple[Any, tuple[Tensor, ...]]) -> tuple[Outputs, tuple[Tensor
 
 
 def _frozen_copy(teacher: nn.Module) -> nn.Module:
-    # compiled for its owner; how it is compiled here is the engine's
-    teacher = getattr(teacher, "_orig_mod", teacher)
+    teacher = uncompiled(teacher)  # how it is compiled here is the engine's
     try:
         teacher = copy_network(teacher)
     except Exception as error:  # whatever its attributes raise

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 CHECKED_WITH = ("2.11", "2.13")
 """Versions of PyTorch whose ``TorchDispatchMode`` was read: its documentation names no public module to import it

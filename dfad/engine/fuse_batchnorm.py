@@ -4,19 +4,24 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dfad.engine.calls import present_call, replace_call
+from dfad.engine.multi_tensor import add_to_all
 from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
 from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
 
 log = logging.getLogger(__name__)
+
+
+SMALLEST = 1 << 18
+"""Elements from which on it pays on a CPU: PyTorch's own operations are called faster, and slower from there. On a GPU
+a round is captured, and calls cost nothing."""
 
 
 class FusedBatchNorm(nn.Module):
@@ -25,16 +30,18 @@ class FusedBatchNorm(nn.Module):
     Args:
         norm: whose parameters and statistics are used and moved, as it would itself.
         negative_slope: of the leaky ReLU; 1 is none.
+        smallest: elements; fewer ones are PyTorch's on a CPU.
+        counted: where it leaves the BatchNorm whose batch is still to be counted.
     """
 
-    smallest = 1 << 18
-    """Elements from which on it pays on a CPU: PyTorch's own operations are called faster, and slower from there. On a
-    GPU a round is captured, and calls cost nothing."""
-
-    def __init__(self, norm: nn.BatchNorm2d, negative_slope: float) -> None:
+    def __init__(
+        self, norm: nn.BatchNorm2d, negative_slope: float, smallest: int, counted: list[nn.BatchNorm2d]
+    ) -> None:
         super().__init__()
         self.norm = norm
         self.negative_slope = negative_slope
+        self.smallest = smallest
+        self.counted = counted
 
     def forward(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
         norm = self.norm
@@ -45,7 +52,7 @@ class FusedBatchNorm(nn.Module):
             y = y if residual is None else y + residual
             return y if self.negative_slope == 1 else F.leaky_relu(y, self.negative_slope)
         assert norm.momentum is not None
-        count_batch(norm)
+        self.counted.append(norm)
         return batch_norm(
             *(features, *statistics_to_move(norm), norm.weight, norm.bias),
             residual=residual,
@@ -68,7 +75,7 @@ class FusedBatchNorm(nn.Module):
             return "its weights are of another precision"
         if residual is not None and (residual.shape != features.shape or residual.dtype != features.dtype):
             return "what is added to it is of another shape or dtype"
-        if features.device.type == "cpu" and features.numel() < self.smallest and not _of_any_size.get():
+        if features.device.type == "cpu" and features.numel() < self.smallest:
             return f"of fewer than {self.smallest} elements on a CPU it is as fast"
         return None
 
@@ -79,19 +86,6 @@ def say_once(message: str) -> None:
     log.info(message)
 
 
-_of_any_size = ContextVar("of_any_size", default=False)
-
-
-@contextmanager
-def of_any_size() -> Iterator[None]:
-    """For as long as it lasts small features are computed like large ones, for those who compare."""
-    token = _of_any_size.set(True)
-    try:
-        yield
-    finally:
-        _of_any_size.reset(token)
-
-
 def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     """A BatchNorm's running mean and variance; None where they are kept."""
     return (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
@@ -100,12 +94,15 @@ def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | No
 def count_batch(*norms: nn.BatchNorm2d) -> None:
     """Count a batch that the running statistics were moved by."""
     tracked = (norm.num_batches_tracked for norm in norms if norm.track_running_stats)
-    counters = [counter for counter in tracked if counter is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
+    add_to_all([counter for counter in tracked if counter is not None], 1)
 
 
-def fuse_batchnorm(network: nn.Module, refine: Callable[[fx.GraphModule, Trace], None] = lambda *_: None) -> None:
+def fuse_batchnorm(
+    network: nn.Module,
+    refine: Callable[[fx.GraphModule, Trace], None] = lambda *_: None,
+    *,
+    smallest: int | None = None,
+) -> None:
     """Let a network compute its BatchNorms so, in training mode; parameters, buffers and modules stay what they are.
 
     Where a network may not be rewritten, those of its parts are that may (:mod:`dfad.engine.tracing`).
@@ -113,15 +110,18 @@ def fuse_batchnorm(network: nn.Module, refine: Callable[[fx.GraphModule, Trace],
     Args:
         network: any.
         refine: what else to do to the graph, of which no module is anybody else's.
+        smallest: elements of features from which on it is done on a CPU; :data:`SMALLEST` if None.
     """
+    smallest = SMALLEST if smallest is None else smallest
     for traced in plain_parts(network, training=True):
         fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
         without_identities(fused)
+        counted: list[nn.BatchNorm2d] = []
         for node in list(fused.graph.nodes):
             if node.op == "call_module" and str(node.target) in traced.replaceable and node.args:
-                _fuse(fused, node)
+                _fuse(fused, node, smallest, counted)
         refine(fused, traced)
-        replace_call(traced, fused, in_training=True)
+        call_rewritten(traced, fused, in_training=True, counted=counted)
 
 
 def without_identities(fused: fx.GraphModule) -> None:
@@ -132,34 +132,47 @@ def without_identities(fused: fx.GraphModule) -> None:
             fused.graph.erase_node(node)
 
 
-def replace_call(traced: Trace, rewritten: fx.GraphModule, *, in_training: bool = False) -> None:
-    """Let a network be called as rewritten, wherever its trace holds; copies and files of it go without.
+def call_rewritten(
+    traced: Trace,
+    rewritten: fx.GraphModule,
+    *,
+    in_training: bool = False,
+    counted: list[nn.BatchNorm2d] | None = None,
+) -> None:
+    """Let a network be called as rewritten, wherever its trace holds.
 
     Args:
         traced: the network.
         rewritten: its graph.
         in_training: in training mode alone.
+        counted: where its BatchNorms are left in a call whose batches are to be counted, all of them at once.
     """
     rewritten.graph.lint()
     rewritten.recompile()
     network = traced.network
+    own = present_call(network)
 
     def call(*inputs: Any, **options: Any) -> Any:
         if (network.training or not in_training) and traced.takes(inputs, options):
-            return rewritten(*inputs)
-        return network._call_impl(*inputs, **options)
+            try:
+                return rewritten(*inputs)
+            finally:
+                if counted:
+                    count_batch(*counted)
+                    counted.clear()
+        return own(*inputs, **options)
 
-    network._compiled_call_impl = call  # where nn.Module.compile leaves what it makes
+    replace_call(network, call)
 
 
-def _fuse(fused: fx.GraphModule, norm: fx.Node) -> None:
+def _fuse(fused: fx.GraphModule, norm: fx.Node, smallest: int, counted: list[nn.BatchNorm2d]) -> None:
     """Replace a node and what follows it, if it is a BatchNorm's."""
     module = fused.get_submodule(str(norm.target))
     if type(module) is not nn.BatchNorm2d:
         return
     nodes, residual, slope = following(fused, norm)
     name = f"fused_{norm.name}"
-    fused.add_submodule(name, FusedBatchNorm(module, slope))
+    fused.add_submodule(name, FusedBatchNorm(module, slope, smallest, counted))
     with fused.graph.inserting_before(nodes[-1]):
         nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (norm.args[0], residual)))
     for node in reversed(nodes):

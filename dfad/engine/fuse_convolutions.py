@@ -2,9 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +13,11 @@ from torch import Tensor, fx, nn
 from dfad.engine.fuse_batchnorm import (
     FusedBatchNorm,
     addend,
+    call_rewritten,
     count_batch,
     fuse_batchnorm,
     negative_slope,
     only_user,
-    replace_call,
     say_once,
     statistics_to_move,
     without_identities,
@@ -30,35 +28,31 @@ from dfad_kernels.cpu.convolution_chain import unavailable as unavailable
 from dfad_kernels.cpu.subsampling import subsample
 
 
-def fuse_convolutions(network: nn.Module) -> None:
+def fuse_convolutions(network: nn.Module, *, smallest: int | None = None) -> None:
     """Let a network compute its convolutions so; parameters, buffers and modules stay what they are.
 
     One that learns does in training mode, together with its BatchNorms
     (:func:`dfad.engine.fuse_batchnorm.fuse_batchnorm`); a frozen one does always, together with the additions and
     activations.
+
+    Args:
+        network: any.
+        smallest: as for :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`, of what is in no chain.
     """
     if any(parameter.requires_grad for parameter in network.parameters()):
-        fuse_batchnorm(network, functools.partial(_chain, learns=True))
+        fuse_batchnorm(network, functools.partial(_chain, learns=True), smallest=smallest)
         return
     for traced in plain_parts(network, training=False):
         fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
         without_identities(fused)
         _chain(fused, traced, learns=False)
         if any(isinstance(module, ChainedConvolutions) for module in fused.children()):
-            replace_call(traced, fused)
+            call_rewritten(traced, fused)
 
 
-_unchained = ContextVar("unchained", default=False)
-
-
-@contextmanager
-def unchained() -> Iterator[None]:
-    """For as long as it lasts each convolution is PyTorch's own, for those who count operations."""
-    token = _unchained.set(True)
-    try:
-        yield
-    finally:
-        _unchained.reset(token)
+def chained_flops() -> int:
+    """FLOPs of all that chains have computed in this process, which no counter of PyTorch's operations sees."""
+    return ConvolutionChain.flops
 
 
 class ChainedConvolutions(nn.Module):
@@ -90,7 +84,6 @@ class ChainedConvolutions(nn.Module):
         in_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         if (
             not in_bfloat16
-            or _unchained.get()
             or any(inputs[i].dtype != torch.bfloat16 for i in self.added)
             or not all(norm.training and norm.momentum is not None for norm in norms)
         ):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import following, replace_call, say_once, without_identities
+from dfad.engine.fuse_batchnorm import call_rewritten, following, say_once, without_identities
 from dfad.engine.tracing import plain_parts
 from dfad_kernels import frozen_batch_norm
 from dfad_kernels.registration import compute_dtype
@@ -99,7 +99,7 @@ def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None) -> N
         without_identities(fused)
         _replace_all(fused, traced.replaceable, takes_biases)
         if any(isinstance(module, FusedEpilogue) for module in fused.children()):
-            replace_call(traced, fused)
+            call_rewritten(traced, fused)
 
 
 def _replace_all(fused: fx.GraphModule, replaceable: frozenset[str], takes_biases: bool | None) -> None:

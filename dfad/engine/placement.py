@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dfad.copies import copy_network
+from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.fold_batchnorm import fold_batchnorm
-from dfad.engine.fuse_batchnorm import fuse_batchnorm, of_any_size
+from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.fuse_epilogues import fuse_epilogues
 from dfad.engine.tracing import NotPlain, calls_are_fixed, plain_parts, trace
 from dfad.errors import ConfigurationError, ModelError, first_line
 from dfad.modes import modes_of, random_state_kept, restore_modes, set_mode
+from dfad.trees import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from dfad.engine.engine import Engine
@@ -106,8 +107,9 @@ class Placement:
             self._before.restore(keep_device=self.engine.device.type != "cpu")
             self._before = None
 
-    def arrange(self, network: nn.Module, parts: Sequence[str]) -> nn.Module:
-        """A network on the device, with parts of the engine."""
+    def arrange(self, network: nn.Module, parts: Sequence[str], *, smallest: int | None = None) -> nn.Module:
+        """A network on the device, with parts of the engine; ``smallest`` is of
+        :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`."""
         engine = self.engine
         if "fold_batchnorm" in parts:
             network = _frozen(fold_batchnorm(network))
@@ -128,9 +130,11 @@ class Placement:
                     if type(layer) in (nn.Conv2d, nn.Linear):
                         layer.to(engine.dtype)
         if "fuse_convolutions" in parts:
-            fuse_convolutions(network)
+            fuse_convolutions(network, smallest=smallest)
+        elif "fuse_batchnorm" in parts and self.learns:
+            fuse_batchnorm(network, smallest=smallest)
         elif "fuse_batchnorm" in parts:
-            (fuse_batchnorm if self.learns else fuse_epilogues)(network)
+            fuse_epilogues(network)
         if "compile" in parts:
             network.compile(dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
@@ -204,7 +208,7 @@ def _frozen(network: nn.Module) -> nn.Module:
 
 def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
     """Call a network on contiguous inputs, or in float32, in the midst of networks that are not."""
-    call = network._compiled_call_impl or network._call_impl
+    call = present_call(network)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -217,7 +221,7 @@ def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
         with torch.autocast(inputs[0].device.type, enabled=False) if exact else nullcontext():
             return call(*inputs, **options)
 
-    network._compiled_call_impl = converting
+    replace_call(network, converting)
 
 
 @contextmanager
@@ -241,7 +245,7 @@ class _State:
 
     def __init__(self, network: nn.Module) -> None:
         self.modes = modes_of(network)
-        self.calls = {module: module._compiled_call_impl for module in (network, *network.modules())}
+        self.calls = {module: replaced_call(module) for module in (network, *network.modules())}
         self.layouts = {
             name: (tensor.device, tensor.stride() if tensor.layout == torch.strided else None)
             for name, tensor in _named_tensors(network).items()
@@ -251,10 +255,7 @@ class _State:
 
     def restore(self, *, keep_device: bool) -> None:
         for module, call in self.calls.items():
-            if call is None:
-                module.__dict__.pop("_compiled_call_impl", None)
-            else:
-                module._compiled_call_impl = call
+            replace_call(module, call)
         for name, tensor in _named_tensors(self.network).items():
             device, stride = self.layouts.get(name, (tensor.device, None))
             if not keep_device and tensor.device != device:
@@ -368,7 +369,8 @@ class _Comparison:
 
     def _difference_in(self, parts: Sequence[str], *, autocast: bool) -> str | None:
         try:
-            placed = self.placement.arrange(copy_network(self.placement.network), parts)
+            # small features like large ones: rounds have larger batches
+            placed = self.placement.arrange(copy_network(self.placement.network), parts, smallest=0)
             with redirect_stderr(io.StringIO()):  # where graphs print what they raise
                 values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last)
         except Exception as error:  # whatever a network raises that is called in another way
@@ -431,7 +433,7 @@ class _Comparison:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 the stream that networks draw from
-        with torch.enable_grad(), of_any_size():
+        with torch.enable_grad():
             with self.engine.autocast() if autocast else nullcontext():
                 outputs = [
                     leaf for leaf in tree_leaves(self.read(network(inputs.to(dtype)))) if isinstance(leaf, Tensor)

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as module_globals
 from torch.nn.parameter import is_lazy
 
 from dfad.copies import copy_network
+from dfad.engine import internals
+from dfad.engine.calls import replaced_call
 from dfad.errors import ModelError, first_line
 from dfad.modes import evaluating, random_state_kept
 from dfad.modes import training as in_training
@@ -46,17 +47,6 @@ LAYERS = frozenset(
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, fx.GraphModule)
 """PyTorch's modules that are traced through."""
-
-HOOKS = (
-    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
-    *("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-GLOBAL_HOOKS = (
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-)
 
 
 class NotPlain(ModelError):
@@ -97,6 +87,9 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
         NotPlain: if the network does anything that a graph has nothing of.
     """
     name = type(network).__name__
+    if internals.missing():
+        names = ", ".join(internals.missing())
+        raise NotPlain(f"{name} is left as it is: PyTorch {torch.__version__} has no {names}, which would show hooks.")
     for path, module in ("", network), *network.named_modules():
         against = reason_to_leave(module)
         if against:
@@ -142,7 +135,7 @@ def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
 def calls_its_children(network: nn.Module) -> bool:
     """Whether a network that is not plain calls its children as Python does, so that their calls may be replaced."""
     kind = type(network)
-    if calls_are_fixed(network) or hasattr(network, "parametrizations") or network._compiled_call_impl is not None:
+    if calls_are_fixed(network) or hasattr(network, "parametrizations") or replaced_call(network) is not None:
         return False
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return kind.__module__.partition(".")[0] != "torch" or isinstance(network, containers)
@@ -160,23 +153,23 @@ def reason_to_leave(module: nn.Module) -> str | None:
         return "is TorchScript"
     if hasattr(module, "parametrizations"):
         return "has a parametrisation"
-    if any(getattr(module, hooks, None) for hooks in HOOKS):
+    if internals.has_hooks(module):
         return "has hooks"
-    if any(getattr(module_globals, hooks, None) for hooks in GLOBAL_HOOKS):
+    if internals.hooks_for_all_modules():
         return "runs while hooks are registered for all modules"
     if calls_are_fixed(module):
         return "registers hooks for each call"
     if "forward" in vars(module) or "__call__" in vars(module):
         return "has a forward of its own instance"
-    if module._compiled_call_impl is not None:
+    if replaced_call(module) is not None:
         return "is compiled"
     graph = isinstance(module, fx.GraphModule)
     if kind.__getattr__ is not nn.Module.__getattr__ or (kind.__call__ is not nn.Module.__call__ and not graph):
         return f"is a {kind.__name__}, which changes how modules are called"
-    for own in module._parameters.values():
-        if own is not None and is_lazy(own):
+    for own in own_parameters(module).values():
+        if is_lazy(own):
             return "has parameters without a shape"
-        if own is not None and (own._backward_hooks or getattr(own, "_post_accumulate_grad_hooks", None)):
+        if internals.parameter_has_hooks(own):
             return "has a parameter with hooks"
     known = kind in LAYERS or kind is nn.Module or isinstance(module, CONTAINERS)
     if kind.__module__.partition(".")[0] == "torch" and not known:
@@ -245,8 +238,18 @@ def _replaceable(network: nn.Module, graph: fx.Graph) -> frozenset[str]:
     )
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of a module itself, under each of their names; whatever its class makes of such questions."""
+    return dict(nn.Module.named_parameters(module, recurse=False, remove_duplicate=False))
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Likewise."""
+    return dict(nn.Module.named_buffers(module, recurse=False, remove_duplicate=False))
+
+
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    return [*own_parameters(module).values(), *own_buffers(module).values()]
 
 
 def _context() -> tuple[Any, ...]:
@@ -256,8 +259,7 @@ def _context() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
         torch.get_default_dtype(),
-        torch._C._len_torch_function_stack(),
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,  # activation checkpointing, offloading
+        *internals.interceptors(),
     )
 
 
@@ -347,7 +349,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         for key, value in vars(kind).items()
         if isinstance(value, (int, float, str, list, dict, set, Tensor))
     }
-    named = {**shared, **own, **module._parameters, **module._buffers, **module._modules}
+    children = dict(nn.Module.named_children(module))
+    named = {**shared, **own, **own_parameters(module), **own_buffers(module), **children}
     return {key: _fingerprint(value, 3) for key, value in named.items()}
 
 
@@ -377,7 +380,7 @@ def _fingerprint(value: Any, depth: int) -> Any:
 
 def _content(value: Any, depth: int) -> Any:
     if isinstance(value, Tensor):
-        return value._version
+        return internals.version(value)
     if isinstance(value, (nn.Module, type)):
         return None
     if isinstance(value, dict):

@@ -80,6 +80,10 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
     graph.lint()
 
 
+CHECKED_WITH = ("2.11", "2.13")
+"""Versions of PyTorch whose ``nn.Module`` was read for where it keeps these, and what moves them to a device."""
+
+
 class _SameNetwork(nn.Module):
     """A network in all but its call: its modules, parameters, buffers, their names and its mode.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfad.config import EngineConfig
 from dfad.copies import copy_network
 from dfad.engine import Engine
+from dfad.engine.calls import replaced_call
 from dfad.engine.placement import Placement
 from dfad.models.probing import as_outputs
 from dfad.modes import set_mode
@@ -98,4 +99,4 @@ def test_any_composition(traits, seed):
                 assert difference <= allowed * scale, (name, training, placement.parts)
             assert torch.equal(value.isfinite(), found[name].isfinite()), name
     placement.give_back()
-    assert all(module._compiled_call_impl is None for module in network.modules())
+    assert all(replaced_call(module) is None for module in network.modules())

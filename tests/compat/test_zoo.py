@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from dfad.config import (
     CollapseConfig,
@@ -24,12 +23,13 @@ from dfad.copies import copy_network
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
-from dfad.engine.fuse_batchnorm import FusedBatchNorm
+from dfad.engine.calls import replaced_call, uncompiled
 from dfad.engine.placement import Placement
 from dfad.errors import ConfigurationError
 from dfad.models.probing import as_outputs
 from dfad.models.taps import has_batchnorm
 from dfad.modes import set_mode
+from dfad.trees import tree_leaves
 from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small
 
 SHAPE = (CHANNELS, SIZE, SIZE)
@@ -38,7 +38,7 @@ each_trait = pytest.mark.parametrize("trait", ZOO)
 
 @pytest.fixture(autouse=True)
 def worth_it_for_any_size(monkeypatch):
-    monkeypatch.setattr(FusedBatchNorm, "smallest", 0)
+    monkeypatch.setattr("dfad.engine.fuse_batchnorm.SMALLEST", 0)
 
 
 def make(trait: str, seed: int = 0) -> nn.Module:
@@ -131,7 +131,7 @@ def layout(network: nn.Module) -> dict[str, object]:
     """What an owner may notice of a network, beside its weights."""
     found: dict[str, object] = {}
     for name, module in network.named_modules():
-        found[f"{name} call"] = module._compiled_call_impl is not None
+        found[f"{name} call"] = replaced_call(module)
         found[f"{name} mode"] = module.training
         found[f"{name} hooks"] = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
         found[f"{name} attributes"] = set(vars(module)) - {"features", "calls"}
@@ -195,7 +195,7 @@ def test_statistics_are_those_of_batchnorms(trait):
 def test_statistics_are_of_each_call(trait):
     network = make(trait)
     frozen = FrozenTeacher(network, engine("float32"), SHAPE, 8)
-    network = getattr(network, "_orig_mod", network)
+    network = uncompiled(network)
     set_mode(network, training=False)
     seen = []
     for module in network.modules():

@@ -17,7 +17,6 @@ from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine, choose_device
 from dfad.engine.fold_batchnorm import fold_batchnorm
-from dfad.engine.fuse_batchnorm import FusedBatchNorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward
 from tests.conftest import IMAGE_SHAPE, with_method
@@ -65,7 +64,7 @@ class TestPartsComputeTheSame:
         ids="+".join,
     )
     def test_on_equals_off(self, parts, plain, teacher, config, monkeypatch):
-        monkeypatch.setattr(FusedBatchNorm, "smallest", 0)
+        monkeypatch.setattr("dfad.engine.fuse_batchnorm.SMALLEST", 0)
         engine = replace(ALL_OFF, **{part: "on" for part in parts if part != "losses"})
         weights = self.weights_after_ten_rounds(teacher, replace(config, fused="losses" in parts, engine=engine))
         for name, value in weights.items():

@@ -31,7 +31,7 @@ def images(channels: int = 3, size: int = 16) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def worth_it_for_any_size(monkeypatch):
-    monkeypatch.setattr(FusedBatchNorm, "smallest", 0)
+    monkeypatch.setattr("dfad.engine.fuse_batchnorm.SMALLEST", 0)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_the_generator(calls):
 
 
 def test_small_features_go_to_pytorch(calls, monkeypatch):
-    monkeypatch.setattr(FusedBatchNorm, "smallest", 6 * 16 * 16 * 16)
+    monkeypatch.setattr("dfad.engine.fuse_batchnorm.SMALLEST", 6 * 16 * 16 * 16)
     assert_computes_the_same(models.resnet20(), images())
     assert len(calls) == 2 * 7  # the first stage alone is large enough
 
@@ -182,7 +182,7 @@ def test_small_features_go_to_pytorch(calls, monkeypatch):
 def test_what_goes_to_pytorch_is_said_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     say_once.cache_clear()
-    monkeypatch.setattr(FusedBatchNorm, "smallest", 1 << 20)
+    monkeypatch.setattr("dfad.engine.fuse_batchnorm.SMALLEST", 1 << 20)
     network = channels_last(models.resnet20())
     fuse_batchnorm(network)
     for _ in range(2):
@@ -209,6 +209,25 @@ def test_kept_statistics_are_kept(calls):
         network(images())
     assert calls
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+
+
+def test_all_batches_are_counted_at_once(monkeypatch):
+    counted = []
+    monkeypatch.setattr(torch, "_foreach_add_", lambda counters, number: counted.append(len(counters)))
+    network = channels_last(models.resnet20())
+    fuse_batchnorm(network)
+    for _ in range(2):
+        network(images())
+    assert counted == [19, 19]
+
+
+def test_what_was_normalised_before_an_error_is_counted():
+    network = channels_last(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    fuse_batchnorm(network)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        network(images(size=2))
+    network(images())
+    assert [network[0].num_batches_tracked, network[2].num_batches_tracked] == [2, 1]
 
 
 def test_modes_are_as_before():

@@ -17,7 +17,7 @@ from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
-from dfad.engine.fuse_convolutions import fuse_convolutions, unchained
+from dfad.engine.fuse_convolutions import chained_flops, fuse_convolutions
 from dfad.errors import ConfigurationError
 from dfad.models.outputs import as_outputs
 from dfad.models.taps import with_taps
@@ -213,16 +213,24 @@ def test_a_sum_in_float32_stays_one(computed):
     assert computed
 
 
-def test_operations_can_be_counted(computed):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_can_be_counted(frozen, computed):
     network = channels_last(models.resnet20())
-    flops = []
+    if frozen:
+        network = fold_batchnorm(network.eval()).requires_grad_(False)
+    flops, chained = [], []
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16), unchained(), FlopCounterMode(display=False) as counter:
-            network(images()).logits.sum().backward()
-        flops.append(counter.get_total_flops())
+        before = chained_flops()
+        x = images().requires_grad_(frozen)
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+            network(x).logits.sum().backward()
+        chained.append(chained_flops() - before)
+        flops.append(counter.get_total_flops() + chained[-1])
         fuse_convolutions(network)
     assert flops[0] == flops[1]
-    assert not computed
+    assert computed
+    assert chained[0] == 0
+    assert chained[1] > 0.9 * flops[1]
 
 
 def test_what_is_overwritten_is_read_before(computed):

@@ -18,6 +18,7 @@ from dfad.config import ActivationConfig, DistillConfig, EngineConfig, TeacherCo
 from dfad.distillation.distiller import Distiller
 from dfad.engine import Engine
 from dfad.engine import placement as placement_module
+from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.placement import Placement
 from dfad.engine.tracing import NotPlain, trace
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
@@ -99,9 +100,9 @@ class TestComparison:
     def test_the_guilty_part_is_found(self, fault, monkeypatch, caplog):
         original = placement_module.fuse_batchnorm
 
-        def faulty(network: nn.Module) -> None:
-            original(network)
-            call = network._compiled_call_impl
+        def faulty(network: nn.Module, **options: object) -> None:
+            original(network, **options)
+            call = present_call(network)
 
             def wrong(x: Tensor) -> Tensor:
                 y = call(x)
@@ -113,7 +114,7 @@ class TestComparison:
                     network.bn1.running_mean.data.add_(0.1)
                 return y + (0.1 * torch.rand(()) if fault == "draw" else 0)
 
-            network._compiled_call_impl = wrong
+            replace_call(network, wrong)
 
         monkeypatch.setattr(placement_module, "fuse_batchnorm", faulty)
         with caplog.at_level(logging.INFO, logger="dfad"):
@@ -236,7 +237,7 @@ class TestGivenBack:
     def look(self, network: nn.Module) -> dict[str, object]:
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         found = {name: (t.stride(), t.dtype, t.device, t.requires_grad, t.grad) for name, t in tensors.items()}
-        return {**found, **{name: (m.training, m._compiled_call_impl) for name, m in network.named_modules()}}
+        return {**found, **{name: (m.training, replaced_call(m)) for name, m in network.named_modules()}}
 
     def test_it_is_plain_again(self, student):
         assert self.look(student) == self.before

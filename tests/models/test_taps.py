@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfad.errors import ModelError
-from dfad.models.taps import BatchNormTaps, has_batchnorm, with_taps
+from dfad.models.taps import CHECKED_WITH, BatchNormTaps, has_batchnorm, with_taps
 
 
 class Residual(nn.Module):
@@ -113,3 +113,12 @@ def test_copies_are_independent(tapped, network, images):
 def test_networks_with_statistics_are_told_from_those_without(network):
     assert has_batchnorm(network)
     assert not has_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+def test_private_attributes_are_those_that_were_checked():
+    """Read in a newer version where nn.Module keeps parameters, buffers and modules, and what `to` calls; then name
+    it."""
+    assert torch.__version__.rpartition(".")[0] in CHECKED_WITH
+    kept = {name for name in vars(nn.Module()) if name in ("_parameters", "_buffers", "_modules")}
+    assert len(kept) == 3
+    assert nn.Module._apply

@@ -11,7 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,11 @@ class Link:
         """The shape of y, of the source's."""
         batch, _, height, width = source
         return batch, kernel.shape[0], -(-height // self.stride), -(-width // self.stride)
+
+    def flops(self, source: Sequence[int], kernel: Tensor) -> int:
+        """Of the convolution, and of each of its gradients; a multiplication and an addition count as two."""
+        batch, _, height, width = self.result(source, kernel)
+        return 2 * batch * height * width * kernel.numel()
 
 
 class Layer(NamedTuple):
@@ -129,6 +134,9 @@ class ConvolutionChain:
         inputs: how many.
         outputs: numbers of the values that it returns.
     """
+
+    flops: ClassVar[int] = 0
+    """Of all chains that were computed in this process, forward and backward."""
 
     def __init__(self, links: Sequence[Link], inputs: int, outputs: Sequence[int]) -> None:
         self.links = tuple(links)
@@ -330,6 +338,7 @@ class _Chain(torch.autograd.Function):
                 ctx.kernels.convolution_batch_norm_forward(given, threads)
             else:
                 ctx.kernels.frozen_convolution_forward(given, threads)
+            ConvolutionChain.flops += link.flops(source.shape, kernel)
             values += [pre, post]
             results.append(y)
             batch_statistics.append(of_batch)
@@ -400,6 +409,8 @@ class _Chain(torch.autograd.Function):
                     summed=number in of_norms,
                 )
                 ctx.kernels.convolution_batch_norm_backward(given, wanted, threads)
+                computed = (kernel_gradient is not None) + (x_gradient is not None)
+                ConvolutionChain.flops += computed * link.flops(source.shape, kernel)
                 of_link = kernel_gradient, *of_norm
                 of_parameters[3 * number : 3 * number + 3] = [
                     gradient if need else None for gradient, need in zip(of_link, needed, strict=True)
@@ -408,6 +419,7 @@ class _Chain(torch.autograd.Function):
                 x_gradient = torch.empty_like(source) if x_gradient is None else x_gradient
                 wanted = _named("LinkGradients", **{**incoming, "behind_activation": behind, "x": x_gradient})
                 ctx.kernels.frozen_convolution_backward(given, wanted, threads)
+                ConvolutionChain.flops += link.flops(source.shape, kernel)
             if x_gradient is not None:
                 gradients[link.source].append(x_gradient)
             if link.residual is not None:

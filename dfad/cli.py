@@ -198,7 +198,7 @@ def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: 
 class Completion:
     """Print what lets a shell complete commands and options: source <(dfad completion bash)."""
 
-    shell: Positional[Literal["bash", "zsh"]]
+    shell: Annotated[Literal["bash", "zsh"], Positional]
     """Which shell."""
 
 

@@ -43,6 +43,12 @@ class DataError(DfadError, ValueError):
     exit_code = 6
 
 
+class ExportError(DfadError):
+    """What was exported does not give what the student gives, or cannot be made of it."""
+
+    exit_code = 7
+
+
 class Interrupted(DfadError):
     """A signal asked the run to stop; its checkpoint is written."""
 

@@ -1,6 +1,8 @@
-"""Files that are never seen half written."""
+"""Files and folders that are never seen half written."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +34,37 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 temporary.unlink()
             raise
         _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes ``path`` when the block ends; of a block that raises nothing is left.
+
+    Args:
+        path: must not exist yet.
+        overwrite: may exist, and is replaced.
+
+    Raises:
+        RunFolderError: if it exists, or the disk is full, or it may not be written.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise RunFolderError(f"{path} already exists. Replace it with --overwrite, or choose another folder.")
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file, not a folder. Choose another one.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        yield new
+        with writing(path):
+            if path.exists():
+                path.replace(old)
+            new.replace(path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ ARROWS = {
     "runs": {"config", "models"},
     "distillation": {"config", "dfad_kernels", "engine", "functional", "losses", "models", "runs"},
     "data": {"models"},
+    "delivery": {"models"},
     "supervised": {"config", "data", "engine", "models", "runs"},
     "assembly": {"config", "data", "distillation", "engine", "models", "runs", "supervised"},
     "experiments": {"assembly", "config", "data", "distillation", "engine", "models", "presets", "runs", "supervised"},
@@ -125,7 +126,14 @@ def test_kernels_know_nothing_of_what_uses_them():
 
 @pytest.mark.parametrize(
     ("package", "importers"),
-    [("triton", "dfad_kernels.gpu"), ("tyro", "dfad.cli"), ("nvidia", "dfad.data.dali")],
+    [
+        ("triton", "dfad_kernels.gpu"),
+        ("tyro", "dfad.cli"),
+        ("nvidia", "dfad.data.dali"),
+        ("transformers", "dfad.delivery"),
+        ("onnxruntime", "dfad.delivery.onnx"),
+        ("torchao", "dfad.delivery.int8"),
+    ],
 )
 def test_a_package_of_one_kind_of_machine_or_use_has_one_importer(package, importers):
     found = {name for name, path in MODULES.items() if any(i.split(".")[0] == package for i in imports(path))}

@@ -95,8 +95,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return dict(json.loads(read_metadata(path).get(MANIFEST, "{}"))) if is_safetensors(path) else {}
 
 
-def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: Path, *, taps: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """A network in eval mode, built and filled from its file alone, and its manifest.
+
+    Args:
+        path: the file.
+        taps: return those that the file names, too; they serve training alone.
 
     Raises:
         ModelError: if the file tells no architecture, or its weights are not those that were written.
@@ -114,7 +118,7 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     weights = read_weights(path)
     if weights_hash(weights) != manifest.get("weights_sha256"):
         raise ModelError(f"The weights in {path} are not those that its manifest was written for; the file is damaged.")
-    network = build(architecture["factory"], architecture.get("kwargs"), architecture.get("taps") or ())
+    network = build(architecture["factory"], architecture.get("kwargs"), architecture.get("taps") or () if taps else ())
     fill(network, weights, path)
     return network.eval(), manifest
 

@@ -14,8 +14,11 @@ from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings,
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", METRICS, "result.json")
+RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", "*.html", METRICS, "result.json")
 """What a run writes beside its settings and events."""
+
+EXPORTS = "export"
+"""Folder in it that ``dfad export`` writes its student to."""
 
 
 def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -80,7 +83,8 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
         for pattern in RUN_FILES:
             for path in folder.glob(pattern):
                 path.unlink()
-        shutil.rmtree(folder / EVENTS, ignore_errors=True)
+        for of_the_old_run in (EVENTS, EXPORTS):
+            shutil.rmtree(folder / of_the_old_run, ignore_errors=True)
         # last, since it makes the folder a run's
         write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
     except OSError as error:

@@ -1,0 +1,271 @@
+"""All that is exported of a run in one folder, each part loaded back and compared before the folder is there."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dfad.delivery import huggingface, int8, onnx, program, safetensors, timm
+from dfad.delivery import images as image_files
+from dfad.delivery.classifier import Delivery, Function, largest_difference
+from dfad.delivery.images import GeneratedImages
+from dfad.errors import ConfigurationError, ExportError
+from dfad.files import whole_folder, write_atomically
+from dfad.metrics import agreement, top_k_accuracy
+from dfad.models.model_file import versions
+from dfad.seeds import stream_seed
+
+Format = Literal["safetensors", "program", "onnx", "huggingface", "timm", "int8"]
+
+RECORD = "export.json"
+
+COMPARED = 256
+"""Generated images on which what was loaded back is compared with the student."""
+
+INT8_TOLERANCE = 0.1
+"""Largest mean difference of the 8-bit network in ONNX from the 8-bit program, in standard deviations of the logits:
+runtimes round 8-bit sums differently."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that was exported."""
+
+    path: str
+    """Within the folder."""
+    bytes: int
+    difference: float
+    """The largest, of a logit (of images: of a probability), after it was loaded back."""
+    of: float
+    """The largest absolute logit it is a difference of."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How good a network is, as far as teacher and data are at hand."""
+
+    agreement: float | None = None
+    """With the teacher on generated images."""
+    accuracy: float | None = None
+    """On the run's test images."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    before: Measured | None = None
+    """The student, where an 8-bit one was made."""
+    after: Measured | None = None
+    """The 8-bit student."""
+    same: float | None = None
+    """Fraction of generated images that both take for the same class."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported, and with what it is compared."""
+
+    formats: Sequence[Format]
+    generated: GeneratedImages
+    tolerance: float = 1e-4
+    """Largest allowed difference of a logit, for logits up to 1 in size; more in proportion for larger ones."""
+    calibration: int = 512
+    """Generated images for the ranges of the 8-bit network."""
+    images: int = 0
+    """Generated images to be written."""
+    images_as: Literal["webdataset", "folder"] = "webdataset"
+    shard_size: int = 10_000
+    teacher: Function | None = None
+    """From normalised images to logits; needed for images, else only to measure the 8-bit network."""
+    test_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
+    """Normalised images and labels, to measure the 8-bit network."""
+
+
+def default_formats(delivery: Delivery) -> tuple[list[Format], list[str]]:
+    """Those that this student and machine allow, and a sentence on each that is left out."""
+    formats: list[Format] = ["safetensors", "program", "huggingface"]
+    left_out = []
+    if missing := onnx.missing():
+        left_out.append(f"No ONNX is written: {missing}")
+    else:
+        formats.append("onnx")
+    if timm.of_family(delivery):
+        formats.append("timm")
+    return formats, left_out
+
+
+def require_packages(formats: Sequence[Format]) -> None:
+    """Refuse formats whose packages are missing.
+
+    Raises:
+        ConfigurationError: with what is to be installed.
+    """
+    for name, missing in (("onnx", onnx.missing), ("int8", int8.missing)):
+        if name in formats and (sentence := missing()):
+            raise ConfigurationError(f"--formats {name} cannot be written: {sentence}")
+
+
+def export(delivery: Delivery, request: Request, folder: Path, *, overwrite: bool = False) -> Exported:
+    """Write everything into a folder that is there whole or not at all.
+
+    Args:
+        delivery: the student.
+        request: what is wanted.
+        folder: to be made.
+        overwrite: replace it.
+
+    Raises:
+        ExportError: if something cannot be made, or does not give what the student gives.
+        RunFolderError: if the folder exists, or cannot be written.
+        ModelError: if the student's file does not say what a format needs.
+    """
+    require_packages(request.formats)
+    with whole_folder(folder, overwrite=overwrite) as new:
+        work = _Export(delivery, request, new)
+        exported = work.run()
+        record = {
+            "student": delivery.manifest.get("weights_sha256"),
+            "round": delivery.manifest.get("round"),
+            "normalise": delivery.normalise,
+            "tolerance": request.tolerance,
+            "parts": {name: vars(part) for name, part in exported.parts.items()},
+            "int8": None if exported.after is None else {
+                "calibration": request.calibration, "before": vars(exported.before), "after": vars(exported.after),
+                "same_class": exported.same,
+            },
+            "versions": versions(),
+        }  # fmt: skip
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(new / RECORD, lambda file: file.write(text.encode()))
+    return exported
+
+
+class _Export:
+    def __init__(self, delivery: Delivery, request: Request, folder: Path) -> None:
+        self.delivery = delivery
+        self.request = request
+        self.folder = folder
+        self.original = delivery.classifier
+        self.parts: dict[str, Part] = {}
+
+    def run(self) -> Exported:
+        formats: dict[str, tuple[str, Any]] = {
+            "safetensors": ("student.safetensors", safetensors),
+            "program": ("student.pt2", program),
+            "onnx": ("student.onnx", onnx),
+            "huggingface": ("huggingface", huggingface),
+            "timm": ("timm", timm),
+        }
+        for name, (file, module) in formats.items():
+            if name in self.request.formats:
+                path = self.folder / file
+                module.write(self.delivery, path)
+                self.compare(name, path, module.read(path))
+        before = after = same = None
+        if "int8" in self.request.formats:
+            before, after, same = self.quantise()
+        if self.request.images:
+            self.write_images()
+        return Exported(self.parts, before, after, same)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Images as the delivered network takes them: random ones in batches of several sizes, and generated ones."""
+        rng = torch.Generator().manual_seed(stream_seed(self.request.generated.seed, "export"))
+        for size in (1, 2, 7):
+            yield self.delivery.as_taken(torch.randn(size, *self.delivery.image_shape, generator=rng))
+        for images in self.request.generated.batches(COMPARED, "export"):
+            yield self.delivery.as_taken(images)
+
+    def compare(self, name: str, path: Path, loaded: Function, original: Function | None = None) -> None:
+        """Record how far what was loaded back is from the original.
+
+        Raises:
+            ExportError: if that is too far.
+        """
+        try:
+            difference, magnitude = largest_difference(original or self.original, loaded, self.batches())
+        except ExportError as error:
+            raise ExportError(f"The {name} was written and loaded back, but: {error} Nothing is left of it.") from error
+        if difference > self.request.tolerance * max(1.0, magnitude):
+            raise ExportError(
+                f"The {name} does not give what the student gives: logits of up to {magnitude:.4g} differ by up to "
+                f"{difference:.3g}, and --tolerance {self.request.tolerance:g} allows "
+                f"{self.request.tolerance * max(1.0, magnitude):.3g}. Nothing is left of it."
+            )
+        self.parts[name] = Part(path.name, _size(path), difference, magnitude)
+
+    def quantise(self) -> tuple[Measured, Measured, float]:
+        """Write the 8-bit student, as a program and, where it can be, in ONNX; measure it and the student."""
+        request, delivery = self.request, self.delivery
+        calibration = map(delivery.as_taken, request.generated.batches(request.calibration, "calibration"))
+        quantised = int8.quantised(delivery, calibration)
+        path = self.folder / "student-int8.pt2"
+        program.save(quantised, path)
+        in_memory: Any = quantised.module()
+        self.compare("int8", path, int8.read(path), in_memory)
+        if not onnx.missing():
+            self.quantise_onnx(quantised, in_memory)
+        images = torch.cat([delivery.as_taken(batch) for batch in request.generated.batches(1024, "measure")])
+        with torch.no_grad():
+            same = agreement(in_memory(images), self.original(images))
+        return self.measured(self.original), self.measured(in_memory), same
+
+    def quantise_onnx(self, quantised: Any, in_memory: Function) -> None:
+        path = self.folder / "student-int8.onnx"
+        onnx.save(quantised, path)
+        loaded = onnx.read(path)
+        images = torch.cat([batch for batch in self.batches() if len(batch) > 2])
+        with torch.no_grad():
+            wanted = in_memory(images)
+        gap = (loaded(images) - wanted).abs()
+        if not gap.mean() <= INT8_TOLERANCE * wanted.std():
+            raise ExportError(
+                f"The 8-bit network in ONNX does not give what the 8-bit program gives: their logits differ by "
+                f"{gap.mean():.3g} in the mean. Nothing is left of it."
+            )
+        self.parts["int8 in ONNX"] = Part(path.name, _size(path), gap.max().item(), wanted.abs().max().item())
+
+    @torch.no_grad()
+    def measured(self, network: Function) -> Measured:
+        """As far as teacher and data are at hand."""
+        request, delivery = self.request, self.delivery
+        agreeing = accuracy = None
+        if request.teacher is not None:
+            images = torch.cat(list(request.generated.batches(1024, "measure")))
+            agreeing = agreement(network(delivery.as_taken(images)), request.teacher(images))
+        if request.test_images is not None:
+            pairs = [(network(delivery.as_taken(images)), labels) for images, labels in request.test_images()]
+            logits, labels = map(torch.cat, zip(*pairs, strict=True))
+            accuracy = top_k_accuracy(logits, labels)
+        return Measured(agreeing, accuracy)
+
+    def write_images(self) -> None:
+        request = self.request
+        assert request.teacher is not None, "the caller has seen to it"
+        path = self.folder / "images"
+        image_files.write(
+            path,
+            request.generated.batches(request.images, "images"),
+            request.teacher,
+            (self.delivery.mean, self.delivery.std),
+            form=request.images_as,
+            shard_size=request.shard_size,
+        )
+        difference = image_files.check(path, request.teacher)
+        if difference > request.tolerance:
+            raise ExportError(
+                f"The images were written and read back, but the teacher's probabilities differ by up to "
+                f"{difference:.3g} from the soft labels; --tolerance allows {request.tolerance:g}. Nothing is left of "
+                "it."
+            )
+        self.parts["images"] = Part(path.name, _size(path), difference, 1.0)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

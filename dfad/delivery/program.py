@@ -1,0 +1,57 @@
+"""The student as a program of ``torch.export``: it needs PyTorch alone, and not the code of the network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from dfad.delivery.classifier import Delivery, Function
+from dfad.errors import ExportError, first_line
+from dfad.files import write_atomically
+
+
+def exported(classifier: nn.Module, example: torch.Tensor) -> ExportedProgram:
+    """The program of a classifier, for batches of any size.
+
+    Args:
+        classifier: from images to logits.
+        example: two images.
+
+    Raises:
+        ExportError: if torch.export cannot follow it, or finds that it takes batches of one size alone.
+    """
+    with torch.no_grad():
+        try:
+            return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        except Exception as error:  # of what a network may do, there is no end
+            raise ExportError(
+                f"torch.export cannot make a program of the student: {first_line(error)}. Its forward must be made of "
+                "PyTorch's operations, take batches of any size, and branch on no value of a tensor. Name the "
+                "--formats that need no program, such as safetensors and huggingface."
+            ) from error
+
+
+def write(delivery: Delivery, path: Path) -> None:
+    """Write the program.
+
+    Args:
+        delivery: the student.
+        path: ends in ``.pt2``.
+
+    Raises:
+        ExportError: see :func:`exported`.
+    """
+    save(exported(delivery.classifier, delivery.example), path)
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    """Write any program."""
+    write_atomically(path, lambda file: torch.export.save(program, file))
+
+
+def read(path: Path) -> Function:
+    """The function that such a file holds."""
+    function: Any = torch.export.load(path).module()
+    return function

@@ -1,0 +1,64 @@
+"""A student of timm's own networks as a folder that ``timm.create_model`` loads."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dfad.delivery.card import model_card
+from dfad.delivery.classifier import Classifier, Delivery, Function, member_of_family
+from dfad.errors import ModelError
+from dfad.files import write_atomically
+
+USAGE = """```python
+import timm
+
+student = timm.create_model("local-dir:this-folder", pretrained=True)
+logits = student(images)
+```"""
+
+
+def of_family(delivery: Delivery) -> bool:
+    """Whether the student is one of timm's networks, delivered as it is."""
+    return not delivery.normalise and member_of_family(delivery.network, "timm") is not None
+
+
+def write(delivery: Delivery, folder: Path) -> None:
+    """Write the folder: timm's own config.json, model.safetensors and a model card.
+
+    Raises:
+        ModelError: if the student is none of timm's.
+    """
+    network: Any = member_of_family(delivery.network, "timm")
+    if network is None or delivery.normalise:
+        raise ModelError(
+            f"The student {type(delivery.network).__name__} is no network of timm's as it is"
+            + (", with the normalisation built in" if delivery.normalise else "")
+            + ". Name the --formats without timm."
+        )
+    hub = importlib.import_module("timm.models._hub")
+    channels, height, width = delivery.image_shape
+    images: dict[str, Any] = {"input_size": [channels, height, width]}
+    if delivery.mean:
+        images |= {"mean": delivery.mean, "std": delivery.std}
+    arguments = {
+        name: value for name, value in (delivery.manifest["architecture"].get("kwargs") or {}).items()
+        if name not in ("model_name", "pretrained", "num_classes", "checkpoint_path")
+    }  # fmt: skip
+    hub.save_for_hf(
+        network,
+        str(folder),
+        model_config={**network.pretrained_cfg, **images, "num_classes": delivery.classes},
+        model_args=arguments,
+        safe_serialization=True,
+    )
+    card = model_card(delivery, USAGE, "timm")
+    write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def read(folder: Path) -> Function:
+    """The classifier that such a folder holds."""
+    timm = importlib.import_module("timm")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    options = {"in_chans": config["pretrained_cfg"]["input_size"][0], "num_classes": config["num_classes"]}
+    return Classifier(timm.create_model(f"local-dir:{folder}", pretrained=True, **options)).eval()

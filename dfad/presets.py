@@ -91,7 +91,7 @@ RECIPE = MethodConfig(
 )
 """For natural images: a generator that is warmed up, a bank of its images, and views of them: docs/experiments.md."""
 
-RECIPE_STUDENT = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.01, warm_up=0.02)
+RECIPE_STUDENT = OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.01, warm_up=0.02)
 
 RECIPE_GENERATOR = OptimizerConfig(name="adam", lr=2e-3, schedule="constant")
 

@@ -40,7 +40,8 @@ class Reproduce:
     """
 
     comparison: Annotated[str, cli.Positional]
-    """Which: demo, digits, mnist, mnist-whole; or, with --teacher, cifar10-resnet20 or cifar10-resnet20-whole."""
+    """Which: demo, digits, mnist, mnist-whole; or, with --teacher, cifar10-resnet20, cifar10-resnet20-parts,
+    cifar10-resnet20-whole or cifar10-resnet32."""
 
     seeds: int = 5
     """Seeds 0 to this, less one, of every arm."""

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
-.PHONY: demo test compat bench report gpu gpu-wheels lint sanitize clean
+.PHONY: demo test compat bench report docs gpu gpu-wheels lint sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m dfad.train --fused
@@ -27,6 +27,10 @@ bench: $(VENV)/.dev
 
 report: $(VENV)/.dev
 	$(BIN)/python -m bench.report
+
+# A site in build/site. The variable turns off the theme's notice of its successor.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Where there is no GPU, a rehearsal in an environment of its own; where there is one, what the machine has.
 REHEARSE ?= $(if $(shell nvidia-smi -L 2>/dev/null),,1)

@@ -104,7 +104,7 @@ def _losses(records: Records, *, largest_only: bool) -> Iterator[tuple[Group, re
     for group, match in matched:
         if OURS not in group.rows or (match["dtype"], match["direction"]) != ("float32", "forward+backward"):
             continue
-        kind = (group.record, match["name"].rpartition(" ")[0])  # what is before the size
+        kind = (group.record, match["name"].rpartition(" ")[0])  # the name without the size
         row = group.rows[OURS]
         if kind not in best or _rank(row) > _rank(best[kind][0].rows[OURS]):
             best[kind] = (group, match)
@@ -172,7 +172,7 @@ def accuracies(records: Records) -> list[str]:
 
 
 def measured_accuracies(content: Any) -> Iterator[Row]:
-    """Every part of a record, however deep, that tells the accuracies of a teacher and its student, or of every arm."""
+    """Every part of a record, at any depth, that has the accuracies of a teacher and its student, or of every arm."""
     if isinstance(content, dict) and "teacher_accuracy" in content:
         name = content.get("name") or content.get("comparison") or content.get("preset") or ""
         if "arms" in content:
@@ -187,7 +187,7 @@ def measured_accuracies(content: Any) -> Iterator[Row]:
 
 
 def seeds(row: Row) -> int:
-    """How many runs a row is of; 0 where it does not tell."""
+    """The number of runs behind a row; 0 where it is not recorded."""
     values = row["accuracy"].get("values", ()) if isinstance(row["accuracy"], Mapping) else ()
     return len(row.get("runs", values))
 
@@ -211,7 +211,7 @@ def teachers(records: Records) -> list[str]:
 
 
 def claims(records: Records) -> list[str]:
-    """What comparisons were to show, and whether they do."""
+    """What comparisons were meant to show, and whether they do."""
     return [
         f"- {record.removesuffix('.json')}: {claim['text']}: {'holds' if claim['holds'] else 'does not hold'}"
         for record, content in records.items()
@@ -220,7 +220,7 @@ def claims(records: Records) -> list[str]:
 
 
 def checks(records: Records) -> list[str]:
-    """What was tested on each GPU, and what was not to be had there."""
+    """What was tested on each GPU, and what was not available there."""
     body = [
         [record, check, result]
         for record, content in records.items()
@@ -287,21 +287,21 @@ VERSIONS = {"torch": "torch", "triton": "triton", "python": "Python"}
 
 
 def no_gpu(records: Records) -> list[str]:
-    """Says so where no record is of a GPU."""
+    """A line for readers where no record is from a GPU."""
     devices = [str(content.get("device", "")) for content in records.values()]
     if any("NVIDIA" in device for device in devices):
         return []
     return [
         "",
-        "Nothing is on record of a GPU yet: the Triton kernels are tested in Triton's interpreter, compiled offline.",
+        "There is no record from a GPU yet: Triton kernels are tested in Triton's interpreter, and compiled offline.",
     ]
 
 
 def speed(records: Records) -> list[str]:
     """Rounds and the largest losses."""
     return [
-        "Whole rounds, the fastest of a run: the loop as published and the same repaired by hand, as multiples of",
-        "ours; and ours as a multiple of its floor, the convolutions and matrix products alone.",
+        "The fastest of a run's whole rounds. Multiples of ours: the loop as published, and the same loop repaired by",
+        "hand. The last column is ours as a multiple of its floor, the convolutions and matrix products alone.",
         "",
         *rounds(records),
         "",
@@ -315,8 +315,8 @@ def speed(records: Records) -> list[str]:
 def accuracy(records: Records) -> list[str]:
     """Students, and the teachers that were trained for them."""
     return [
-        "Of the student after the last round, and of the one that agreed best with its teacher on generated images:",
-        "means and deviations over seeds.",
+        "Accuracy of the student after the last round, and of the one that agreed most with its teacher on generated",
+        "images: mean and standard deviation over seeds.",
         "",
         *accuracies(records),
         *(["", *trained] if (trained := teachers(records)) else []),
@@ -336,8 +336,8 @@ def highlights(records: Records) -> list[str]:
     return [
         *table(head, body, figures_from=1),
         "",
-        "Time of a whole round. Multiples of ours: the loop as published, and the same loop repaired by hand; and ours",
-        "as a multiple of its floor, the convolutions and matrix products alone.",
+        "Time of a whole round. Multiples of ours: the loop as published, and the same loop repaired by hand. The last",
+        "column is ours as a multiple of its floor, the convolutions and matrix products alone.",
         "",
         *rounds(records),
         *no_gpu(records),
@@ -349,7 +349,7 @@ PARTS: dict[str, Callable[[Records], list[str]]] = {"results": highlights}
 
 
 def readme(text: str, records: Records) -> str:
-    """The README with its parts written anew.
+    """The README with its parts written from the records.
 
     Raises:
         ValueError: if it lacks a part's markers.
@@ -371,9 +371,9 @@ def results(records: Records) -> str:
     """``docs/results.md``."""
     intro = (
         "Written by `make report` from the files in `bench/results`. Times are those of the fastest round, rates those "
-        "of the median; what stands under a contender is its time as a multiple of ours."
+        "of the median round. The columns of contenders have their times as multiples of ours."
     )
-    return "\n".join(["# Everything on record", "", intro, *_sections(records, "../bench/results")]) + "\n"
+    return "\n".join(["# Results", "", intro, *_sections(records, "../bench/results")]) + "\n"
 
 
 def summary(record: Record, name: str) -> str:
@@ -417,7 +417,7 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], figures_from: int 
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Three digits of them."""
+    """With three digits."""
     if seconds is None:
         return ""
     value = seconds * 1e3
@@ -425,17 +425,17 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A multiple."""
+    """With a multiplication sign."""
     return "" if ratio is None else f"{ratio:.3g} ×" if ratio < 100 else f"{ratio:.0f} ×"
 
 
 def percent(fraction: float | None, digits: int = 0) -> str:
-    """Of one."""
+    """A fraction as a percentage."""
     return "" if fraction is None else f"{fraction:.{digits}%}".replace("%", " %")
 
 
 def spread(values: Mapping[str, float] | float | None) -> str:
-    """Mean and, of more than one value, the deviation."""
+    """The mean and, over several seeds, the standard deviation."""
     if values is None:
         return ""
     deviation = values.get("std", 0.0) if isinstance(values, Mapping) else 0.0
@@ -443,12 +443,11 @@ def spread(values: Mapping[str, float] | float | None) -> str:
 
 
 def mean(values: Mapping[str, float] | float) -> float:
-    """Of a value over seeds, or of one."""
+    """The mean over seeds, or the single value."""
     return values["mean"] if isinstance(values, Mapping) else values
 
 
 def main() -> None:
-    """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n")[0])
     parser.parse_args()
     records = load_all()

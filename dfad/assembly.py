@@ -60,7 +60,7 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
         load_weights(network, checkpoint, config.checkpoint_key)
         network = in_float32(network, copied=False)
         return Teacher(network, normalisation=(config.mean, config.std))
-    network, manifest = load_model(checkpoint)
+    network, manifest = load_model(checkpoint, taps=config.taps or None)
     normalisation = (config.mean or manifest.get("mean", ()), config.std or manifest.get("std", ()))
     shape = manifest.get("image_shape")
     return Teacher(network, (shape[0], shape[1], shape[2]) if shape else None, normalisation)

@@ -147,7 +147,7 @@ def load_student(command: Export, settings: TrainConfig) -> Delivery:
         load_weights(network, path)
         manifest["architecture"] = {"factory": command.factory, "kwargs": command.kwargs}
     else:
-        network, manifest = load_model(path, taps=False)
+        network, manifest = load_model(path, taps=())
     result = json.loads((command.run / "result.json").read_text(encoding="utf-8"))
     return Delivery(
         network.eval(), manifest, normalise=command.normalise, about={"config": to_tree(settings), "result": result}

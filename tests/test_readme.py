@@ -1,4 +1,4 @@
-"""The README says only what is so: its commands run, its links and pictures exist, its tables are the program's."""
+"""README and documentation say only what is so: commands run, links and pictures exist, tables are the program's."""
 
 import os
 import re
@@ -15,7 +15,9 @@ from tests.test_train_command import SMALL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+USAGE, TUTORIAL, OWN_TEACHER = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("usage", "tutorial", "own-teacher")
+)
 
 NETWORKS = """
 import torch
@@ -37,11 +39,15 @@ SHORTENED = {
     "dfad.train": ["--method.warm_up=2", *(flag for flag in SMALL if "noise" not in flag)],
     "dfad.teacher": ["--epochs=1"],
 }
-"""What a command that starts a run is given besides."""
+"""Flags that are added to a command that starts a run."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def first_line(block: str) -> str:
+    return block.split("\n")[0][:40]
 
 
 def table(heading: str) -> list[list[str]]:
@@ -65,20 +71,38 @@ def execute(folder: Path, command: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split("\n")[0][:40])
-def test_its_commands_run(block, users_folder):
+def run_commands(block: str, folder: Path) -> None:
     for line in block.replace("\\\n", " ").splitlines():
         python, dash_m, module, *flags = shlex.split(line)
         assert (python, dash_m) == ("python", "-m")
         more = [] if "--resume" in flags else SHORTENED.get(module, [])
-        execute(users_folder, [sys.executable, "-m", module, *flags, *more])
+        execute(folder, [sys.executable, "-m", module, *flags, *more])
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[1])
-def test_its_python_runs(block, users_folder):
+def run_python(block: str, folder: Path) -> None:
     shortened = block.replace("rounds=300", "rounds=2, student_steps=1, batch_size=8")
     assert (shortened != block) == ("Distiller" in block)
-    execute(users_folder, [sys.executable, "-c", shortened])
+    execute(folder, [sys.executable, "-c", shortened])
+
+
+@pytest.mark.parametrize("block", [*blocks("bash"), *blocks("bash", OWN_TEACHER)], ids=first_line)
+def test_commands_run(block, users_folder):
+    run_commands(block, users_folder)
+
+
+@pytest.mark.parametrize("block", [*blocks("python"), *blocks("python", OWN_TEACHER)], ids=first_line)
+def test_python_runs(block, users_folder):
+    run_python(block, users_folder)
+
+
+def test_the_tutorial_runs_from_top_to_bottom(tmp_path):
+    (networks,) = blocks("python", TUTORIAL)
+    name = networks.partition("\n")[0].removeprefix("# ")
+    (tmp_path / name).write_text(networks)
+    commands = blocks("bash", TUTORIAL)
+    assert len(commands) >= 7
+    for block in commands:
+        run_commands(block, tmp_path)
 
 
 def test_its_blocks_are_all_of_a_kind_that_is_tested():
@@ -93,7 +117,7 @@ def test_its_links_and_pictures_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
     assert len(links) >= 2
     for link in links:
-        assert (ROOT / link).stat().st_size < 300_000
+        assert (ROOT / link.partition("#")[0]).stat().st_size < 300_000
 
 
 def test_it_is_short():

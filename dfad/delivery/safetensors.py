@@ -20,5 +20,5 @@ def write(delivery: Delivery, path: Path) -> None:
 
 def read(path: Path) -> Function:
     """The classifier that such a file holds."""
-    network, manifest = load_model(path, taps=False)
+    network, manifest = load_model(path, taps=())
     return Classifier(network, *((manifest["mean"], manifest["std"]) if manifest["normalise"] else ())).eval()

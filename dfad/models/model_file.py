@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return dict(json.loads(read_metadata(path).get(MANIFEST, "{}"))) if is_safetensors(path) else {}
 
 
-def load_model(path: Path, *, taps: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: Path, *, taps: Sequence[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """A network in eval mode, built and filled from its file alone, and its manifest.
 
     Args:
-        path: the file.
-        taps: return those that the file names, too; they serve training alone.
+        path: of the file.
+        taps: names for :func:`dfad.models.taps.with_taps`; None takes those of the manifest. They serve training alone.
 
     Raises:
         ModelError: if the file tells no architecture, or its weights are not those that were written.
@@ -118,7 +118,8 @@ def load_model(path: Path, *, taps: bool = True) -> tuple[nn.Module, dict[str, A
     weights = read_weights(path)
     if weights_hash(weights) != manifest.get("weights_sha256"):
         raise ModelError(f"The weights in {path} are not those that its manifest was written for; the file is damaged.")
-    network = build(architecture["factory"], architecture.get("kwargs"), architecture.get("taps") or () if taps else ())
+    names = architecture.get("taps") or () if taps is None else taps
+    network = build(architecture["factory"], architecture.get("kwargs"), names)
     fill(network, weights, path)
     return network.eval(), manifest
 

@@ -99,7 +99,7 @@ def test_a_record_appears_by_itself(record):
     # the largest in float32, not the smaller one nor the one in bfloat16
     assert "| nvidia-h200 | activation boundary, taps 8x64x32x32 | 2 |  |  | 75 % |" in speed
     assert sum("activation boundary" in line for line in speed) == 1
-    assert not any("Nothing is on record of a GPU" in line for line in speed)
+    assert not any("There is no record from a GPU" in line for line in speed)
     assert report.accuracies(shown)[-1] == (
         "| nvidia-h200 | full recipe | 93.75 % | 93.00 % ± 0.25 | 92.50 % | 2 |  | 300 |"
     )
@@ -143,7 +143,7 @@ def test_what_a_record_lacks_is_told(record):
     assert line.endswith("a chip; torch not recorded, triton not recorded, Python not recorded; commit not recorded")
     del record["benchmarks"][1]  # ours
     assert "| old | cifar-resnet20 |  |  |  |  |" in report.rounds({"old.json": record})
-    assert report.speed({"empty.json": {}})[-1].startswith("Nothing is on record of a GPU")
+    assert report.speed({"empty.json": {}})[-1].startswith("There is no record from a GPU")
 
 
 def test_a_part_without_markers_is_an_error():

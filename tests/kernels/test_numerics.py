@@ -271,6 +271,7 @@ def test_the_documented_errors() -> None:
             row += [f"{max(column):.1e}" for column in zip(*errors, strict=True)]
         rows.append(row)
     document(
+        "losses.md",
         "numerics",
         ["operator", "dtype", "bound of the gradient", "reference: loss", "gradient", "C++ kernels: loss", "gradient"],
         rows,

@@ -35,6 +35,7 @@ def test_kernels_compile_to_wide_accesses_without_spills(target: str) -> None:
         assert report["wide_stores"] >= report["expected_stores"], report
     rows = [[r["kernel"], r["dtype"], r["registers"], r["wide_loads"], r["wide_stores"]] for r in reports]
     document(
+        "kernels.md",
         f"registers {target}",
         ["kernel", "dtype", "registers a thread", "128-bit loads", "128-bit stores"],
         rows,

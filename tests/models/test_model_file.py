@@ -42,7 +42,26 @@ def test_the_file_alone_gives_the_network(path, network):
     assert manifest["versions"]["torch"] == torch.__version__
 
 
-def test_taps_of_a_foreign_network_are_restored(tmp_path):
+def test_taps_can_be_named_where_a_file_has_none(tmp_path):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    (tmp_path / "two_layers.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))\n"
+    )
+    architecture = {"factory": "two_layers:build", "taps": ["1"]}
+    save_model(tmp_path / "model.safetensors", network.state_dict(), {"architecture": architecture})
+    values = torch.randn(5, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        recorded, _ = load_model(tmp_path / "model.safetensors")
+        named, _ = load_model(tmp_path / "model.safetensors", taps=["0"])
+    (tap,) = recorded(values).taps
+    assert_close(tap, network(values))
+    (tap,) = named(values).taps
+    assert_close(tap, network[0](values))
+
+
+def test_a_foreign_network_is_built_by_its_factory(tmp_path):
     network = torch.nn.Linear(3, 2)
     path = tmp_path / "model.safetensors"
     kwargs = {"in_features": 3, "out_features": 2}

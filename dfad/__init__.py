@@ -10,10 +10,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if TYPE_CHECKING:
     from dfad.config import DistillConfig
     from dfad.distillation.distiller import Distiller, Result, distill
+    from dfad.models.sources import load_network
 
     __version__: str
 
-__all__ = ["DistillConfig", "Distiller", "Result", "distill"]
+__all__ = ["DistillConfig", "Distiller", "Result", "distill", "load_network"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,5 +27,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dfad import config
     from dfad.distillation import distiller
+    from dfad.models import sources
 
-    return getattr(config if name == "DistillConfig" else distiller, name)
+    homes = {"DistillConfig": config, "load_network": sources}
+    return getattr(homes.get(name, distiller), name)

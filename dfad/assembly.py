@@ -1,5 +1,6 @@
 """From a configuration to teacher, student and distiller."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,14 @@ from dfad.config import DistillConfig, TeacherConfig
 from dfad.data.evaluation import Evaluator
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ModelError
-from dfad.models.factory import build
-from dfad.models.model_file import load_model
 from dfad.models.probing import in_float32
-from dfad.models.weights import load_weights
+from dfad.models.sources import SOURCES, Loaded, has_weights, load, shape_of
 from dfad.seeds import seeded, stream_seed
 from dfad.supervised.cache import cached_teacher
 from dfad.supervised.recipes import RECIPES
 from dfad.supervised.teaching import MODEL_FILE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
     Raises:
         ModelError: if it cannot be built, or has no weights.
     """
-    checkpoint = config.checkpoint
-    if checkpoint is None and config.recipe:
+    source, checkpoint = config.factory, config.checkpoint
+    if checkpoint is None and config.recipe and not (source and has_weights(source)):
         checkpoint = cached_teacher(config.recipe)
-    if checkpoint is None:
+    if checkpoint is None and not (source and has_weights(source)):
         way = (
             f"Train one where its data are, and go on with it:\n\n"
             f"  python -m dfad.teacher --preset {recipe} --data.root FOLDER --run_dir runs/{recipe}-teacher\n"
@@ -55,15 +56,22 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
             "package.module:callable where the file was not written by this project; or --teacher.recipe NAME, one of "
             f"{', '.join(RECIPES)}, to have one trained."
         )
-    if config.factory:
-        network = build(config.factory, config.kwargs, config.taps)
-        load_weights(network, checkpoint, config.checkpoint_key)
-        network = in_float32(network, copied=False)
-        return Teacher(network, normalisation=(config.mean, config.std))
-    network, manifest = load_model(checkpoint, taps=config.taps or None)
-    normalisation = (config.mean or manifest.get("mean", ()), config.std or manifest.get("std", ()))
-    shape = manifest.get("image_shape")
-    return Teacher(network, (shape[0], shape[1], shape[2]) if shape else None, normalisation)
+    if source is None:
+        source, checkpoint = str(checkpoint), None
+    key = config.checkpoint_key if checkpoint else None
+    loaded = load(source, checkpoint, checkpoint_key=key, kwargs=config.kwargs, taps=config.taps)
+    network = in_float32(loaded.network, copied=False)
+    shape = shape_of(loaded, config.channels, config.image_size)
+    return Teacher(network, shape, _normalisation(loaded, config))
+
+
+def _normalisation(loaded: Loaded, config: TeacherConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """As the configuration says, else as the network's file or origin does."""
+    mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
+    if mean and not config.mean:
+        log.info("The teacher's images are normalised with mean %s and std %s, says %s.",
+                 tuple(mean), tuple(std), loaded.images.origin)  # fmt: skip
+    return mean, std
 
 
 def build_student(config: DistillConfig) -> nn.Module:
@@ -72,15 +80,24 @@ def build_student(config: DistillConfig) -> nn.Module:
     Raises:
         ModelError: if it cannot be built.
     """
-    if not config.student.factory:
-        raise ModelError(
-            "There is no student. Give --student.factory package.module:callable or a name of dfad.models."
-        )
+    given = config.student
+    if not given.factory:
+        raise ModelError(f"There is no student. Give --student SOURCE: {SOURCES}.")
     with seeded(stream_seed(config.seed, "student")):
-        student = build(config.student.factory, config.student.kwargs, config.student.taps)
-    if config.student.checkpoint:
-        load_weights(student, config.student.checkpoint, config.student.checkpoint_key)
-    return student
+        loaded = load(
+            given.factory,
+            given.checkpoint,
+            checkpoint_key=given.checkpoint_key,
+            kwargs=given.kwargs,
+            taps=given.taps,
+            pretrained=False,
+        )
+    if loaded.exported:
+        raise ModelError(
+            f"The student {given.factory} is a program of torch.export, which has one mode and cannot be trained. Name "
+            "what builds the network."
+        )
+    return loaded.network
 
 
 def build_distiller(

@@ -111,7 +111,7 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         SystemExit: with code 2, from tyro and with its message, for an unknown option or a value that does not fit;
             with code 0 after ``--help`` and ``--print_config``.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _in_full(sys.argv[1:] if arguments is None else arguments)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--preset", "--config", "--resume"):
         early.add_argument(option)
@@ -138,6 +138,22 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
         print(to_yaml(command.settings), end="")  # type: ignore[attr-defined]
         raise SystemExit(0)
     return command
+
+
+NETWORKS = ("--teacher", "--student")
+"""Flags that are short for the factory of a network, with no keyword arguments but those that are given beside them."""
+
+
+def _in_full(arguments: Sequence[str]) -> list[str]:
+    given = {argument.partition("=")[0] for argument in arguments}
+    full = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in NETWORKS:
+            flag += ".factory"
+        full.append(flag + equals + value)
+    bare = (flag for flag in NETWORKS if flag in given and f"{flag}.kwargs" not in given)
+    return full + [f"{flag}.kwargs={{}}" for flag in bare]
 
 
 def run(command: Callable[[], None]) -> NoReturn:

@@ -29,7 +29,8 @@ class TeacherConfig:
     """The trained network to learn from; it stays frozen, in eval mode."""
 
     factory: str | None = None
-    """Callable that builds it: package.module:callable, or a bare name for one of dfad.models."""
+    """What builds it: timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, package.module:callable, a bare name of
+    dfad.models, or a file that holds a network. --teacher alone means the same."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Its keyword arguments."""
@@ -49,8 +50,9 @@ class TeacherConfig:
     channels: int | None = None
     """Channels of its images; found from its first convolution where not given."""
 
-    image_size: int | None = None
-    """Height and width of its images in pixels; found by a dry forward where not given."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width of its images in pixels, one number where they are equal; found by a dry forward where not
+    given."""
 
     mean: tuple[float, ...] = ()
     """Mean per channel that its training images were normalised with (pixels in 0–1); for pictures and evaluation."""
@@ -59,9 +61,9 @@ class TeacherConfig:
     """Standard deviation likewise."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "image_size"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "a positive number")
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        require(all(size is None or size > 0 for size in sizes), "image_size", self.image_size, "a positive number")
+        require(self.channels is None or self.channels > 0, "channels", self.channels, "a positive number")
         require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean {self.mean}")
         positive(**{f"std[{i}]": value for i, value in enumerate(self.std)})
 
@@ -71,7 +73,7 @@ class StudentConfig:
     """The network to train."""
 
     factory: str | None = None
-    """Callable that builds it: package.module:callable, or a bare name for one of dfad.models."""
+    """What builds it, as of the teacher, with random weights unless it is a file. --student alone means the same."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Its keyword arguments."""

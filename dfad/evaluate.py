@@ -22,10 +22,8 @@ from dfad.engine import choose_device
 from dfad.errors import ConfigurationError, ModelError
 from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
-from dfad.models.factory import build
-from dfad.models.model_file import load_model
-from dfad.models.probing import require_same_classes
-from dfad.models.weights import load_weights
+from dfad.models.probing import Images, require_same_classes
+from dfad.models.sources import Loaded, load, load_trained
 from dfad.runs.pictures import new_figure, save_picture
 from dfad.runs.settings import override
 from dfad.terminal import configure_logging
@@ -48,11 +46,12 @@ class Evaluate:
     Exit codes: 0 done; 2 option; 3 model; 6 data.
     """
 
-    model: Path
-    """Its weights; a file written by this project describes the rest."""
+    model: str
+    """The network: timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, a file that holds one, or a file of its weights."""
 
     factory: str | None = None
-    """Callable that builds it, where its file does not say: package.module:callable, or a bare name of dfad.models."""
+    """What builds it, where its file does not say: package.module:callable, a bare name of dfad.models, or one of the
+    names above."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Keyword arguments of the factory."""
@@ -66,8 +65,8 @@ class Evaluate:
     std: tuple[float, ...] = ()
     """Standard deviation likewise."""
 
-    teacher: Path | None = None
-    """A file that this project wrote, to compare with."""
+    teacher: str | None = None
+    """Network to compare with: named as the model, with weights of its own."""
 
     data: DataConfig = DataConfig(name=OF_MODEL)
 
@@ -93,20 +92,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = cli.parse_flags(Evaluate, arguments)
     configure_logging()
     device = choose_device(command.device)
-    network, manifest = _load(command)
+    loaded = _load(command)
+    network, manifest = loaded.network, loaded.manifest
     dataset = open_dataset(_data_config(command, manifest))
     recorded = manifest.get("data", {}).get("fingerprint")
     if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
         log.warning("These are not the data that the model was trained on: their fingerprints differ.")
-    logits, labels = _predictions(command, network, _normalised(dataset, command, manifest), device)
+    logits, labels = _predictions(command, network, _normalised(dataset, command, loaded.images), device)
     teacher_logits = None
     if command.teacher is not None:
-        teacher, teacher_manifest = load_model(command.teacher)
-        teacher_data = _normalised(dataset, command, teacher_manifest)
-        teacher_logits, _ = _predictions(command, teacher, teacher_data, device)
+        teacher = load_trained(command.teacher)
+        teacher_data = _normalised(dataset, command, teacher.images)
+        teacher_logits, _ = _predictions(command, teacher.network, teacher_data, device)
     figures = measure(logits, labels, dataset.classes, teacher_logits)
     about = {
-        "model": str(command.model),
+        "model": command.model,
         "data": dataset.name,
         "split": command.split,
         "fingerprint": dataset.fingerprint,
@@ -126,12 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console().print(class_table(figures))
 
 
-def _load(command: Evaluate) -> tuple[nn.Module, Mapping[str, Any]]:
+def _load(command: Evaluate) -> Loaded:
     if command.factory is None:
-        return load_model(command.model)
-    network = build(command.factory, command.kwargs)
-    load_weights(network, command.model, command.checkpoint_key)
-    return network, {}
+        return load_trained(command.model)
+    return load(command.factory, command.model, checkpoint_key=command.checkpoint_key, kwargs=command.kwargs)
 
 
 def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
@@ -152,10 +150,11 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
     return dataclasses.replace(named, **given)
 
 
-def _normalised(dataset: Dataset, command: Evaluate, manifest: Mapping[str, Any]) -> Dataset:
-    """The data set as a network wants it: by the options, else by its file, else by the data set's own figures."""
-    mean = command.mean or tuple(manifest.get("mean", ())) or dataset.mean
-    std = command.std or tuple(manifest.get("std", ())) or dataset.std
+def _normalised(dataset: Dataset, command: Evaluate, images: Images) -> Dataset:
+    """The data set as a network wants it: by the options, else by its file or origin, else by the data set's own
+    figures."""
+    mean = command.mean or images.mean or dataset.mean
+    std = command.std or images.std or dataset.std
     if len(mean) != dataset.image_shape[0]:
         raise ModelError(
             f"The model's images have {len(mean)} channels, those of {dataset.name} {dataset.image_shape[0]}. Choose "

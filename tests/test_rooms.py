@@ -35,7 +35,7 @@ ARROWS = {
     "experiments": {"assembly", "config", "data", "distillation", "engine", "models", "presets", "runs", "supervised"},
     "cli": {"runs"},
     SCRIPT: {"cli"},
-    "dfad": {"config", "distillation"},
+    "dfad": {"config", "distillation", "models"},
     "dfad_kernels": {"dfad_kernels.cpu", "dfad_kernels.gpu"},
     "dfad_kernels.cpu": {"dfad_kernels"},
     "dfad_kernels.gpu": {"dfad_kernels"},

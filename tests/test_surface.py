@@ -11,7 +11,7 @@ import dfad
 from dfad.config import DistillConfig
 
 NAMES = {
-    "dfad": ["Distiller", "distill", "DistillConfig", "Result"],
+    "dfad": ["Distiller", "distill", "DistillConfig", "Result", "load_network"],
     "dfad.config": [
         "DistillConfig",
         "MethodConfig",

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dfad import cli, train
 from dfad.errors import DfadError
 from dfad.models.factory import build
+from dfad.models.model_file import load_model
 from dfad.runs import checkpoint
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests.models.test_loading import Exploit
@@ -494,3 +495,29 @@ def test_the_documented_exit_codes_are_those_of_the_errors():
     documented = {int(code) for code in re.findall(r"(?<=[ ;])(\d+) ", train.Train.__doc__.partition("Exit codes:")[2])}
     raised = {kind.exit_code for kind in DfadError.__subclasses__() if "exit_code" in vars(kind)}
     assert documented == {0, 130, 143} | raised
+
+
+def test_a_teacher_and_a_student_are_named_by_one_flag_each(command, tmp_path, whole):
+    printed = yaml.safe_load(command("--teacher", "timm:a", "--student=mynets:b", "--print_config").stdout)
+    assert (printed["teacher"]["factory"], printed["student"]["factory"]) == ("timm:a", "mynets:b")
+    assert printed["student"]["kwargs"] == {}  # and not those of the preset's network
+    printed = yaml.safe_load(command("--student=b", '--student.kwargs={"c": 1}', "--print_config").stdout)
+    assert printed["student"]["kwargs"] == {"c": 1}
+
+    student = whole / "student.safetensors"
+    done = command(*SMALL, "--method.rounds=1", "--method.activation.weight=0", "--no_evaluate", "--preset=own",
+                   "--method.warm_up=1", "--method.image_bank.size=16", "--teacher", student, "--student", student,
+                   "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    again = load_model(tmp_path / "run" / "student.safetensors")[1]
+    assert again["architecture"] == load_model(student)[1]["architecture"]
+
+
+def test_a_program_of_torch_export_cannot_be_a_student(command, tmp_path, whole):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    batch = {0: torch.export.Dim("batch", max=1024)}
+    program = torch.export.export(network, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "student.pt2")
+    refused = command("--teacher", whole / "student.safetensors", "--student", tmp_path / "student.pt2")
+    assert refused.exit_code == 3
+    assert "has one mode and cannot be trained" in refused.stderr

@@ -15,7 +15,7 @@ from dfad.config import DistillConfig, OptimizerConfig
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, require_same_classes
+from dfad.models.probing import dry_forward, parameter_count, require_same_classes
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def check_networks(
-    teacher: nn.Module, student: nn.Module, image_shape: tuple[int, int, int]
+    teacher: nn.Module, student: nn.Module, image_shape: tuple[int, int, int], *, uses_taps: bool = True
 ) -> tuple[Outputs, Outputs]:
     """What both networks return for blank images.
 
@@ -31,16 +31,24 @@ def check_networks(
         teacher: left as it is.
         student: likewise.
         image_shape: ``(channels, height, width)`` of the teacher's images.
+        uses_taps: whether the activation regularizer compares their taps.
 
     Raises:
-        ModelError: if weights or the teacher's answers are NaN or infinite, if the networks do not take the images, or
-            if they do not have the same two or more classes.
+        ModelError: if weights or the teacher's answers are NaN or infinite, if no gradient reaches the teacher's
+            images, if the networks do not take the images, if they do not have the same two or more classes, or if a
+            tap that is used comes after a ReLU.
     """
     require_finite(teacher, "teacher")
     require_finite(student, "student")
     teacher_outputs = dry_forward(teacher, image_shape, announce=True)
-    _require_finite_answers(teacher, image_shape)
-    return teacher_outputs, _fitting_outputs(student, teacher_outputs, image_shape)
+    answers = _usable_answers(teacher, image_shape)
+    student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
+    if uses_taps:
+        _require_pre_activations(answers.taps, "teacher")
+    own, others = parameter_count(student), parameter_count(teacher)
+    if own > others:
+        log.warning("The student has %s parameters, more than its teacher's %s.", f"{own:,}", f"{others:,}")
+    return teacher_outputs, student_outputs
 
 
 def require_finite(network: nn.Module, role: str) -> None:
@@ -72,16 +80,41 @@ def _finite(tensor: Tensor) -> bool:
     return is_lazy(tensor) or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _require_finite_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> None:
+def _usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
+    """What the teacher answers to two random images, if it is finite and a gradient reaches them."""
     device = next(teacher.parameters(), torch.empty(0)).device
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with evaluating(teacher), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = as_outputs(teacher(images)).logits
-    if not _finite(logits):
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    reason = "its logits carry none"
+    with evaluating(teacher), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        outputs = as_outputs(teacher(images))
+        gradient = None
+        if outputs.logits.requires_grad:
+            try:
+                (gradient,) = torch.autograd.grad(outputs.logits.float().sum(), images, allow_unused=True)
+            except Exception as error:  # an operation without a derivative, in whatever way it says so
+                reason = f"{type(error).__name__}: {first_line(error)}"
+    if not _finite(outputs.logits):
         raise ModelError(
             f"The teacher {type(teacher).__name__} answers random images with NaN or infinite logits, though its "
             "weights are finite. Classes that are masked with -inf cannot be learned; return finite logits."
         )
+    if gradient is None:
+        raise ModelError(
+            f"No gradient of the teacher {type(teacher).__name__} reaches its images ({reason}), and the generator "
+            "could not learn from it. A network that is quantised, runs under torch.no_grad or leaves PyTorch cannot "
+            "teach; give the one in floating point that it was made of."
+        )
+    return Outputs(outputs.logits.detach(), tuple(tap.detach() for tap in outputs.taps))
+
+
+def _require_pre_activations(taps: Sequence[Tensor], role: str) -> None:
+    for stage, tap in enumerate(taps):
+        if tap.numel() > 1 and bool((tap >= 0).all()):
+            raise ModelError(
+                f"Tap {stage} of the {role} is never negative: it comes after a ReLU, where the activation boundary, "
+                "its sign, cannot be seen. Tap what enters the ReLU: the BatchNorm or the addition before it "
+                f"(--{role}.taps), or set --method.activation.weight 0."
+            )
 
 
 def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:

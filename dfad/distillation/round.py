@@ -62,7 +62,8 @@ class Round:
         self.device = engine.device
         self.image_shape = image_shape
         method = config.method
-        teacher_outputs, student_outputs = check_networks(teacher, student, image_shape)
+        uses_taps = bool(method.activation.weight or method.activation.generator_weight)
+        teacher_outputs, student_outputs = check_networks(teacher, student, image_shape, uses_taps=uses_taps)
         if method.regularizers.batchnorm and not has_batchnorm(teacher):
             raise ModelError(
                 f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "

@@ -2,12 +2,14 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from dfad import models
 from dfad.errors import ModelError, nearest, unknown
+from dfad.models.hubs import hub_of
 from dfad.models.taps import with_taps
 
 
@@ -15,7 +17,8 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
     """Call a factory of networks.
 
     Args:
-        factory: ``package.module:callable``, or the bare name of one in :mod:`dfad.models`.
+        factory: ``package.module:callable``, the bare name of one in :mod:`dfad.models`, or a hub's name
+            (:mod:`dfad.models.hubs`), whose weights are random here.
         kwargs: its keyword arguments.
         taps: names for :func:`dfad.models.taps.with_taps`, for a network that returns logits alone.
 
@@ -23,9 +26,12 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
         ModelError: if it cannot be imported or called, or does not return an ``nn.Module``.
     """
     arguments = dict(kwargs or {})
-    callable_ = resolve(factory)
+    hub = hub_of(factory)
+    callable_ = partial(hub[0].build, hub[1], arguments) if hub else partial(resolve(factory), **arguments)
     try:
-        network = callable_(**arguments)
+        network = callable_()
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"The factory {factory} called with {arguments} failed: {type(error).__name__}: {error}. "

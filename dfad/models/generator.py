@@ -1,5 +1,7 @@
 """The network that makes images of noise."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -47,21 +49,29 @@ def merge_upsampling(generator: nn.Module) -> None:
             module.merged = True
 
 
+SMALLEST_STAGES, LARGEST_PROJECTION = 2, 16
+"""Upsamplings at least, and height or width in pixels of what is projected at most."""
+
+
 class Generator(nn.Module):
-    """DFAD's generator (Fang et al. 2019): a linear projection and two nearest-neighbour upsamplings.
+    """DFAD's generator (Fang et al. 2019): a linear projection and nearest-neighbour upsamplings.
+
+    DFAD upsamples twice. Where that would project to more than 16 pixels, there are more upsamplings, so that the
+    projection does not grow with the image: 3 from 65 pixels on, 4 from 129. What is made of a size that no doubling
+    reaches is cropped in the middle, before the last BatchNorm.
 
     The last BatchNorm has no parameters: images come out with mean 0 and variance 1 per channel, the space of
     normalised images that the teacher was trained in. Where a BatchNorm follows a convolution, that has no bias,
     which would be taken away again.
 
     Args:
-        image_shape: ``(channels, height, width)`` of the images; height and width divisible by 4.
+        image_shape: ``(channels, height, width)`` of the images.
         noise_dim: length of a noise vector.
         width: channels before the last convolution; the stages before have twice as many.
         merge_upsampling: compute each upsampling and the convolution behind it at once.
 
     Raises:
-        ModelError: if height or width is not divisible by 4.
+        ModelError: if channels, height or width is not positive.
     """
 
     def __init__(
@@ -73,31 +83,44 @@ class Generator(nn.Module):
         merge_upsampling: bool = False,
     ) -> None:
         super().__init__()
-        channels, height, image_width = image_shape
-        if height % 4 or image_width % 4 or min(image_shape) < 1:
+        channels, *size = image_shape
+        if min(image_shape) < 1:
             raise ModelError(
-                f"The generator cannot make images of {height}×{image_width} pixels and {channels} channels: "
-                "it upsamples twice by 2, so height and width must be positive multiples of 4. Choose a "
-                "teacher of such images, or give a size that it takes as well, such as "
-                f"--teacher.image_size {max(4, -(-height // 4) * 4)}."
+                f"The generator cannot make images of {size[0]}×{size[1]} pixels and {channels} channels: each must be "
+                "1 or more. Give --teacher.channels and --teacher.image_size."
             )
         self.image_shape = image_shape
         self.noise_dim = noise_dim
-        self.projected_shape = (height // 4, image_width // 4, 2 * width)
-        self.projection = nn.Linear(noise_dim, height // 4 * (image_width // 4) * 2 * width)
+        self.stages = upsamplings(*size)
+        scale = 2**self.stages
+        self.projected_shape = (-(-size[0] // scale), -(-size[1] // scale), 2 * width)
+        made = [scale * side for side in self.projected_shape[:2]]
+        self.margins = [(whole - side) // 2 for whole, side in zip(made, size, strict=True)] if made != size else None
+        self.projection = nn.Linear(noise_dim, math.prod(self.projected_shape))
         self.bn0 = nn.BatchNorm2d(2 * width)
-        self.conv1 = UpsampledConv2d(2 * width, 2 * width, merged=merge_upsampling)
-        self.bn1 = nn.BatchNorm2d(2 * width)
-        self.conv2 = UpsampledConv2d(2 * width, width, merged=merge_upsampling)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, channels, kernel_size=3, padding=1)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+        for stage in range(1, self.stages + 1):
+            out_channels = width if stage == self.stages else 2 * width
+            self.add_module(f"conv{stage}", UpsampledConv2d(2 * width, out_channels, merged=merge_upsampling))
+            self.add_module(f"bn{stage}", nn.BatchNorm2d(out_channels))
+        last = self.stages + 1
+        self.add_module(f"conv{last}", nn.Conv2d(width, channels, kernel_size=3, padding=1))
+        self.add_module(f"bn{last}", nn.BatchNorm2d(channels, affine=False))
 
     def forward(self, noise: Tensor) -> Tensor:
         """Images ``(B, channels, height, width)`` of noise ``(B, noise_dim)``."""
         # the projection's units are in channels-last order, so that such a network needs no copy
         features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
-        features = _in_format_of(self.conv1.weight, features)
-        features = F.leaky_relu(self.bn1(self.conv1(self.bn0(features))), 0.2)
-        features = F.leaky_relu(self.bn2(self.conv2(features)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(features)))
+        features = self.bn0(_in_format_of(self.get_parameter("conv1.weight"), features))
+        for stage in range(1, self.stages + 1):
+            features = self.get_submodule(f"conv{stage}")(features)
+            features = F.leaky_relu(self.get_submodule(f"bn{stage}")(features), 0.2)
+        images = torch.tanh(self.get_submodule(f"conv{self.stages + 1}")(features))
+        if self.margins is not None:
+            (_, height, width), (top, left) = self.image_shape, self.margins
+            images = images[:, :, top : top + height, left : left + width]
+        return self.get_submodule(f"bn{self.stages + 1}")(images)
+
+
+def upsamplings(height: int, width: int) -> int:
+    """How often the generator of images of a size doubles height and width."""
+    return max(SMALLEST_STAGES, math.ceil(math.log2(max(height, width, 1) / LARGEST_PROJECTION)))

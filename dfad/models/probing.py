@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,30 @@ IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 """Networks of so many classes are tried with images of this size before all others."""
 
 
+@dataclass(frozen=True)
+class Images:
+    """What a network's origin says of the images that it takes; empty where it says nothing."""
+
+    size: tuple[int, int] | None = None
+    """Height and width in pixels."""
+    mean: tuple[float, ...] = ()
+    """Per channel, of pixels in 0–1."""
+    std: tuple[float, ...] = ()
+    origin: str = ""
+    """Who says so, for people."""
+
+
+def declared_images(network: nn.Module) -> Images:
+    """What timm's configuration in a network says of its images."""
+    for module in network.modules():
+        said = getattr(module, "pretrained_cfg", None)
+        if isinstance(said, Mapping) and said.get("mean") and said.get("std"):
+            return Images(None, tuple(said["mean"]), tuple(said["std"]), "timm's configuration")
+    return Images()
+
+
 def image_shape_of(
-    network: nn.Module, channels: int | None = None, image_size: int | None = None
+    network: nn.Module, channels: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
     """``(channels, height, width)`` of the images that a network takes.
 
@@ -36,12 +59,12 @@ def image_shape_of(
     if channels is None and declared is not None:
         channels = declared[0]
     if channels is None:
-        convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-        if convolution is None:
+        channels = channels_of(network)
+        if channels is None:
             raise ModelError("The teacher has no convolution to tell its channels from. Give --teacher.channels.")
-        channels = convolution.in_channels
-    sizes = [(image_size, image_size)] if image_size else [(size, size) for size in _likely_sizes(network)]
-    if declared is not None and not image_size:
+    given = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sizes = [given] if given else [(size, size) for size in _likely_sizes(network)]
+    if declared is not None and not given:
         sizes.insert(0, declared[1:])
     failure: Exception | None = None
     unusable: ModelError | None = None
@@ -54,22 +77,27 @@ def image_shape_of(
         except Exception as error:  # a network may refuse a size in any way, with an assertion for one
             failure = failure or error
             continue
-        if image_size is None and (declared is None or size != declared[1:]):
+        if given is None and (declared is None or size != declared[1:]):
             log.warning(
                 "The size of the teacher's images is guessed: it takes %d×%d pixels, but nothing says that it was "
                 "trained on them. Give --teacher.image_size where that is wrong.",
                 *size,
             )
-        elif image_size is None:
+        elif given is None:
             log.info("The teacher's own configuration says that its images are of %d×%d pixels.", *size)
         return (channels, *size)
     if unusable is not None:
         raise unusable
-    tried = f"{image_size}×{image_size}" if image_size else f"any of {', '.join(f'{h}×{w}' for h, w in sizes)}"
+    tried = f"{given[0]}×{given[1]}" if given else f"any of {', '.join(f'{h}×{w}' for h, w in sizes)}"
     raise ModelError(
         f"The teacher took no image of {channels} channels and {tried} pixels: {type(failure).__name__}: "
         f"{first_line(failure or ValueError())}. Give the right --teacher.channels and --teacher.image_size."
     )
+
+
+def channels_of(network: nn.Module) -> int | None:
+    """Channels of the images that a network takes, by its first convolution; None where it has none."""
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -147,6 +175,14 @@ def in_float32(network: nn.Module, *, copied: bool) -> nn.Module:
     return network.float()
 
 
+def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """What a network returns, as it is, for two blank images, in eval mode and without a graph; its mode is
+    restored."""
+    parameter = next(network.parameters(), torch.empty(0))
+    with evaluating(network), torch.no_grad():
+        return network(torch.zeros(2, *image_shape, device=parameter.device))
+
+
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:
     """What a network returns for two blank images, in eval mode and without a graph; its mode is restored.
 
@@ -158,9 +194,7 @@ def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announ
     Raises:
         ModelError: if it returns no logits of two classes or more.
     """
-    parameter = next(network.parameters(), torch.empty(0))
-    with evaluating(network), torch.no_grad():
-        result = network(torch.zeros(2, *image_shape, device=parameter.device))
+    result = answer_to_blanks(network, image_shape)
     outputs = as_outputs(result)
     name = type(network).__name__
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:

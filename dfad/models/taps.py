@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from dfad.engine.tracing import NotPlain, is_written_in_place, trace
 from dfad.errors import ModelError, first_line, nearest
 from dfad.models.outputs import Outputs, as_outputs
+from dfad.models.wrappers import SameNetwork
 from dfad.modes import BatchNorm
 
 
@@ -80,55 +81,7 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
     graph.lint()
 
 
-CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose ``nn.Module`` was read for where it keeps these, and what moves them to a device."""
-
-
-class _SameNetwork(nn.Module):
-    """A network in all but its call: its modules, parameters, buffers, their names and its mode.
-
-    Args:
-        network: shared, not a submodule: names would get a prefix.
-    """
-
-    network: nn.Module
-
-    def __init__(self, network: nn.Module) -> None:
-        training = network.training
-        self.__dict__["network"] = network
-        super().__init__()
-        self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
-        self.training = training
-
-    @property
-    def training(self) -> bool:
-        """The network's mode."""
-        mode: bool = self.__dict__["network"].training
-        return mode
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["network"].training = mode
-
-    def train(self, mode: bool = True) -> "_SameNetwork":
-        self.network.train(mode)
-        return self
-
-    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        return self.network.named_modules(*args, **options)
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        return self.network.state_dict(*args, **options)
-
-    def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        return self.network.load_state_dict(*args, **options)
-
-    def _apply(self, *args: Any, **options: Any) -> "_SameNetwork":
-        self.network._apply(*args, **options)
-        return self
-
-
-class _TracedTaps(_SameNetwork):
+class _TracedTaps(SameNetwork):
     """A plain network that computes otherwise in training mode than in eval mode.
 
     Args:
@@ -153,7 +106,7 @@ class _TracedTaps(_SameNetwork):
         return outputs
 
 
-class _HookedTaps(_SameNetwork):
+class _HookedTaps(SameNetwork):
     """Any network, with hooks on the modules that are tapped.
 
     Args:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.errors import ModelError, first_line, nearest
+from dfad.models.exported import is_exported
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,11 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Any]:
         ModelError: if it is missing, truncated, unsafe or holds no tensors, or several state dicts to choose from.
     """
     require_file(path)
+    if is_exported(path):
+        raise ModelError(
+            f"The checkpoint {path} is a program of torch.export, which holds its network whole. Name it alone, as "
+            "--teacher or, of dfad.evaluate, --model, without a factory."
+        )
     with reading(path):
         content = _read_safetensors(path) if is_safetensors(path) else _read_pickle(path)
     if not isinstance(content, Mapping):
@@ -69,7 +75,11 @@ def require_file(path: Path) -> None:
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(WEIGHT_FILES))
-        if any(file.name.endswith(".index.json") for file in path.iterdir()):
+        if (path / "saved_model.pb").exists():
+            hint = OF_ANOTHER_FRAMEWORK.format("TensorFlow's SavedModel")
+        elif not any(path.iterdir()):
+            hint = "It is empty."
+        elif any(file.name.endswith(".index.json") for file in path.iterdir()):
             hint = "Its weights are in several parts: save them as one file (save_pretrained with a max_shard_size)."
         elif files:
             hint = f"Name a file in it: {', '.join(map(str, files[:5]))}."
@@ -84,6 +94,9 @@ def require_file(path: Path) -> None:
         raise ModelError(f"The checkpoint {path} is a pointer of Git LFS, not the file itself. Fetch it: git lfs pull.")
     if start.startswith((b"<!doctype html", b"<html")):
         raise ModelError(f"The checkpoint {path} is a web page, not a file of weights. Download the file itself.")
+    foreign = _foreign_format(path, start)
+    if foreign:
+        raise ModelError(f"The checkpoint {path} is {OF_ANOTHER_FRAMEWORK.format(foreign)}")
     if not path.stat().st_size:
         raise ModelError(f"The checkpoint {path} is empty. Copy or download it again.")
     if zipfile.is_zipfile(path) and _is_torchscript(path):
@@ -91,6 +104,27 @@ def require_file(path: Path) -> None:
             f"The checkpoint {path} is a TorchScript archive, which holds code. Where you trust it, save its weights "
             f"alone: torch.save(torch.jit.load({str(path)!r}).state_dict(), file)."
         )
+
+
+OF_ANOTHER_FRAMEWORK = (
+    "{}, not PyTorch's. Networks of other frameworks cannot be distilled here: rebuild the network in PyTorch, copy "
+    "its weights over, and save them with torch.save(network.state_dict(), file)."
+)
+
+
+def _foreign_format(path: Path, start: bytes) -> str | None:
+    """What a file of another framework is, by its content, and of those without a mark by its name."""
+    if start.startswith(b"\x89hdf"):
+        return "an HDF5 file, as Keras writes them"
+    if start[4:8] == b"tfl3":
+        return "a TensorFlow Lite file"
+    if path.suffix == ".onnx":
+        return "an ONNX graph"
+    if zipfile.is_zipfile(path):
+        with reading(path), zipfile.ZipFile(path) as archive:
+            if "model.weights.h5" in archive.namelist():
+                return "a file of Keras"
+    return None
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -279,9 +313,20 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
             + _count_and_first("missing", missing)
             + _count_and_first("unexpected", unexpected)
             + _count_and_first("mis-shaped", misshaped)
+            + _other_classes(given, wanted, misshaped)
             + "Check factory and kwargs against the network that was saved."
         )
     network.load_state_dict(given, strict=False)
+
+
+def _other_classes(given: Mapping[str, Any], wanted: Mapping[str, Any], misshaped: list[str]) -> str:
+    """Where the last layer alone differs in its length: how many classes the file is for."""
+    last = [name for name, value in wanted.items() if isinstance(value, Tensor) and value.ndim == 2][-1:]
+    for name in last:
+        if name in given and len(misshaped) <= 2 and given[name].shape[1:] == wanted[name].shape[1:]:
+            classes = given[name].shape[0]
+            return f"The file is of a network with {classes} classes: kwargs '{{\"num_classes\": {classes}}}'. "
+    return ""
 
 
 def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from dfad.config import DistillConfig, StudentConfig
 from dfad.files import write_atomically
 from dfad.models.factory import path_of
 from dfad.models.model_file import save_model
+from dfad.models.sources import architecture_of
 from dfad.runs.pictures import new_figure, save_picture
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def write_pictures(
 def student_architecture(student: nn.Module, config: StudentConfig) -> dict[str, Any]:
     """How a student is built; of one that was given without a factory, its class for people."""
     if config.factory:
-        return {"factory": config.factory, "kwargs": config.kwargs, "taps": config.taps}
+        return architecture_of(config.factory, config.kwargs, config.taps)
     return {"factory": None, "class": path_of(type(student))}
 
 

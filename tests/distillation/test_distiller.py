@@ -419,9 +419,6 @@ class TestNetworksThatDoNotFit:
         student = models.convnet(channels=(4, 8), num_classes=4, in_channels=3)
         assert "does not take the teacher's images (1, 8, 8)" in self.refused(teacher, student, config)
 
-    def test_image_size_that_the_generator_cannot_make(self, teacher, student, config):
-        assert "10×10" in self.refused(teacher, student, config, image_shape=(1, 10, 10))
-
     def test_number_of_taps(self, teacher, config):
         student = models.convnet(channels=(4, 8, 8), num_classes=4, in_channels=1)
         assert "same number" in self.refused(teacher, student, config)

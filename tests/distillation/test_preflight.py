@@ -13,10 +13,11 @@ from torch import nn
 from dfad import models, train
 from dfad.config import ActivationConfig, StudentConfig, TeacherConfig
 from dfad.distillation import preflight
-from dfad.distillation.distiller import Distiller
+from dfad.distillation.distiller import Distiller, distill
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
 from dfad.models.convnet import ConvNet
 from dfad.models.model_file import load_model
+from dfad.models.outputs import Outputs
 from dfad.models.weights import load_weights
 from dfad.runs import checkpoint
 from tests.conftest import IMAGE_SHAPE, with_method
@@ -220,3 +221,40 @@ def test_networks_of_other_outputs_and_precisions_distil(plain, caplog):
     assert caplog.text.count("Unusual returns a dict; its entry 'logits' is taken for the logits.") == 2
     assert "Unusual has weights in bfloat16; they are cast to float32." in caplog.text
     assert teacher.linear.weight.dtype == torch.bfloat16
+
+
+class TestTeachersThatCannotTeach:
+    def test_quantised(self, student, plain):
+        network = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
+        quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+        with pytest.raises(ModelError, match=r"No gradient of the teacher ConvNet reaches.*quantised"):
+            distill(quantised, student, replace(plain, teacher=TeacherConfig(channels=1, image_size=8)))
+
+    def test_without_gradients(self, student, plain):
+        class Closed(ConvNet):
+            @torch.no_grad()
+            def forward(self, images):
+                return super().forward(images)
+
+        with pytest.raises(ModelError, match="its logits carry none.*no_grad"):
+            distill(Closed((8, 16), 4, 1), student, replace(plain, teacher=TeacherConfig(image_size=8)))
+
+
+class Activated(ConvNet):
+    """Its taps are what the ReLUs return."""
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        return Outputs(outputs.logits, tuple(tap.relu() for tap in outputs.taps))
+
+
+def test_taps_after_a_relu_are_refused_where_they_are_used(student, config, plain):
+    settings = replace(config, teacher=TeacherConfig(image_size=8))
+    with pytest.raises(ModelError, match=r"Tap 0 of the teacher is never negative.*--teacher\.taps"):
+        Distiller(Activated((8, 16), 4, 1), student, settings)
+    Distiller(Activated((8, 16), 4, 1), student, replace(plain, teacher=settings.teacher))
+
+
+def test_a_student_that_is_larger_than_its_teacher_is_warned_of(teacher, student, plain, caplog):
+    Distiller(student, teacher, replace(plain, teacher=TeacherConfig(image_size=8)))
+    assert "more than its teacher's" in caplog.text

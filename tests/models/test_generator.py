@@ -1,4 +1,6 @@
-"""The generator: any size divisible by 4, any channels; layout; errors."""
+"""The generator: any size, any channels; layout; errors."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,9 +8,16 @@ from torch.testing import assert_close
 
 from dfad.errors import ModelError
 from dfad.models.generator import Generator, UpsampledConv2d
+from dfad.models.model_file import load_model
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-@pytest.mark.parametrize("image_shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (5, 4, 12)], ids=str)
+@pytest.mark.parametrize(
+    "image_shape",
+    [(1, 8, 8), (3, 32, 32), (1, 28, 28), (5, 4, 12), (2, 30, 30), (3, 48, 64), (4, 97, 65), (1, 1, 7)],
+    ids=str,
+)
 def test_makes_normalised_images(image_shape):
     torch.manual_seed(0)
     generator = Generator(image_shape, noise_dim=16, width=4)
@@ -45,14 +54,47 @@ def test_layout_does_not_change_the_images():
 
 
 def test_compiles_as_one_graph():
-    generator, noise = Generator((3, 8, 8), noise_dim=16, width=4).eval(), torch.randn(4, 16)
+    generator, noise = Generator((3, 7, 8), noise_dim=16, width=4).eval(), torch.randn(4, 16)
     assert_close(torch.compile(generator, fullgraph=True, backend="eager")(noise), generator(noise))
 
 
-@pytest.mark.parametrize("size", [(30, 32), (32, 30), (0, 4), (7, 7)], ids=str)
-def test_refuses_sizes_not_divisible_by_four(size):
-    with pytest.raises(ModelError, match=f"{size[0]}×{size[1]} pixels.*multiples of 4.*--teacher.image_size"):
-        Generator((3, *size))
+@pytest.mark.parametrize("image_shape", [(3, 0, 4), (0, 8, 8), (1, 8, -1)], ids=str)
+def test_refuses_images_of_nothing(image_shape):
+    _, height, width = image_shape
+    with pytest.raises(ModelError, match=f"{height}×{width} pixels.*1 or more.*--teacher.image_size"):
+        Generator(image_shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "stages"), [((8, 8), 2), ((28, 28), 2), ((64, 64), 2), ((48, 65), 3), ((128, 4), 3), ((224, 224), 4)]
+)
+def test_stages_by_size(size, stages):
+    names = [name for name, _ in Generator((3, *size), width=2).named_children()]
+    numbers = range(1, stages + 2)
+    assert names == ["projection", "bn0", *(f"{kind}{number}" for number in numbers for kind in ("conv", "bn"))]
+
+
+def test_large_images_do_not_make_a_large_projection():
+    counts = {side: sum(p.numel() for p in Generator((3, side, side)).parameters()) for side in (64, 96, 128, 224)}
+    assert max(counts.values()) < 10e6
+
+
+def test_what_is_too_large_is_cropped_in_the_middle():
+    torch.manual_seed(0)
+    whole, cropped = (Generator((3, side, 8), noise_dim=16, width=4).eval() for side in (8, 6))
+    cropped.load_state_dict(whole.state_dict())
+    noise = torch.randn(4, 16)
+    assert_close(cropped(noise), whole(noise)[:, :, 1:7])
+
+
+def test_a_generator_of_before_makes_the_images_of_before():
+    generator, _ = load_model(FIXTURES / "generator-of-0.1.0.safetensors")
+    noise = torch.randn(4, generator.noise_dim, generator=torch.Generator().manual_seed(0))
+    features = generator.projection(noise).unflatten(1, generator.projected_shape).permute(0, 3, 1, 2)
+    features = generator.bn0(features)
+    for conv, bn in ((generator.conv1, generator.bn1), (generator.conv2, generator.bn2)):
+        features = torch.nn.functional.leaky_relu(bn(conv(features)), 0.2)
+    assert_close(generator(noise), generator.bn3(torch.tanh(generator.conv3(features))))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -1,6 +1,7 @@
 """Networks from factory paths, weights from files."""
 
 import pickle
+import zipfile
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -136,6 +137,32 @@ def test_a_file_without_tensors_is_refused_and_says_what_it_holds(tmp_path):
 
 class TestWhatLiesThere:
     """The content decides, not the name; what is often taken for weights is called by its name."""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "kind"),
+        [
+            ("w.h5", b"\x89HDF\r\n\x1a\n", "HDF5 file, as Keras"),
+            ("w.pt", b"\x1c\0\0\0TFL3", "TensorFlow Lite"),
+            ("w.onnx", b"\x08\x07", "ONNX"),
+        ],
+    )
+    def test_files_of_other_frameworks(self, tmp_path, name, content, kind):
+        (tmp_path / name).write_bytes(content + bytes(100))
+        with pytest.raises(ModelError, match=f"{kind}.*rebuild the network in PyTorch"):
+            weights.read_weights(tmp_path / name)
+
+    def test_a_file_of_keras(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "w.keras", "w") as archive:
+            archive.writestr("model.weights.h5", b"")
+        with pytest.raises(ModelError, match="a file of Keras"):
+            weights.read_weights(tmp_path / "w.keras")
+
+    def test_folders_of_nothing_and_of_tensorflow(self, tmp_path):
+        with pytest.raises(ModelError, match="It is empty"):
+            weights.read_weights(tmp_path)
+        (tmp_path / "saved_model.pb").touch()
+        with pytest.raises(ModelError, match="TensorFlow's SavedModel"):
+            weights.read_weights(tmp_path)
 
     def test_safetensors_under_another_name(self, tmp_path):
         network, other = Plain(), Plain()

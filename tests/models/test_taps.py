@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfad.errors import ModelError
-from dfad.models.taps import CHECKED_WITH, BatchNormTaps, has_batchnorm, with_taps
+from dfad.models.taps import BatchNormTaps, has_batchnorm, with_taps
+from dfad.models.wrappers import CHECKED_WITH
 
 
 class Residual(nn.Module):

@@ -1,0 +1,209 @@
+"""A network from wherever it is: a hub's name, a factory, a folder or a file."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfad import models
+from dfad.errors import ModelError
+from dfad.models.exported import is_exported, load_exported
+from dfad.models.factory import build
+from dfad.models.hubs import hub_of
+from dfad.models.model_file import load_model, read_manifest
+from dfad.models.outputs import Outputs
+from dfad.models.probing import Images, answer_to_blanks, channels_of, declared_images, image_shape_of
+from dfad.models.taps import with_taps
+from dfad.models.weights import WEIGHT_FILES, load_weights, require_file
+from dfad.models.wrappers import LogitsAlone
+from dfad.modes import set_mode
+
+PROGRAM = ".pt2"
+
+SOURCES = (
+    "timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, package.module:callable, the bare name of a network of "
+    "dfad.models, or a file that holds a network: one of this project, or a program of torch.export (.pt2)"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network and what its origin says of it."""
+
+    network: nn.Module
+    trained: bool
+    """Whether its weights came from a file; of one that a callable returned, nobody knows."""
+    image_shape: tuple[int, int, int] | None = None
+    """``(channels, height, width)``, where a file of this project or a program says so."""
+    images: Images = field(default_factory=Images)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Of a file that this project wrote; empty for others."""
+    exported: bool = False
+    """Whether it is a program of ``torch.export``, which has one mode and does not learn."""
+
+
+def load_network(
+    source: str,
+    checkpoint: Path | str | None = None,
+    *,
+    checkpoint_key: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    taps: Sequence[str] = (),
+) -> nn.Module:
+    """A network in eval mode, from a name, a factory, a folder or a file; nothing is downloaded.
+
+    A network that returns a tuple, a mapping or an object with logits is wrapped, and returns them alone.
+
+    Args:
+        source: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER-or-NAME``, ``package.module:callable``, a bare name of
+            :mod:`dfad.models`, or a file that holds a network: one of this project, or a program of ``torch.export``.
+        checkpoint: its weights: safetensors, or a state dict written by ``torch.save``. Without one, those that the
+            source itself has: of a hub, the published ones, where its client has them on this machine; of a callable,
+            what it returns.
+        checkpoint_key: where in a larger checkpoint they are.
+        kwargs: keyword arguments of the factory.
+        taps: names for :func:`dfad.models.taps.with_taps`.
+
+    Raises:
+        ModelError: if it cannot be built or filled, or returns no logits.
+    """
+    loaded = load(source, checkpoint, checkpoint_key=checkpoint_key, kwargs=kwargs, taps=taps)
+    set_mode(loaded.network, training=False)
+    if isinstance(loaded.network, LogitsAlone):
+        return loaded.network
+    answer = answer_to_blanks(loaded.network, shape_of(loaded))
+    return loaded.network if isinstance(answer, (Tensor, Outputs)) else LogitsAlone(loaded.network)
+
+
+def load(
+    source: str,
+    checkpoint: Path | str | None = None,
+    *,
+    checkpoint_key: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    taps: Sequence[str] = (),
+    pretrained: bool = True,
+) -> Loaded:
+    """As :func:`load_network`, with what the source says of the network's images.
+
+    Args:
+        source: see there, and for the others.
+        checkpoint: likewise.
+        checkpoint_key: likewise.
+        kwargs: likewise.
+        taps: likewise.
+        pretrained: without a checkpoint, take a hub's published weights; else random ones.
+    """
+    arguments = dict(kwargs or {})
+    file = file_of(source)
+    if file is not None and is_exported(file):
+        _refuse_extras(source, "weights", checkpoint, arguments)
+        network, size = load_exported(file)
+        shape = (size[0], size[1], size[2]) if len(size) == 3 else None
+        return Loaded(_tapped(network, taps), True, shape, exported=True)
+    if file is not None:
+        _refuse_extras(source, "keyword arguments", None, arguments)
+        network, manifest = load_model(file, taps=tuple(taps) or None)
+        if checkpoint is not None:
+            load_weights(network, Path(checkpoint), checkpoint_key)
+        own = manifest.get("image_shape")
+        return Loaded(
+            network,
+            True,
+            (own[0], own[1], own[2]) if own else None,
+            Images(None, tuple(manifest.get("mean") or ()), tuple(manifest.get("std") or ()), f"the file {source}"),
+            manifest,
+        )
+    found = hub_of(source)
+    if found is None or checkpoint is not None or not pretrained:
+        network = build(source, arguments)
+    else:
+        hub, name = found
+        try:
+            network = hub.trained(name, arguments)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a package says of its arguments
+            raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
+    if checkpoint is not None:
+        load_weights(network, Path(checkpoint), checkpoint_key)
+    images = found[0].images(found[1], network) if found else declared_images(network)
+    if images.mean and channels_of(network) not in (None, len(images.mean)):  # built for other images than published
+        images = replace(images, mean=(), std=())
+    return Loaded(_tapped(network, taps), checkpoint is not None or (found is not None and pretrained), images=images)
+
+
+def load_trained(source: str) -> Loaded:
+    """A network with the weights that its source has.
+
+    Raises:
+        ModelError: if it has none: a callable may return random ones.
+    """
+    if not has_weights(source):
+        raise ModelError(
+            f"{source} has no weights of its own. Name a file, or a network whose weights are published; or, of "
+            "dfad.evaluate, give the file as --model and what builds the network as --factory."
+        )
+    return load(source)
+
+
+def _tapped(network: nn.Module, taps: Sequence[str]) -> nn.Module:
+    return with_taps(network, taps) if taps else network
+
+
+def _refuse_extras(source: str, what: str, checkpoint: object, arguments: Mapping[str, Any]) -> None:
+    if checkpoint is not None or arguments:
+        raise ModelError(
+            f"{source} holds its network whole; it takes no {what} ({checkpoint or dict(arguments)}) from elsewhere. "
+            "Leave them out, or name what builds the network."
+        )
+
+
+def has_weights(source: str) -> bool:
+    """Whether a source is expected to have weights of its own: a hub's name, or a file."""
+    return hub_of(source) is not None or file_of(source) is not None
+
+
+def file_of(source: str) -> Path | None:
+    """The file that a source is; None for a source of another kind.
+
+    Raises:
+        ModelError: if it is a folder, or is written as a file's name and there is none, or holds no network.
+    """
+    path = Path(source)
+    if hub_of(source) is not None or source in models.__all__:
+        return None
+    written_so = ":" not in source and (path.suffix in (PROGRAM, *WEIGHT_FILES) or os.sep in source)
+    if not path.exists() and not written_so:
+        return None
+    if (path / "config.json").is_file():
+        raise ModelError(f"{source} is a folder with a network of Hugging Face. Name it hf:{source}.")
+    require_file(path)
+    return path
+
+
+def architecture_of(source: str, kwargs: Mapping[str, Any], taps: Sequence[str] = ()) -> dict[str, Any]:
+    """What a manifest says of how a network is built: of a file, what the file says."""
+    file = file_of(source)
+    if file is not None and not is_exported(file):
+        architecture = dict(read_manifest(file).get("architecture", {}))
+        return architecture | ({"taps": list(taps)} if taps else {})
+    return {"factory": source, "kwargs": dict(kwargs), "taps": taps}
+
+
+def shape_of(
+    loaded: Loaded, channels: int | None = None, image_size: int | tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """``(channels, height, width)`` of a network's images: as given, else as its file or its origin says, else found.
+
+    Raises:
+        ModelError: if the network takes no such images.
+    """
+    if loaded.image_shape is None:
+        return image_shape_of(loaded.network, channels, image_size or loaded.images.size)
+    own_channels, *own_size = loaded.image_shape
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or own_size
+    return channels or own_channels, height, width

@@ -40,6 +40,7 @@ SMALL = [
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint.pt", "checkpoint-previous.pt", "result.json",
     "student.safetensors", "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png",
+    "samples", "report.html",
 }  # fmt: skip
 
 NETWORKS = ("student", "student_best", "generator")

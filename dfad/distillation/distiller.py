@@ -23,13 +23,15 @@ from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, RunFolderError
 from dfad.models.model_file import weights_hash
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import image_shape_of, in_float32
+from dfad.models.probing import image_shape_of, in_float32, parameter_count
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.folder import open_folder
 from dfad.runs.loop import run_loop
 from dfad.runs.recorder import MetricBuffer
 from dfad.runs.report import Samples
+from dfad.runs.run_page import RunFacts, write_page
+from dfad.runs.snapshots import IMAGES, Snapshot, load_snapshots, moments, save_snapshot
 from dfad.seeds import seeded, stream_seed
 from dfad_kernels import kernel_name
 
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 OBSERVED_BATCHES = 16
 """At most, of which the classes are counted."""
+
+REPORTED_BATCHES = 8
+"""Of which classes and disagreements are reported at the end."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,7 @@ class Distiller:
 
     def _run_rounds(self, folder: Path | None) -> list[dict[str, float]]:
         log_every, select_every = self.config.recording.log_every, self.config.selection.every
+        kept = moments(self.config.method.rounds) if folder is not None else set()
         buffer = MetricBuffer()
         with run_loop(
             folder,
@@ -198,6 +204,8 @@ class Distiller:
                 buffer.add(self.run_round())
                 if self.bank.is_due(self.round_index):
                     self._extend_bank()
+                if folder is not None and self.round_index in kept:
+                    self._save_snapshot(folder)
                 selecting = self.round_index > 0 and loop.due(select_every)
                 # at 0, the end of the warm-up, all are due: its metrics are not those of a round
                 if loop.saving or loop.due(log_every) or selecting:
@@ -221,6 +229,45 @@ class Distiller:
         )
         report.write_result(folder, asdict(result))
         report.write_pictures(folder, self.samples(report.SAMPLES), self.normalisation, history)
+        teacher_logits, student_logits = self._predictions()
+        facts = RunFacts(
+            config=self.config,
+            result=asdict(result),
+            history=history,
+            snapshots=load_snapshots(folder, self.round_index),
+            teacher_logits=teacher_logits,
+            student_logits=student_logits,
+            parameters={
+                "teacher": self.teacher.parameter_count,
+                "student": parameter_count(self.student),
+                "generator": parameter_count(self.generator),
+            },
+            teacher_hash=self.teacher_hash,
+            architecture=report.student_architecture(self.student, self.config.student),
+            image_shape=self.image_shape,
+            normalisation=self.normalisation,
+            device=str(self.device),
+        )
+        write_page(folder, facts)
+
+    @torch.no_grad()
+    def _predictions(self) -> tuple[Tensor, Tensor]:
+        """What teacher and last student say of generated images, the same each time; on the CPU."""
+        stream = torch.Generator(self.device).manual_seed(stream_seed(self.config.seed, "report"))
+        shape = (self.config.method.batch_size, self.config.generator.noise_dim)
+        pairs = []
+        with self.engine.autocast(), statistics_kept(self.generator), evaluating(self.student):
+            for _ in range(REPORTED_BATCHES):
+                images = self.generator(torch.randn(shape, generator=stream, device=self.device))
+                pairs.append((self.teacher(images).logits.float().cpu(), self._classify(images).float().cpu()))
+        teacher, student = map(torch.cat, zip(*pairs, strict=True))
+        return teacher, student
+
+    def _save_snapshot(self, folder: Path) -> None:
+        samples = self.samples(IMAGES)
+        pixels = (report.to_pixels(samples.images, *self.normalisation) * 255).round().astype("uint8")
+        labels, confidences = samples.labels.tolist(), samples.confidences.tolist()
+        save_snapshot(folder, Snapshot(self.round_index, pixels, labels, confidences))
 
     @torch.no_grad()
     def samples(self, count: int) -> Samples:

@@ -11,6 +11,7 @@ from dfad.files import write_atomically
 from dfad.runs import checkpoint
 from dfad.runs.recorder import EVENTS, METRICS
 from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
+from dfad.runs.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
         for pattern in RUN_FILES:
             for path in folder.glob(pattern):
                 path.unlink()
-        for of_the_old_run in (EVENTS, EXPORTS):
+        for of_the_old_run in (EVENTS, EXPORTS, SNAPSHOTS):
             shutil.rmtree(folder / of_the_old_run, ignore_errors=True)
         # last, since it makes the folder a run's
         write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))

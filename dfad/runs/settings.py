@@ -92,7 +92,7 @@ def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
     Raises:
         ConfigurationError: naming each setting that differs.
     """
-    old, new = dict(_leaves(saved)), dict(_leaves(settings))
+    old, new = dict(leaves(saved)), dict(leaves(settings))
     changes = [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
     if changes:
         raise ConfigurationError(
@@ -101,11 +101,12 @@ def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
         )
 
 
-def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings of a tree by the names of their flags."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
+            yield from leaves(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
 

@@ -420,6 +420,13 @@ class EngineConfig:
     compile: Switch = "off"
     """The networks through torch.compile."""
 
+    batchnorm: Literal["whole", "local"] = "whole"
+    """Where ranks share a batch, what BatchNorms that learn normalise with: the statistics of the whole batch, or those
+    of each rank's share, without a collective for each of them; that is another computation."""
+
+    sent_gradients: Literal["float32", "bfloat16"] = "float32"
+    """Where ranks share a batch, the dtype in which their gradients are averaged."""
+
 
 @dataclass(frozen=True)
 class SelectionConfig:

@@ -49,6 +49,12 @@ class ExportError(DfadError):
     exit_code = 7
 
 
+class RankError(DfadError):
+    """Of the processes that share a run, one has ended, hangs, or went another way than the others."""
+
+    exit_code = 8
+
+
 class Interrupted(DfadError):
     """A signal asked the run to stop; its checkpoint is written."""
 

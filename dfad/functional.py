@@ -1,6 +1,7 @@
 """The equations of the method as functions of tensors."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def one_hot_loss(teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(teacher_logits.float(), teacher_logits.argmax(dim=1))
 
 
-def diversity_loss(teacher_logits: Tensor) -> Tensor:
+def diversity_loss(teacher_logits: Tensor, average: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:
     r"""Negative entropy of the batch's mean prediction, in nats: least where all classes are generated alike.
 
     .. math:: \sum_c \bar p_c \log \bar p_c, \quad \bar p = \frac1B \sum_i \operatorname{softmax}(t_i)
@@ -33,12 +34,15 @@ def diversity_loss(teacher_logits: Tensor) -> Tensor:
 
     Args:
         teacher_logits: ``(B, classes)``.
+        average: makes the whole batch's mean of that of these logits, where they are a share of it.
     """
-    mean_prediction = teacher_logits.float().softmax(dim=1).mean(dim=0)
+    mean_prediction = average(teacher_logits.float().softmax(dim=1).mean(dim=0))
     return -torch.special.entr(mean_prediction).sum()
 
 
-def normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+def normalized_squared_error(
+    student: Tensor, teacher: Tensor, average: Callable[[Tensor], Tensor] = lambda mean: mean
+) -> Tensor:
     r"""Squared error of a tap, relative to the size of the teacher's: 1 for a student that is zero everywhere.
 
     .. math:: \frac{\lVert s - t \rVert^2}{\lVert t \rVert^2}
@@ -49,6 +53,7 @@ def normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: tap, ``(B, ...)``.
         teacher: tap of the same shape.
+        average: makes the mean over all shares of a batch of the size of this share's, where they are of one.
 
     Raises:
         ValueError: if shapes or devices differ.
@@ -59,7 +64,7 @@ def normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     error, size = (
         torch.linalg.vector_norm(x, dtype=compute_dtype(student)).square() for x in (student - teacher, teacher)
     )
-    return error / size.clamp_min(1e-12)
+    return error / average(size).clamp_min(1e-12)
 
 
 def class_entropy(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dfad.functional import normalized_squared_error
 from dfad.modes import BatchNorm
 from dfad_kernels import FusedLoss, activation_boundary_loss, batchnorm_distance, interpolated_kl_div
 from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
+from dfad_kernels.registration import compute_dtype
 
 P = ParamSpec("P")
 
@@ -129,12 +130,20 @@ class Discrepancy(nn.Module):
 
 
 class FeatureMatchingLoss(nn.Module):
-    """:func:`~dfad.functional.normalized_squared_error` summed over pairs of taps."""
+    """:func:`~dfad.functional.normalized_squared_error` summed over pairs of taps.
+
+    Args:
+        average: see there.
+    """
+
+    def __init__(self, average: Callable[[Tensor], Tensor] = lambda mean: mean) -> None:
+        super().__init__()
+        self.average = average
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Both a sequence of taps ``(B, ...)``, in the order of the network; the teacher's get no gradient."""
         pairs = zip(student, teacher, strict=True)
-        errors = [normalized_squared_error(*_alike(s, t.detach())) for s, t in pairs]
+        errors = [normalized_squared_error(*_alike(s, t.detach()), self.average) for s, t in pairs]
         return torch.stack(errors).sum()
 
 
@@ -146,17 +155,37 @@ class BatchNormStatisticsLoss(nn.Module):
     Args:
         norms: the BatchNorms, whose running statistics are read at each call; a list may change between calls.
         fused: run the operator's kernels instead of its reference.
+        average: makes the whole batch's mean of that of a share, where the features are of a share of the batch; the
+            statistics are then taken by PyTorch's own operations.
     """
 
-    def __init__(self, norms: Sequence[BatchNorm], fused: bool = True) -> None:
+    def __init__(
+        self, norms: Sequence[BatchNorm], fused: bool = True, average: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.norms = norms  # no ModuleList: they belong to the teacher
         self.distance = batchnorm_distance if fused else batchnorm_distance_reference
+        self.average = average
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """What reached each BatchNorm, ``(B, channels, ...)`` each."""
+        if self.average is not None:
+            return self._of_shares(features, self.average)
         distances = [
             self.distance(x, norm.running_mean, norm.running_var)  # type: ignore[arg-type]
             for x, norm in zip(features, self.norms, strict=True)
+        ]
+        return torch.stack(distances).sum()
+
+    def _of_shares(self, features: Sequence[Tensor], average: Callable[[Tensor], Tensor]) -> Tensor:
+        """One average for the means of all BatchNorms and one for their variances."""
+        moments = [torch.var_mean(x.to(compute_dtype(x)), dim=[0, *range(2, x.ndim)], correction=0) for x in features]
+        own_variance, own_mean = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        mean = average(own_mean)
+        variance = average(own_variance + (own_mean - mean).square())
+        channels = [x.shape[1] for x in features]
+        distances = [
+            torch.linalg.vector_norm(m - norm.running_mean) + torch.linalg.vector_norm(v - norm.running_var)
+            for m, v, norm in zip(mean.split(channels), variance.split(channels), self.norms, strict=True)
         ]
         return torch.stack(distances).sum()

@@ -16,7 +16,19 @@ SCRIPT = "__main__"
 COMMANDS = {path.stem for path in (ROOT / "dfad").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
 COMMANDS.remove(SCRIPT)
 
-GROUND = {"copies", "errors", "files", "metrics", "modes", "seeds", "terminal", "trees", "validation", "version"}
+GROUND = {
+    "copies",
+    "errors",
+    "files",
+    "metrics",
+    "modes",
+    "ranks",
+    "seeds",
+    "terminal",
+    "trees",
+    "validation",
+    "version",
+}
 """One small idea each; they know no room."""
 
 ARROWS = {

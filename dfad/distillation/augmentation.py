@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dfad.config import AugmentationConfig
+from dfad.ranks import ALONE, Ranks
 
 
 class Augmentation:
@@ -14,11 +15,13 @@ class Augmentation:
     Args:
         config: which views.
         rng: the random stream, on the device of the images.
+        ranks: which draw the same for the whole batch; each has the images of its share.
     """
 
-    def __init__(self, config: AugmentationConfig, rng: torch.Generator) -> None:
+    def __init__(self, config: AugmentationConfig, rng: torch.Generator, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.rng = rng
+        self.ranks = ranks
 
     def __call__(self, images: Tensor) -> Tensor:
         """Views ``(B, channels, height, width)`` of such images, normalised; of the same dtype, channels last."""
@@ -65,13 +68,15 @@ class Augmentation:
 
     def _jitter(self, images: Tensor) -> Tensor:
         batch, channels = images.shape[:2]
-        numbers = torch.rand((batch, 1 + channels), generator=self.rng, device=images.device) * 2 - 1
+        drawn = torch.rand((batch * self.ranks.count, 1 + channels), generator=self.rng, device=images.device)
+        numbers = self.ranks.share(drawn) * 2 - 1
         change = (self.config.colour * numbers).to(images.dtype).view(batch, -1, 1, 1)
         return images * (1 + change[:, :1]) + change[:, 1:]
 
     def _integers(self, batch: int, least: int, most: int) -> Tensor:
         """One for each image, ``(B, 1)``."""
-        return torch.randint(least, most + 1, (batch, 1), generator=self.rng, device=self.rng.device)
+        shape = (batch * self.ranks.count, 1)
+        return self.ranks.share(torch.randint(least, most + 1, shape, generator=self.rng, device=self.rng.device))
 
 
 def _reflected(positions: Tensor, length: int) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dfad.ranks import ALONE, Ranks
+
 LARGEST = 127
 """Quantised values are -127 to 127."""
 
@@ -17,6 +19,9 @@ class ImageBank:
 
     Its memory is allocated once and written in place, and how full it is stands on the device. So nothing here waits
     for the device, and a captured round goes on with it.
+
+    Ranks that share a run each hold all of it: an image crosses the wire once, in a byte per channel, and not again
+    each time that it is drawn.
 
     Args:
         size: images that it holds.
@@ -34,15 +39,20 @@ class ImageBank:
         self.written = torch.zeros((), dtype=torch.int64, device=device)
         """Images ever added."""
 
-    def add(self, images: Tensor) -> None:
-        """Keep images ``(B, channels, height, width)`` in place of the oldest; at most ``size`` at once."""
-        values = images.detach().permute(0, 2, 3, 1).float() / self.scale
-        quantised = values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        places = (self.written + torch.arange(len(images), device=images.device)) % self.size
-        self.images.index_copy_(0, places, quantised)
-        self.written += len(images)
+    def add(self, images: Tensor, ranks: Ranks = ALONE) -> None:
+        """Keep images ``(B, channels, height, width)`` in place of the oldest; at most ``size`` at once.
 
-    def sample(self, count: int, newest: int, recent: int, rng: torch.Generator) -> Tensor:
+        Args:
+            images: a batch; a rank's share of it where several share one.
+            ranks: which share it.
+        """
+        values = images.detach().permute(0, 2, 3, 1).float() / self.scale
+        quantised = ranks.whole(values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8))
+        places = (self.written + torch.arange(len(quantised), device=images.device)) % self.size
+        self.images.index_copy_(0, places, quantised)
+        self.written += len(quantised)
+
+    def sample(self, count: int, newest: int, recent: int, rng: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
         """Images ``(count, channels, height, width)`` drawn with replacement, as float32.
 
         Args:
@@ -50,10 +60,11 @@ class ImageBank:
             newest: how many of them are drawn of the most recent ones alone.
             recent: the most recent ones; the ring holds that many or more.
             rng: the random stream, on the device.
+            ranks: which draw the same; each gets its share.
         """
         drawn = torch.randint(2**62, (count,), generator=rng, device=self.images.device)
         filled = self.written.clamp(1, self.size)  # an empty bank's only image is of zeros
-        ages = torch.cat([drawn[:newest] % recent, drawn[newest:] % filled])
+        ages = ranks.share(torch.cat([drawn[:newest] % recent, drawn[newest:] % filled]))
         chosen = self.images.index_select(0, (self.written - 1 - ages) % self.size)
         return (chosen * self.scale).permute(0, 3, 1, 2)
 

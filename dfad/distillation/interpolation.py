@@ -13,6 +13,7 @@ from dfad.losses import InterpolatedKLDivLoss
 from dfad.models.outputs import as_outputs
 from dfad.models.taps import Outputs
 from dfad.modes import statistics_kept
+from dfad.ranks import ALONE, Ranks
 
 
 class VirtualInterpolation:
@@ -24,11 +25,12 @@ class VirtualInterpolation:
 
     Args:
         config: the form; of weight 0, nothing is mixed.
-        batch_size: images of a student step.
+        batch_size: images of a student step, of all ranks.
         rng: the random stream of the mixing coefficients; all are on its device.
         student: sees the mixed images of the last two forms.
         teacher: is asked about them, if the configuration says so.
         fused: see :class:`~dfad.losses.InterpolatedKLDivLoss`.
+        ranks: which draw the same coefficients; each has the images of its share, and their partners among them.
     """
 
     def __init__(
@@ -40,18 +42,21 @@ class VirtualInterpolation:
         teacher: Callable[[Tensor], Outputs],
         *,
         fused: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.rng = rng
+        self.ranks = ranks
         self.student = student
         self.teacher = teacher
         self.divergence = InterpolatedKLDivLoss(config.temperature, fused=fused)
         self.form = config.step if config.weight else None
         replaced = round(config.weight * batch_size) if self.form == "within" else 0
-        self.unmixed = torch.arange(batch_size, device=rng.device) < batch_size - replaced
+        self.unmixed = ranks.share(torch.arange(batch_size, device=rng.device) < batch_size - replaced)
         shape = (batch_size, 2) if config.coefficient == "sample" else (2,)
         self.concentration = torch.full(shape, config.concentration, device=rng.device)
-        self.one = torch.ones(shape[:-1], device=rng.device)
+        one = torch.ones(shape[:-1], device=rng.device)
+        self.one = ranks.share(one) if one.ndim else one
 
     def within(self, images: Tensor) -> Tensor:
         """The images of a student step, the last of them mixed."""
@@ -94,7 +99,8 @@ class VirtualInterpolation:
 
     def sample_coefficient(self) -> Tensor:
         """Mixing coefficients of shape ``(batch,)`` or ``()``, drawn from the symmetric Beta distribution."""
-        return symmetric_beta(self.concentration, self.rng)
+        drawn = symmetric_beta(self.concentration, self.rng)
+        return self.ranks.share(drawn) if drawn.ndim else drawn
 
     def _statistics(self) -> AbstractContextManager[None]:
         return nullcontext() if self.config.batchnorm == "update" else statistics_kept(self.student)

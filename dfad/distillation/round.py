@@ -73,7 +73,9 @@ class Round:
             generator = self._new_generator()
             connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
         self.matches_features = bool(method.feature_matching.weight) and isinstance(connectors, Connectors)
-        size = method.batch_size
+        self.ranks = engine.ranks
+        self.ranks.require_divides("method.batch_size", method.batch_size)
+        size = method.batch_size // self.ranks.count
         self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
         if method.regularizers.batchnorm and not self.teacher.norms:
             raise ModelError(
@@ -111,8 +113,11 @@ class Round:
             method.activation.scaling,
             fused=config.fused,
         )
-        self.feature_matching = FeatureMatchingLoss()
+        self.feature_matching = FeatureMatchingLoss(self.ranks.average)
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
+        self.whole_batchnorm_statistics = BatchNormStatisticsLoss(
+            self.teacher.norms, fused=config.fused, average=self.ranks.average if self.ranks.several else None
+        )
 
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
         for name, stream in self.rng.items():
@@ -124,8 +129,9 @@ class Round:
             self.student,
             self.teacher,
             fused=config.fused,
+            ranks=self.ranks,
         )
-        self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"])
+        self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"], self.ranks)
         size = method.image_bank.size
         self.image_bank = ImageBank(size, image_shape, self.device) if size else None
 
@@ -135,6 +141,7 @@ class Round:
             student_terms = self.student_step()
         for _ in range(self.config.method.generator_steps):
             generator_terms = self.generator_step()
+        self.engine.end_round(self.student, self.connectors, self.generator)
         return {**student_terms, **generator_terms}
 
     def run(self, progress: float) -> Mapping[str, Tensor]:
@@ -149,7 +156,9 @@ class Round:
     def warm_up(self) -> Mapping[str, Tensor]:
         """One step of the generator before the first round, without the student; never part of a captured graph."""
         set_learning_rate(self.generator_optimizer, self.config.optimizer.generator.lr)
-        return self.generator_step(adversary=False)
+        terms = self.generator_step(adversary=False)
+        self.engine.end_round(self.generator)
+        return terms
 
     @contextmanager
     def student_placed(self) -> Iterator[None]:
@@ -165,9 +174,9 @@ class Round:
         """One step of the student towards the teacher, and one on mixed images where these have a step of their own;
         returns the terms of its loss."""
         set_mode(self.student, training=True)
-        with torch.no_grad(), self.engine.autocast():
+        with torch.no_grad(), self.engine.forward():
             images = self.interpolation.within(self.student_images())
-        with self.engine.autocast():
+        with self.engine.forward():
             teacher, student = self.engine.both(
                 lambda: self.teacher.without_gradient(images), lambda: as_outputs(self.student(images))
             )
@@ -175,7 +184,7 @@ class Round:
             terms |= self.interpolation.joint_terms(images, teacher.logits)
         loss = self.imitation_loss(terms)
         self.engine.descend(loss, self.student_optimizer)
-        with self.engine.autocast():
+        with self.engine.forward():
             own_loss = self.interpolation.own_loss(images, teacher.logits, self.imitation)
         if own_loss is not None:
             terms["interpolation"] = own_loss
@@ -186,10 +195,12 @@ class Round:
         """The images of a student step: fresh ones, or from the bank; as student and teacher are to see them."""
         method = self.config.method
         if self.image_bank is None:
-            images = self.generator(self.sample_noise(method.batch_size))
+            images = self.generator(self.own_noise())
         else:
             newest = round(method.image_bank.newest * method.batch_size)
-            images = self.image_bank.sample(method.batch_size, newest, method.batch_size, self.rng["image_bank"])
+            images = self.image_bank.sample(
+                method.batch_size, newest, method.batch_size, self.rng["image_bank"], self.ranks
+            )
             images = images.to(self.engine.dtype)
         return self.augmentation(images)
 
@@ -230,18 +241,18 @@ class Round:
         regularizers = method.regularizers
         set_mode(self.student, training=method.student_batchnorm == "train")
         with frozen(self.student, self.connectors):
-            with self.engine.autocast():
-                images = self.generator(self.sample_noise(method.batch_size))
+            with self.engine.forward():
+                images = self.generator(self.own_noise())
                 teacher, features = (
                     self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
                 )
                 terms = self.adversarial_terms(as_outputs(self.student(images)), teacher) if adversary else {}
                 if regularizers.batchnorm:
-                    terms["batchnorm"] = self.batchnorm_statistics(features)
+                    terms["batchnorm"] = self.whole_batchnorm_statistics(features)
                 if regularizers.one_hot:
                     terms["one_hot"] = functional.one_hot_loss(teacher.logits)
                 if regularizers.diversity:
-                    terms["diversity"] = functional.diversity_loss(teacher.logits)
+                    terms["diversity"] = functional.diversity_loss(teacher.logits, self.ranks.average)
             weights = {
                 "adversarial": method.adversarial,
                 "activation": method.activation.generator_weight,
@@ -252,7 +263,7 @@ class Round:
             loss = _weighted_sum(terms, weights)
             self.engine.descend(loss, self.generator_optimizer)
         if self.image_bank is not None:
-            self.image_bank.add(images)
+            self.image_bank.add(images, self.ranks)
         return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
 
     def adversarial_terms(self, student: Outputs, teacher: Outputs) -> Terms:
@@ -280,6 +291,10 @@ class Round:
         """Standard normal noise ``(count, noise_dim)``."""
         shape = (count, self.config.generator.noise_dim)
         return torch.randn(shape, generator=self.rng[stream], device=self.device)
+
+    def own_noise(self) -> Tensor:
+        """This rank's share of the noise of a step, which all draw from one stream."""
+        return self.ranks.share(self.sample_noise(self.config.method.batch_size))
 
     def _new_generator(self) -> Generator:
         return Generator(

@@ -5,8 +5,9 @@ The trainer says what happens in a round; nothing of how it runs is known there,
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from dfad.config import EngineConfig, OptimizerConfig, Switch
 from dfad.engine import fuse_convolutions as chains
 from dfad.engine.cuda_graph import RoundGraphs
+from dfad.engine.distributed import GradientBucket, WholeBatchNorm, average_statistics
 from dfad.engine.keep_memory import has_mallopt, keep_memory
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad.engine.placement import Placement
 from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_products
 from dfad.engine.two_streams import TwoStreams
 from dfad.errors import ConfigurationError
+from dfad.ranks import Ranks, current_ranks
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
@@ -40,18 +43,34 @@ class Engine:
         fused: what ``auto`` stands for.
         device: where everything runs.
         optimizer_backend: ``torch`` or ``apex``.
+        ranks: which share every step; those of the process group where not given.
 
     Raises:
         ConfigurationError: if a part that is explicitly on cannot run here.
     """
 
     def __init__(
-        self, config: EngineConfig, *, fused: bool, device: torch.device, optimizer_backend: str = "torch"
+        self,
+        config: EngineConfig,
+        *,
+        fused: bool,
+        device: torch.device,
+        optimizer_backend: str = "torch",
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.fused = fused
         self.device = device
         self.optimizer_backend = optimizer_backend
+        self.ranks = ranks or current_ranks()
+        self.whole_batch_norms = self.ranks.several and config.batchnorm == "whole"
+        """Whether BatchNorms that learn take their statistics of the images of all ranks."""
+        self._buckets: WeakKeyDictionary[torch.optim.Optimizer, GradientBucket] = WeakKeyDictionary()
+        if self.ranks.several:
+            log.info(
+                "%d ranks share each batch; BatchNorms that learn take the statistics of %s.",
+                *(self.ranks.count, "all" if self.whole_batch_norms else "each rank's own images"),
+            )
         if optimizer_backend == "apex":
             require_apex(device)
         self.precision = choose_precision(config.precision, device, fused=fused)
@@ -118,6 +137,8 @@ class Engine:
             raise Unavailable("apex's optimizers take the learning rate from the host, which a graph would fix")
         if not self.fused_optimizers:
             raise Unavailable("engine.fused_optimizers is off, and a graph would fix the learning rate")
+        if not self.ranks.capturable(self.device):
+            raise Unavailable("the ranks do not speak by NCCL, and a graph holds nothing else of them")
 
     def _check_two_streams(self) -> None:
         if not self.cuda_graph:
@@ -131,6 +152,12 @@ class Engine:
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the networks' forward passes."""
         return autocast(self.precision, self.device)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Forward passes of a step: in the engine's precision, its batch being that of all ranks."""
+        with WholeBatchNorm(self.ranks) if self.whole_batch_norms else nullcontext(), self.autocast():
+            yield
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -185,11 +212,27 @@ class Engine:
             self.graphs.forget()
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One step of an optimizer down the gradient of a loss."""
+        """One step of an optimizer down the gradient of a loss: of its mean over the ranks, each of which has the loss
+        of its share."""
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.ranks.several:
+            self._bucket(optimizer).average()
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def _bucket(self, optimizer: torch.optim.Optimizer) -> GradientBucket:
+        if optimizer not in self._buckets:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._buckets[optimizer] = GradientBucket(
+                parameters, self.ranks, getattr(torch, self.config.sent_gradients)
+            )
+        return self._buckets[optimizer]
+
+    def end_round(self, *networks: nn.Module) -> None:
+        """Let networks that each rank has normalised by itself hold the same running statistics again."""
+        if self.ranks.several and not self.whole_batch_norms:
+            average_statistics(self.ranks, *networks)
 
 
 def wait_for(device: torch.device) -> None:

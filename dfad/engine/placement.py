@@ -170,6 +170,10 @@ class Placement:
                     raise ModelError(f"engine.{demanded[0]} is on, but {reason} Leave it on auto.") from reason
                 log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, reason)
                 parts = [name for name in parts if name != "fold_batchnorm"]
+        if self.learns and engine.whole_batch_norms:
+            for part in [part for part in parts if part in OWN_NORMS]:
+                self.leave_out(part, "its BatchNorms take their statistics of the images of all ranks")
+                parts.remove(part)
         if "compile" in parts and calls_are_fixed(self.network):
             self.leave_out("compile", "hooks are called in it, which compilation may drop")
             parts.remove("compile")
@@ -194,6 +198,10 @@ NORMS = {nn.BatchNorm2d}
 PRODUCTS = {nn.Conv2d, nn.Linear}
 REWRITING = ("fold_batchnorm", "weights", "fuse_batchnorm", "fuse_convolutions")
 """Parts that are for plain networks alone."""
+
+
+OWN_NORMS = ("fuse_batchnorm", "fuse_convolutions", "compile")
+"""Parts that compute the BatchNorms of networks that learn in a way of their own, of one rank's images."""
 
 
 def _listed(parts: Sequence[str]) -> str:

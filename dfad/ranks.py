@@ -1,0 +1,237 @@
+"""The processes that share one run, as PyTorch's launcher starts them: who is who, and what they say to one another.
+
+Every process is a rank. All collectives of the project are here, and a process that is alone calls none.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dfad.errors import ConfigurationError, DfadError, RankError, first_line
+
+T = TypeVar("T")
+
+CHECKED_WITH = ("2.11", "2.13")
+"""Versions of PyTorch in which the way to the process group's store was looked up: it has no public one."""
+
+TIME_LIMIT = "DFAD_TIME_LIMIT"
+"""Environment variable: seconds that a rank waits for another."""
+
+DEFAULT_TIME_LIMIT = 600.0
+
+GRACE = 3.0
+"""Seconds that a rank waits before it reports what most likely all have found, and the first one reports."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of the processes that share a run; by itself it is the only one."""
+
+    rank: int = 0
+    count: int = 1
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    """Where ranks leave word when collectives fail."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it writes files, logs and results."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.count > 1
+
+    def capturable(self, device: torch.device) -> bool:
+        """Whether a CUDA graph may hold what ranks say to one another about tensors on a device."""
+        return not self.several or "nccl" in dist.get_backend_config().partition(f"{device.type}:")[2].partition(",")[0]
+
+    # Batches
+
+    def require_divides(self, name: str, batch_size: int) -> None:
+        """Refuse a batch that the ranks cannot share.
+
+        Raises:
+            ConfigurationError: if it is not a multiple of twice their number.
+        """
+        if self.several and batch_size % (2 * self.count):
+            nearest = max(1, round(batch_size / (2 * self.count))) * 2 * self.count
+            raise ConfigurationError(
+                f"{name} is {batch_size}, and {self.count} ranks share it: it must be a multiple of {2 * self.count}, "
+                f"for each of them takes images and the partners that they are mixed with. Give {nearest}, or start "
+                "another number of ranks."
+            )
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a whole batch.
+
+        They are a part of the first half and the mirrored part of the second one. So a share that is reversed is the
+        share of the reversed batch, and whoever pairs a batch with its reverse needs no images of other ranks.
+        """
+        if not self.several:
+            return batch
+        part = len(batch) // (2 * self.count)
+        last = len(batch) - self.rank * part
+        return torch.cat([batch[self.rank * part :][:part], batch[last - part : last]])
+
+    def whole(self, share: Tensor) -> Tensor:
+        """The batch that the ranks' shares are of."""
+        if not self.several:
+            return share
+        first, second = self.gather(share).unflatten(1, (2, -1)).unbind(1)
+        return torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])
+
+    # Collectives over tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """That of every rank, along a new first dimension; all of one shape. No gradient flows back."""
+        gathered = tensor.new_empty(self.count, *tensor.shape)
+        with self._collective():
+            dist.all_gather(list(gathered.unbind()), tensor.detach().contiguous())
+        return gathered
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place of a contiguous tensor."""
+        with self._collective():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks. What every rank makes of it sends its gradient back to all."""
+        if not self.several:
+            return tensor
+        average: Tensor = _Average.apply(tensor, self)
+        return average
+
+    # Words between hosts; none of them waits for a GPU
+
+    def any(self, condition: bool) -> bool:
+        """Whether a condition holds for one rank at least."""
+        return condition if not self.several else bool(self.add(torch.tensor(int(condition))))
+
+    def all_of(self, value: T) -> list[T]:
+        """The value of every rank; it must be possible to pickle it."""
+        if not self.several:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self._collective():
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_first(self, work: Callable[[], T]) -> T:
+        """What the first rank's work returns, or raises as an error that is for people; the others do none."""
+        if not self.several:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except DfadError as error:
+                outcome[1] = error
+        with self._collective():
+            dist.broadcast_object_list(outcome)
+        result: T = outcome[0]
+        if outcome[1] is not None:
+            raise outcome[1]
+        return result
+
+    def require_equal(self, value: object, refuse: Callable[[list[int]], DfadError]) -> None:
+        """Refuse a value that is not the same on every rank.
+
+        Args:
+            value: compared as it is pickled and compared by Python.
+            refuse: makes the error of the ranks that differ from the first one.
+
+        Raises:
+            DfadError: what ``refuse`` made, on every rank.
+        """
+        values = self.all_of(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise refuse(others)
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(self._blame(error)) from error
+
+    def _blame(self, error: RuntimeError) -> str:
+        """Who took no part in a collective that failed: whoever leaves no word is dead or hangs."""
+        reason = f"The ranks cannot go on: what rank {self.rank} said to the others failed ({first_line(error)})."
+        if self.store is None:
+            return reason
+        words = [f"failed/{rank}" for rank in range(self.count)]
+        silent = list(range(self.count))
+        try:
+            self.store.set(words[self.rank], "")
+            deadline = time.monotonic() + GRACE
+            while silent and time.monotonic() < deadline:
+                silent = [rank for rank in silent if not self.store.check([words[rank]])]
+                time.sleep(0.05)
+        except RuntimeError:  # whoever kept the store is gone as well
+            return reason
+        if not silent:
+            return reason
+        who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+        limit = f"A rank waits {time_limit():g} seconds for another; {TIME_LIMIT} in the environment changes that."
+        return f"{who.capitalize()} of {self.count} took no part any more: ended, out of reach, or hanging. {limit}"
+
+
+class _Average(torch.autograd.Function):
+    """The losses of all ranks are averaged, so that gradients are, too; each rank's part of a gradient is of all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.add(tensor.clone(memory_format=torch.contiguous_format)) / ranks.count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ranks: Ranks = ctx.ranks
+        return ranks.add(gradient.clone(memory_format=torch.contiguous_format)) / ranks.count, None
+
+
+ALONE = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """The ranks of the default process group; a process without one is alone."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+    return Ranks(dist.get_rank(), dist.get_world_size(), store)
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of ranks that a launcher has put into the environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def restarts() -> int:
+    """How often the launcher has started the ranks again after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def time_limit() -> float:
+    """Seconds that a rank waits for another.
+
+    Raises:
+        ConfigurationError: if the environment says something else than a positive number.
+    """
+    text = os.environ.get(TIME_LIMIT, str(DEFAULT_TIME_LIMIT))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise ConfigurationError(f"{TIME_LIMIT} is {text!r} in the environment; give a positive number of seconds.")
+    return limit

@@ -19,6 +19,10 @@ from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
+from dfad.runs.recorder import read_history
+from dfad.runs.run_page import REPORT
+from dfad.runs.settings import GROWING
+from dfad.runs.trend import improves, verdict
 from dfad.supervised.recipes import RECIPES
 from dfad.terminal import configure_logging
 
@@ -60,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = distiller.fit(run_dir, resume=command.resume is not None, overwrite=command.overwrite)
     measured = measure(evaluate, teacher.network.to(device), student, distiller.best) if evaluate else {}
     Console().print(result_table(result, teacher.network, student, measured))
-    log.info("Everything is in %s.", run_dir)
+    history = read_history(run_dir)
+    log.info(verdict(history))
+    if improves(history):
+        log.info(
+            "To go on: dfad train --resume %s --%s %d (see docs/usage.md).", run_dir, GROWING, 2 * config.method.rounds
+        )
+    log.info("Everything is in %s; %s shows it.", run_dir, run_dir / REPORT)
 
 
 def estimate_table(cost: Estimate) -> Table:

@@ -26,7 +26,7 @@ from dfad.models.outputs import as_outputs
 from dfad.models.probing import image_shape_of, in_float32, parameter_count
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
-from dfad.runs.folder import open_folder
+from dfad.runs.folder import extend, open_folder
 from dfad.runs.loop import run_loop
 from dfad.runs.recorder import MetricBuffer
 from dfad.runs.report import Samples
@@ -155,7 +155,8 @@ class Distiller:
 
         Args:
             run_dir: folder for metrics, checkpoints, networks and pictures; nothing is written without one.
-            resume: continue the run in that folder from its last checkpoint.
+            resume: continue the run in that folder from its last checkpoint; with more rounds in the configuration than
+                it was started with, extend it.
             overwrite: replace the run in that folder.
 
         Raises:
@@ -178,6 +179,8 @@ class Distiller:
             if state is not None:
                 preflight.check_teacher(folder, state.get("teacher"), self.teacher_hash)
                 self.load_state_dict(state)
+            if resume:
+                extend(folder, self.config)
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
         with self.engine.running(), seeded(stream_seed(self.config.seed, "networks"), self.device):

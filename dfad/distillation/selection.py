@@ -14,7 +14,8 @@ class AgreementBank:
     """Generated images with the teacher's predictions, held out from training.
 
     It fills in equal slices over the first half of the rounds and never changes after that: agreements before and
-    after could not be compared otherwise. So a student is a candidate from the middle of a run on.
+    after could not be compared otherwise. So a student is a candidate from the middle of a run on. A run that is
+    extended keeps the bank of its first plan.
 
     Args:
         size: images in all.
@@ -54,9 +55,12 @@ class AgreementBank:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"images": self.images, "labels": self.labels}
+        plan = {"due_rounds": self.due_rounds, "slice_size": self.slice_size}
+        return {"images": self.images, "labels": self.labels, **plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.images = [images.to(self.device) for images in state["images"]]
         self.labels = [labels.to(self.device) for labels in state["labels"]]
+        if "due_rounds" in state:  # checkpoints of version 0.1.0 have none
+            self.due_rounds, self.slice_size = state["due_rounds"], state["slice_size"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dfad.errors import RunFolderError
 from dfad.runs.page import chart, page, percent, table
-from dfad.runs.recorder import METRICS
+from dfad.runs.recorder import read_history
 from dfad.runs.run_page import PANELS, REPORT, curve, plain
 from dfad.runs.settings import SETTINGS_FILE, read_yaml
 
@@ -113,21 +113,9 @@ def _read(folder: Path, name: str) -> Run:
     if not (folder / SETTINGS_FILE).is_file():
         raise RunFolderError(f"{folder} holds no {SETTINGS_FILE}, so it is not a run's folder.")
     settings = dict(_flat(read_yaml(folder / SETTINGS_FILE)))
-    return Run(name, folder, settings, _history(folder / METRICS), _result(folder / "result.json"))
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # of a run that goes on, or was killed, the last line may be cut
-            break
-        # an epoch of a teacher's run is a round here
-        records.append({"round": record.get("round", record.get("epoch", 0)), **record})
-    return records
+    # an epoch of a teacher's run is a round here
+    history = [{"round": record.get("epoch", 0), **record} for record in read_history(folder)]
+    return Run(name, folder, settings, history, _result(folder / "result.json"))
 
 
 def _result(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite
     Args:
         folder: of the run; a new one's may exist if it is empty.
         settings: what the run is started with.
-        resume: the folder must hold a run that was started with these settings.
+        resume: the folder must hold a run that was started with these settings, or with fewer rounds.
         overwrite: a new run may replace one that the folder holds. A folder that holds other things is never admitted.
 
     Raises:
@@ -60,7 +60,7 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
 
     Args:
         folder: of the run; see :func:`check_folder` for this and the others.
-        settings: written as YAML for a new run, and compared with those for a resumed one.
+        settings: written as YAML for a new run, and compared with those for a resumed one, which they may extend.
         resume: continue the run in the folder.
         overwrite: replace the run in the folder.
 
@@ -93,3 +93,19 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
             f"{folder} cannot be made a run's folder: {error.strerror}. Choose another --run_dir."
         ) from None
     return None
+
+
+def extend(folder: Path, settings: Any) -> None:
+    """Write down that a resumed run is to have more rounds, where that is so.
+
+    Args:
+        folder: of the run.
+        settings: that the run goes on with, see :func:`open_folder`.
+
+    Raises:
+        RunFolderError: if the file cannot be written.
+    """
+    if require_unchanged(folder, saved_settings(folder, type(settings)()), settings):
+        text = to_yaml(settings)
+        write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
+        log.info("%s is extended: its learning rates go on as those of a run of the new length do from there.", folder)

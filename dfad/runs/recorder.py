@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dfad.errors import not_installed
 from dfad.files import write_atomically, writing
+from dfad.runs.trend import direction, duration, recent_change
 from dfad.terminal import console
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Recorder:
         self.history: list[dict[str, float]] = []
         self._file = self._events = None
         if folder is not None:
-            self.history = _records_until(folder / METRICS, start, unit)
+            self.history = [record for record in read_history(folder) if record[unit] <= start]
             _rewrite(folder / METRICS, self.history)
             with self._writing():
                 self._file = (folder / METRICS).open("a", encoding="utf-8")
@@ -123,13 +124,25 @@ class Recorder:
             if self._events:
                 for name, value in metrics.items():
                     self._events.add_scalar(name, value, round_index)
-        status = _status(metrics)
+        status = self._status(round_index, metrics)
         if self._progress:
             self._progress.update(self._task, completed=round_index - self.first, status=status)
         elif round_index < 0:
             log.info("Warm-up %d/%d  %s", round_index - self.first, -self.first, status)
         else:
             log.info("%s %d/%d  %s", self.unit.capitalize(), round_index, self.rounds, status)
+
+    def _status(self, round_index: int, metrics: Metrics) -> str:
+        """What matters to a person first: how good the student is, whether it gets better, how long it takes."""
+        shown = ("agreement", "accuracy", "student_loss", "generator_loss", "loss", "rounds_per_second")
+        names = {"rounds_per_second": "rounds/s", "student_loss": "student", "generator_loss": "generator"}
+        parts = [f"{names.get(name, name)} {metrics[name]:.4g}" for name in shown if name in metrics]
+        change = recent_change(self.history) if "agreement" in metrics else None
+        if change is not None:
+            parts[0] += f" ({direction(change[0])}, {change[0]:+.3f} in {change[1]} rounds)"
+        if metrics.get("rounds_per_second") and round_index < self.rounds:
+            parts.append(f"{duration((self.rounds - round_index) / metrics['rounds_per_second'])} left")
+        return "  ".join(parts)
 
 
 def _event_writer(folder: Path, purge_step: int | None) -> Any:
@@ -142,23 +155,15 @@ def _event_writer(folder: Path, purge_step: int | None) -> Any:
     return SummaryWriter(str(folder / EVENTS), purge_step=purge_step)
 
 
-def _status(metrics: Metrics) -> str:
-    shown = ("rounds_per_second", "student_loss", "generator_loss", "loss", "agreement", "accuracy")
-    names = {"rounds_per_second": "rounds/s", "student_loss": "student", "generator_loss": "generator"}
-    return "  ".join(f"{names.get(name, name)} {metrics[name]:.4g}" for name in shown if name in metrics)
-
-
-def _records_until(path: Path, last_round: int, unit: str) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records in a run's folder; what a kill has cut, or a run that goes on is writing, is left out."""
+    path = folder / METRICS
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a kill may have cut the last line
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
             break
-        if record[unit] <= last_round:
-            records.append(record)
     return records
 
 

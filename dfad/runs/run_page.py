@@ -19,6 +19,7 @@ from dfad.models.model_file import versions
 from dfad.runs.page import chart, image, page, percent, scrolled, table, tiles
 from dfad.runs.settings import leaves, to_tree
 from dfad.runs.snapshots import Snapshot
+from dfad.runs.trend import verdict
 
 REPORT = "report.html"
 
@@ -99,6 +100,7 @@ def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
     yield "<h2>Curves</h2>"
     yield '<p class="quiet">Point at a curve, or move along it with the arrow keys, to read its values.</p>'
     yield f'<div class="charts">{"".join(charts(facts.history))}</div>'
+    yield f"<p>{escape(verdict(facts.history))}</p>"
     yield "<h2>Generated images</h2>"
     yield from _images(facts)
     yield "<h2>Classes of the generated images</h2>"

@@ -86,19 +86,29 @@ def saved_settings(folder: Path, defaults: T) -> T:
     return override(defaults, read_yaml(path), source=str(path))
 
 
-def require_unchanged(folder: Path, saved: Any, settings: Any) -> None:
-    """Refuse to resume with other settings.
+GROWING = "method.rounds"
+"""The one setting with which a run can be resumed that differs from the one that it was started with: more of it."""
+
+
+def require_unchanged(folder: Path, saved: Any, settings: Any) -> bool:
+    """Refuse to resume with other settings; returns whether the run is extended by more rounds.
 
     Raises:
         ConfigurationError: naming each setting that differs.
     """
     old, new = dict(leaves(saved)), dict(leaves(settings))
-    changes = [f"{name} {old[name]!r} → {value!r}" for name, value in new.items() if old[name] != value]
-    if changes:
+    changed = {name: value for name, value in new.items() if old[name] != value}
+    rounds = changed.pop(GROWING, None)
+    if rounds is not None and rounds < old[GROWING]:
+        changed[GROWING] = rounds
+    if changed:
+        changes = "; ".join(f"{name} {old[name]!r} → {value!r}" for name, value in changed.items())
         raise ConfigurationError(
             f"{folder} cannot be resumed with other settings than it was started with. "
-            f"Changed: {'; '.join(changes)}. Leave these options out, or start a new run with --run_dir."
+            f"Changed: {changes}. Leave these options out, or start a new run with --run_dir. "
+            f"Only --{GROWING} may be raised."
         )
+    return rounds is not None
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -52,4 +52,13 @@ class TestRecorder:
     def test_plain_lines_tell_what_matters(self, caplog):
         with caplog.at_level("INFO", logger="dfad"), Recorder(None, rounds=4) as recorder:
             recorder.write(2, {"student_loss": 0.123456, "rounds_per_second": 3.0, "class_entropy": 0.5})
-        assert caplog.messages == ["Round 2/4  rounds/s 3  student 0.1235"]
+        assert caplog.messages == ["Round 2/4  student 0.1235  rounds/s 3  1 s left"]
+
+    def test_the_line_says_how_the_agreement_moves_and_what_time_is_left(self, caplog):
+        with caplog.at_level("INFO", logger="dfad"), Recorder(None, rounds=4000) as recorder:
+            for round_index, agreement in ((10, 0.5), (20, 0.6), (30, 0.7)):
+                recorder.write(round_index, {"agreement": agreement, "rounds_per_second": 1.0})
+        assert caplog.messages[1:] == [
+            "Round 20/4000  agreement 0.6  rounds/s 1  1 h 06 min left",
+            "Round 30/4000  agreement 0.7 (rising, +0.200 in 20 rounds)  rounds/s 1  1 h 06 min left",
+        ]

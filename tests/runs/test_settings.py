@@ -163,9 +163,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_changed_settings_are_named():
     saved = DistillConfig(seed=5, method=MethodConfig(rounds=3))
-    require_unchanged(Path("run"), saved, saved)
-    with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 6; method\.rounds 3 → 4\."):
-        require_unchanged(Path("run"), saved, DistillConfig(seed=6, method=MethodConfig(rounds=4)))
+    with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 6; method\.rounds 3 → 2\."):
+        require_unchanged(Path("run"), saved, DistillConfig(seed=6, method=MethodConfig(rounds=2)))
+    assert not require_unchanged(Path("run"), saved, saved)
+    assert require_unchanged(Path("run"), saved, DistillConfig(seed=5, method=MethodConfig(rounds=4)))
 
 
 def test_the_library_reads_settings_without_a_parser_of_flags():

@@ -1,0 +1,59 @@
+"""Whether a student still gets better: the trend of its agreement with the teacher."""
+
+from collections.abc import Mapping, Sequence
+
+STEADY = 0.005
+"""A change of the agreement below this is none: half an image in a hundred."""
+
+FEWEST = 3
+"""Evaluations that it takes to speak of a trend."""
+
+
+def recent_change(history: Sequence[Mapping[str, float]], name: str = "agreement") -> tuple[float, int] | None:
+    """How a metric changed over the last half of its evaluations, and over how many rounds; None for too few of them.
+
+    The change is that of the least-squares line, so that one lucky evaluation at the end is no trend.
+
+    Args:
+        history: records of metrics, each with its ``round``.
+        name: of the metric.
+    """
+    points = [(record["round"], record[name]) for record in history if name in record]
+    points = points[-max(FEWEST, (len(points) + 1) // 2) :]
+    span = points[-1][0] - points[0][0] if points else 0
+    if len(points) < FEWEST or not span:
+        return None
+    centre = sum(x for x, _ in points) / len(points)
+    mean = sum(y for _, y in points) / len(points)
+    slope = sum((x - centre) * (y - mean) for x, y in points) / sum((x - centre) ** 2 for x, _ in points)
+    return slope * span, int(span)
+
+
+def direction(change: float) -> str:
+    """A change in a word."""
+    return "steady" if abs(change) < STEADY else "rising" if change > 0 else "falling"
+
+
+def verdict(history: Sequence[Mapping[str, float]]) -> str:
+    """A sentence on whether the student still improved at the end."""
+    found = recent_change(history)
+    if found is None:
+        return "Agreement was measured too seldom to say whether it still rises: --selection.every sets how often."
+    change, span = found
+    if direction(change) == "steady":
+        return f"Agreement was steady over the last {span:,} rounds: the student has about what these settings give it."
+    moved = "still rose" if change > 0 else "fell"
+    return f"Agreement {moved} by {abs(change):.1%} of the images over the last {span:,} rounds."
+
+
+def improves(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the student still improved at the end."""
+    found = recent_change(history)
+    return found is not None and direction(found[0]) == "rising"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

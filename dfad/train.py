@@ -34,7 +34,8 @@ class Train(cli.Command):
     """Distil a small network from a trained one without any data.
 
     Exit codes: 0 done; 2 option or configuration; 3 teacher, student or checkpoint; 4 run folder; 5 losses became NaN
-    or infinite; 6 evaluation data; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+    or infinite; 6 evaluation data; 8 another process of the run has ended or hangs; 130 and 143 stopped by Ctrl-C or
+    SIGTERM, with a checkpoint.
     """
 
     settings: Annotated[TrainConfig, cli.Settings] = TrainConfig()

@@ -44,6 +44,7 @@ ARROWS = {
     "delivery": {"models"},
     "supervised": {"config", "data", "engine", "models", "runs"},
     "assembly": {"config", "data", "distillation", "engine", "models", "runs", "supervised"},
+    "inspection": {"config", "distillation", "engine", "models"},
     "experiments": {"assembly", "config", "data", "distillation", "engine", "models", "presets", "runs", "supervised"},
     "cli": {"runs"},
     SCRIPT: {"cli"},

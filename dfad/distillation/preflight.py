@@ -41,7 +41,7 @@ def check_networks(
     require_finite(teacher, "teacher")
     require_finite(student, "student")
     teacher_outputs = dry_forward(teacher, image_shape, announce=True)
-    answers = _usable_answers(teacher, image_shape)
+    answers = usable_answers(teacher, image_shape)
     student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
     if uses_taps:
         _require_pre_activations(answers.taps, "teacher")
@@ -80,8 +80,12 @@ def _finite(tensor: Tensor) -> bool:
     return is_lazy(tensor) or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
-    """What the teacher answers to two random images, if it is finite and a gradient reaches them."""
+def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
+    """What a teacher answers to two random images, in eval mode.
+
+    Raises:
+        ModelError: if it is NaN or infinite, or no gradient reaches the images.
+    """
     device = next(teacher.parameters(), torch.empty(0)).device
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     reason = "its logits carry none"

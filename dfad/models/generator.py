@@ -1,6 +1,7 @@
 """The network that makes images of noise."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ class Generator(nn.Module):
         """Images ``(B, channels, height, width)`` of noise ``(B, noise_dim)``."""
         # the projection's units are in channels-last order, so that such a network needs no copy
         features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
-        features = self.bn0(_in_format_of(self.get_parameter("conv1.weight"), features))
+        first: Any = self.get_submodule("conv1")
+        features = self.bn0(_in_format_of(first.weight, features))
         for stage in range(1, self.stages + 1):
             features = self.get_submodule(f"conv{stage}")(features)
             features = F.leaky_relu(self.get_submodule(f"bn{stage}")(features), 0.2)

@@ -47,7 +47,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write one into a run's folder."""
     (folder / SNAPSHOTS).mkdir(exist_ok=True)
     tensors: dict[str, Tensor] = {
-        "pixels": torch.from_numpy(snapshot.pixels),
+        "pixels": torch.from_numpy(snapshot.pixels).contiguous(),  # of three channels they come channels last
         "labels": torch.tensor(snapshot.labels),
         "confidences": torch.tensor(snapshot.confidences),
     }

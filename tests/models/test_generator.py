@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dfad.engine.tracing import trace
 from dfad.errors import ModelError
 from dfad.models.generator import Generator, UpsampledConv2d
 from dfad.models.model_file import load_model
@@ -56,6 +57,13 @@ def test_layout_does_not_change_the_images():
 def test_compiles_as_one_graph():
     generator, noise = Generator((3, 7, 8), noise_dim=16, width=4).eval(), torch.randn(4, 16)
     assert_close(torch.compile(generator, fullgraph=True, backend="eager")(noise), generator(noise))
+
+
+@pytest.mark.parametrize("image_shape", [(1, 8, 8), (3, 30, 30), (3, 97, 65)], ids=str)
+def test_may_be_rewritten_by_the_engine(image_shape):
+    generator = Generator(image_shape, noise_dim=16, width=4)
+    calls = [node.target for node in trace(generator, training=True).graph.nodes if node.op == "call_module"]
+    assert set(calls) >= {name for name, _ in generator.named_children() if name.startswith("bn")}
 
 
 @pytest.mark.parametrize("image_shape", [(3, 0, 4), (0, 8, 8), (1, 8, -1)], ids=str)

@@ -1,0 +1,390 @@
+"""What is known of a teacher before anything is distilled: its images, its parts, its students, the next command."""
+
+import copy
+import inspect
+import json
+import logging
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfad import models
+from dfad.config import EngineConfig, TeacherConfig
+from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.distillation.preflight import require_finite, usable_answers
+from dfad.engine import Engine, wait_for
+from dfad.models.anatomy import (
+    Tap,
+    activations_of,
+    batchnorms_of,
+    boundary_of,
+    candidate_taps,
+    has_boundary,
+    norms_of,
+    paired,
+)
+from dfad.models.factory import build
+from dfad.models.hubs import hub_of
+from dfad.models.probing import dry_forward, in_float32, parameter_count
+from dfad.models.sources import Loaded, load, shape_of
+from dfad.modes import evaluating
+
+BATCH_SIZE = 32
+"""Images of a timed batch."""
+
+TIMED_BATCHES = 3
+
+TRIED, SHOWN = 24, 3
+"""Networks of the same family that are built to be counted, and students that are shown."""
+
+ACTIVATION_WEIGHT = 0.1
+"""That of the preset's method; docs/experiments.md."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A smaller network that takes the same images and tells the same classes."""
+
+    source: str
+    kwargs: dict[str, Any]
+    parameters: int
+    taps: list[str]
+    """Of those that pair with the teacher's; empty where none does, or it returns them itself."""
+    teacher_taps: list[str]
+    fit: str
+    """How its taps fit the teacher's, for people."""
+    boundary: bool
+    """Whether the command sets the activation regularizer."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a teacher."""
+
+    source: str
+    network: str
+    trained: bool
+    classes: int
+    image_shape: tuple[int, int, int]
+    image_shape_found: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalisation_found: str
+    norms: dict[str, int]
+    activations: dict[str, int]
+    boundary: str
+    image_prior: str
+    parameters: int
+    flops_per_image: int
+    """Of convolutions and matrix products; a multiplication and an addition count as two."""
+    batch_size: int
+    seconds_per_batch: float
+    device: str
+    engine_parts: list[str]
+    engine_reasons: list[str]
+    """Why the others will not run, as the log says it."""
+    taps: list[Tap]
+    students: list[Student]
+    limits: list[str]
+    """What cannot be done with it, and why."""
+    command: str
+    """To run next."""
+
+
+def inspection(
+    source: str,
+    config: TeacherConfig,
+    device: torch.device,
+    *,
+    extras: Sequence[str] = (),
+    timed: bool = True,
+) -> Inspection:
+    """Find out about a teacher.
+
+    Args:
+        source: of the network, see :mod:`dfad.models.sources`.
+        config: the rest of what is said of it.
+        device: where it is timed.
+        extras: the flags of the teacher that were given, for the command.
+        timed: measure seconds per batch; else they are 0.
+
+    Raises:
+        ModelError: if it cannot be loaded, or cannot teach.
+    """
+    loaded = _loaded(source, config)
+    network = in_float32(loaded.network, copied=False)
+    with _messages("dfad.models") as said:
+        shape = shape_of(loaded, config.channels, config.image_size)
+    require_finite(network, "teacher")
+    usable_answers(network, shape)
+    classes = dry_forward(network, shape).logits.shape[1]
+    activations, norms, statistics = activations_of(network), norms_of(network), batchnorms_of(network)
+    taps = candidate_taps(network, shape)
+    own_taps = bool(taps) and taps[0].name.isdigit()
+    students = list(_students(source, loaded, shape, classes, taps, own_taps, has_boundary(activations)))
+    parts, reasons = _engine(network, shape, device)
+    mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
+    size_found = loaded.images.origin if loaded.images.size and not config.image_size else " ".join(said)
+    flops, seconds = _cost(network, shape, device, timed=timed)
+    return Inspection(
+        source=source,
+        network=type(getattr(network, "network", network)).__name__,
+        trained=loaded.trained,
+        classes=classes,
+        image_shape=shape,
+        image_shape_found="as given" if config.image_size else size_found or f"the file {source}",
+        mean=tuple(mean),
+        std=tuple(std),
+        normalisation_found="as given" if config.mean else loaded.images.origin or "not known; give --teacher.mean",
+        norms=dict(norms),
+        activations=dict(activations),
+        boundary=boundary_of(activations),
+        image_prior=image_prior(statistics),
+        parameters=parameter_count(network),
+        flops_per_image=flops,
+        batch_size=BATCH_SIZE,
+        seconds_per_batch=seconds,
+        device=str(device),
+        engine_parts=parts,
+        engine_reasons=reasons,
+        taps=taps,
+        students=students,
+        limits=list(_limits(loaded, taps, students, statistics)),
+        command=_command(source, extras, loaded, shape, config, students, statistics),
+    )
+
+
+def image_prior(statistics: int) -> str:
+    """What shapes the generated images beside the adversary, for people.
+
+    Args:
+        statistics: how many of the teacher's norms hold statistics.
+    """
+    if statistics:
+        return f"the statistics in {statistics} BatchNorms, one-hot predictions and diversity"
+    return (
+        "one-hot predictions and diversity, and the generator's own mean 0 and variance 1: it has no BatchNorm whose "
+        "statistics could be matched (docs/networks.md says what that costs)"
+    )
+
+
+def _loaded(source: str, config: TeacherConfig) -> Loaded:
+    options: dict[str, Any] = {"checkpoint_key": config.checkpoint_key, "kwargs": config.kwargs, "taps": config.taps}
+    if config.checkpoint is not None:
+        return load(source, config.checkpoint, **options)
+    try:
+        return load(source, **options)
+    except Exception:
+        if hub_of(source) is None:
+            raise
+        return load(source, pretrained=False, **options)  # what it is made of is known without its weights
+
+
+@contextmanager
+def _messages(*names: str) -> Iterator[list[str]]:
+    """What is logged below some names, instead of in the log."""
+    said: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() not in said:
+                said.append(record.getMessage())
+
+    handler, loggers = Keeping(), [logging.getLogger(name) for name in names]
+    before = [(logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        for logger, (propagate, level) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+            logger.setLevel(level)
+
+
+def _engine(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> tuple[list[str], list[str]]:
+    """Parts of the engine that will run for this teacher, and why the others will not."""
+    with _messages("dfad.engine", "dfad.distillation.frozen_teacher") as said:
+        engine = Engine(EngineConfig(), fused=True, device=device)
+        frozen = FrozenTeacher(network, engine, shape, BATCH_SIZE)
+    left_out = " ".join(said)
+    names = [name for name in vars(EngineConfig()) if name not in ("precision", "two_streams", "compile")]
+    running = [name for name in names if getattr(engine, name) and f"engine.{name} for the teacher" not in left_out]
+    if frozen.measured is None and "fuse_batchnorm" in running and not batchnorms_of(network):
+        running.remove("fuse_batchnorm")
+    return [f"precision {engine.precision}", *running], [message.removesuffix(".") for message in said]
+
+
+def _cost(network: nn.Module, shape: tuple[int, int, int], device: torch.device, *, timed: bool) -> tuple[int, float]:
+    """FLOPs of one image, and seconds of a batch, the median of a few."""
+    network = copy.deepcopy(network).to(device) if device.type != "cpu" else network
+
+    def forward(count: int) -> None:
+        network(torch.zeros(count, *shape, device=device))
+
+    with evaluating(network), torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            forward(1)
+        return counter.get_total_flops(), _seconds(lambda: forward(BATCH_SIZE), device) if timed else 0.0
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(TIMED_BATCHES + 1):
+        started = time.perf_counter()
+        work()
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds[1:])[TIMED_BATCHES // 2]
+
+
+def _students(
+    source: str,
+    loaded: Loaded,
+    shape: tuple[int, int, int],
+    classes: int,
+    taps: Sequence[Tap],
+    own_taps: bool,
+    boundary: bool,
+) -> Iterator[Student]:
+    largest = parameter_count(loaded.network)
+    shown = 0
+    for candidate, kwargs in _candidates(source, shape, classes):
+        try:
+            network = build(candidate, kwargs)
+            count = parameter_count(network)
+            if count >= largest or dry_forward(network, shape).logits.shape[1] != classes:
+                continue
+            student_taps = candidate_taps(network, shape)
+        except Exception:  # of whatever a network does with such images
+            continue
+        yield _student(candidate, kwargs, count, taps, student_taps, own_taps, boundary)
+        shown += 1
+        if shown == SHOWN:
+            return
+
+
+def _student(
+    source: str,
+    kwargs: dict[str, Any],
+    count: int,
+    taps: Sequence[Tap],
+    student_taps: Sequence[Tap],
+    own_taps: bool,
+    boundary: bool,
+) -> Student:
+    pairs = paired(taps, student_taps)
+    student_own = bool(student_taps) and student_taps[0].name.isdigit()
+    if not pairs:
+        return Student(source, kwargs, count, [], [], "no tap of its has the resolution of one of the teacher's", False)
+    same = all(one.shape == other.shape for one, other in pairs)
+    sizes = ", ".join(f"{one.shape[1]}×{one.shape[2]}" for one, _ in pairs)
+    fit = f"{len(pairs)} taps of the same resolution ({sizes})"
+    fit += ", of the same width" if same else "; 1×1 connectors to the teacher's width"
+    usable = boundary
+    if own_taps and (len(pairs) != len(taps) or not student_own):
+        usable, fit = usable and not own_taps, f"{fit}; the teacher returns its own, which must match all"
+    if student_own and (len(pairs) != len(student_taps) or not own_taps):
+        usable, fit = False, f"{fit}; it returns taps of its own, which must match all"
+    names = [] if student_own else [other.name for _, other in pairs]
+    return Student(source, kwargs, count, names, [] if own_taps else [one.name for one, _ in pairs], fit, usable)
+
+
+def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Networks that could be students, of the same family first, the largest first."""
+    found = hub_of(source)
+    if found is not None:
+        hub, name = found
+        family = re.split(r"\d", name.split(".")[0], maxsplit=1)[0]
+        relatives = [
+            other for other in hub.names() if re.split(r"\d", other, maxsplit=1)[0] == family and other != name
+        ]
+        prefix = source.partition(":")[0]
+        counted = []
+        for other in sorted(relatives, key=len)[:TRIED]:
+            kwargs: dict[str, Any] = {"num_classes": classes}
+            if shape[0] != 3 and prefix == "timm":
+                kwargs["in_chans"] = shape[0]
+            with torch.device("meta"):
+                try:
+                    counted.append((parameter_count(build(f"{prefix}:{other}", kwargs)), other, kwargs))
+                except Exception:  # a network that cannot be made without memory, or of such arguments
+                    continue
+        own = parameter_count(_on_meta(source, classes)) if counted else 0
+        smaller = [entry for entry in sorted(counted, key=lambda entry: -entry[0]) if entry[0] < 0.9 * own]
+        yield from ((f"{prefix}:{other}", kwargs) for _, other, kwargs in smaller)
+    for name in models.__all__:
+        parameters = inspect.signature(getattr(models, name)).parameters
+        offered = {"num_classes": classes, "in_channels": shape[0]}
+        yield name, {key: value for key, value in offered.items() if key in parameters}
+
+
+def _family(name: str) -> str:
+    """What stands before the first digit."""
+    return re.split(r"\d", name.partition(".")[0], maxsplit=1)[0]
+
+
+def _on_meta(source: str, classes: int) -> nn.Module:
+    with torch.device("meta"):
+        return build(source, {"num_classes": classes})
+
+
+def _limits(loaded: Loaded, taps: Sequence[Tap], students: Sequence[Student], statistics: int) -> Iterator[str]:
+    if not loaded.trained:
+        yield "Its weights are random, or not known to be trained: give --teacher.checkpoint FILE."
+    if not statistics:
+        yield "Batch statistics cannot be matched (--method.regularizers.batchnorm 0): no BatchNorm holds any."
+    if not taps:
+        yield (
+            "The activation regularizer cannot be used: no feature map enters an activation where it could be tapped, "
+            "as in pre-norm transformers, whose blocks add tokens and normalise them. Distil by the logits."
+        )
+    elif not any(student.boundary for student in students):
+        yield "The activation regularizer is left off: see its activations, and how the students' taps fit."
+    if loaded.exported:
+        yield "It is a program of torch.export: it cannot be a student, and its modules cannot be tapped by name."
+    if not students:
+        yield "No smaller network was found that takes its images. Give yours: --student package.module:callable."
+
+
+def _command(
+    source: str,
+    extras: Sequence[str],
+    loaded: Loaded,
+    shape: tuple[int, int, int],
+    config: TeacherConfig,
+    students: Sequence[Student],
+    statistics: int,
+) -> str:
+    words = ["python", "-m", "dfad.train", "--preset", "own", "--teacher", source, *extras]
+    if not loaded.trained and config.checkpoint is None:
+        words += ["--teacher.checkpoint", "WEIGHTS"]
+    if config.image_size is None and loaded.image_shape is None:
+        size = shape[1:] if shape[1] != shape[2] else shape[1:2]
+        words += ["--teacher.image_size", *map(str, size)]
+    student = students[0] if students else None
+    words += ["--student", student.source if student else "package.module:callable"]
+    if student and student.kwargs:
+        words += ["--student.kwargs", json.dumps(student.kwargs)]
+    if not statistics:
+        words += ["--method.regularizers.batchnorm", "0"]
+    if student and student.boundary:
+        if student.teacher_taps:
+            words += ["--teacher.taps", *student.teacher_taps]
+        if student.taps:
+            words += ["--student.taps", *student.taps]
+        words += ["--method.activation.weight", str(ACTIVATION_WEIGHT)]
+    words += ["--run_dir", f"runs/{re.sub(r'[^A-Za-z0-9]+', '-', Path(source).stem).strip('-')}"]
+    return shlex.join(words)

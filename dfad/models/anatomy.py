@@ -1,0 +1,247 @@
+"""What a network is made of: its norms, its activations, and where it could be tapped."""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dfad.engine.tracing import NotPlain, trace
+from dfad.models.outputs import Outputs
+from dfad.models.probing import answer_to_blanks
+from dfad.modes import BatchNorm, evaluating
+
+BOUNDED = {nn.ReLU: "ReLU", nn.ReLU6: "ReLU6", nn.LeakyReLU: "LeakyReLU", nn.PReLU: "PReLU"}
+"""Activations with a boundary at zero: what they do changes with the sign of what enters them."""
+
+SMOOTH = {
+    nn.SiLU: "SiLU",
+    nn.GELU: "GELU",
+    nn.Hardswish: "hard-swish",
+    nn.Mish: "Mish",
+    nn.ELU: "ELU",
+    nn.SELU: "SELU",
+    nn.CELU: "CELU",
+    nn.Softplus: "softplus",
+    nn.Tanh: "tanh",
+}
+"""Activations without one."""
+
+FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "ReLU"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "LeakyReLU"),
+    **{F.relu6: "ReLU6", F.silu: "SiLU", F.gelu: "GELU", F.hardswish: "hard-swish", F.mish: "Mish", F.elu: "ELU"},
+}
+"""The same as calls in a graph, by function or name of a method."""
+
+OWN_NAMES = {
+    **{"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU", "swish": "SiLU", "gelu": "GELU", "geluactivation": "GELU"},
+    **{"quickgelu": "GELU", "quickgeluactivation": "GELU", "newgeluactivation": "GELU", "gelutanh": "GELU"},
+    **{"hardswish": "hard-swish", "mish": "Mish", "siluactivation": "SiLU"},
+}
+"""Of other packages' own modules, by the name of their class."""
+
+BEFORE_ACTIVATIONS = (operator.add, operator.iadd, torch.add, F.batch_norm)
+"""Calls in a graph whose results are tapped."""
+
+WITH_BOUNDARY = frozenset(BOUNDED.values())
+
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm),
+)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a network could be tapped."""
+
+    name: str
+    """For :func:`dfad.models.taps.with_taps`; of taps that a network returns itself, its place among them."""
+    shape: tuple[int, int, int]
+    """``(channels, height, width)``."""
+    found: str
+    """How it was found, for people."""
+
+
+def norms_of(network: nn.Module) -> Counter[str]:
+    """How many modules of each kind normalise features."""
+    return Counter(
+        next((kind.__name__ for kind in NORMS if isinstance(module, kind)), type(module).__name__)
+        for module in network.modules()
+        if isinstance(module, NORMS) or type(module).__name__.endswith(("Norm", "Norm2d"))
+    )
+
+
+def activations_of(network: nn.Module) -> Counter[str]:
+    """How often each activation is called, by the graph of a plain network; of others, how many modules there are."""
+    try:
+        graph = trace(network, training=False).graph
+    except NotPlain:
+        found = (_activation(module) for module in network.modules())
+    else:
+        found = (_activation_of_call(node, network) for node in graph.nodes)
+    return Counter(name for name in found if name is not None)
+
+
+def boundary_of(activations: Counter[str]) -> str:
+    """What the activation regularizer means for such activations, for people."""
+    smooth = sum(count for name, count in activations.items() if name not in WITH_BOUNDARY)
+    names = ", ".join(name for name, _ in activations.most_common())
+    if not activations:
+        return "no activation was found: whether it has a boundary at zero is not known"
+    if not smooth:
+        return f"its activations ({names}) have a boundary at zero, which the regularizer compares"
+    most = "its" if smooth == activations.total() else "some of its"
+    return (
+        f"{most} activations ({names}) have no boundary at zero: the regularizer would compare the signs of "
+        "pre-activations, which is off unless asked for (docs/networks.md has a measurement)"
+    )
+
+
+def has_boundary(activations: Counter[str]) -> bool:
+    """Whether most activations that were found have one."""
+    smooth = sum(count for name, count in activations.items() if name not in WITH_BOUNDARY)
+    return 2 * smooth < activations.total()
+
+
+def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Tap]:
+    """Pre-activation feature maps, the last of each resolution, input side first.
+
+    Those that the network returns itself; else by the graph of a plain network what enters its activations, additions
+    included; else what modules hand to modules of activations.
+
+    Args:
+        network: left as it is.
+        image_shape: ``(channels, height, width)`` of its images.
+    """
+    answer = answer_to_blanks(network, image_shape)
+    if isinstance(answer, Outputs):
+        shaped = [(str(number), tap) for number, tap in enumerate(answer.taps) if tap.ndim == 4]
+        return [Tap(name, _shape(tap), "returned by the network") for name, tap in shaped]
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    images = torch.zeros(2, *image_shape, device=device)
+    try:
+        graph = trace(network, training=False).graph
+    except NotPlain:
+        found = _by_hooks(network, images)
+    else:
+        found = _by_graph(network, graph, images)
+    last: dict[tuple[int, int], Tap] = {}
+    for tap in found:
+        resolution = tap.shape[1:]
+        if min(resolution) > 1:
+            last.pop(resolution, None)
+            last[resolution] = tap
+    return sorted(last.values(), key=lambda tap: -tap.shape[1] * tap.shape[2])
+
+
+def _by_graph(network: nn.Module, graph: fx.Graph, images: Tensor) -> Iterator[Tap]:
+    values: dict[fx.Node, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                values[n] = tuple(result.shape)
+            return result
+
+    with evaluating(network), torch.no_grad():
+        Shapes(fx.GraphModule(network, graph)).run(images)
+    for node in graph.nodes:
+        name = _activation_of_call(node, network)
+        source = node.all_input_nodes[0] if name is not None and node.all_input_nodes else None
+        if source is None or len(values.get(source, ())) != 4 or not _ends_a_block(source, network):
+            continue
+        _, channels, height, width = values[source]
+        label = str(source.target) if _is_only_call(source, graph) else source.name
+        yield Tap(
+            label, (channels, height, width), f"the {_called(source, network)} that enters a {name}, by the graph"
+        )
+
+
+def _ends_a_block(node: fx.Node, network: nn.Module) -> bool:
+    """An addition, a norm or a convolution; not what squeezes, gates or concatenates."""
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), (nn.Conv2d, *NORMS))
+    return node.op == "call_function" and node.target in BEFORE_ACTIVATIONS
+
+
+def _called(node: fx.Node, network: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(network.get_submodule(str(node.target))).__name__
+    return "BatchNorm" if node.target is F.batch_norm else "addition"
+
+
+def _is_only_call(node: fx.Node, graph: fx.Graph) -> bool:
+    calls = [other for other in graph.nodes if other.op == "call_module" and other.target == node.target]
+    return node.op == "call_module" and len(calls) == 1
+
+
+def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
+    made: dict[int, tuple[str, Tensor, str]] = {}
+    found: list[Tap] = []
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                made[id(output)] = name, output, type(module).__name__  # held, so that no other takes its address
+
+        return hook
+
+    def before(kind: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if inputs and id(inputs[0]) in made:
+                name, tensor, maker = made[id(inputs[0])]
+                found.append(Tap(name, _shape(tensor), f"the {maker} that enters a {kind}, by a call"))
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in network.named_modules():
+            kind = _activation(module)
+            try:
+                if kind is not None:
+                    handles.append(module.register_forward_pre_hook(before(kind)))
+                elif isinstance(module, (nn.Conv2d, *NORMS)):
+                    handles.append(module.register_forward_hook(after(name)))
+            except RuntimeError:  # TorchScript's modules take none
+                return []
+        with evaluating(network), torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _activation(module: nn.Module) -> str | None:
+    known = next((name for kind, name in (BOUNDED | SMOOTH).items() if type(module) is kind), None)
+    return known or OWN_NAMES.get(type(module).__name__.lower())
+
+
+def _activation_of_call(node: fx.Node, network: nn.Module) -> str | None:
+    if node.op == "call_module":
+        return _activation(network.get_submodule(str(node.target)))
+    return FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def _shape(tap: Tensor) -> tuple[int, int, int]:
+    channels, height, width = tap.shape[1:]
+    return channels, height, width
+
+
+def paired(teacher: Sequence[Tap], student: Sequence[Tap]) -> list[tuple[Tap, Tap]]:
+    """Taps of the same resolution, teacher's and student's."""
+    by_size = {tap.shape[1:]: tap for tap in student}
+    return [(tap, by_size[tap.shape[1:]]) for tap in teacher if tap.shape[1:] in by_size]
+
+
+def batchnorms_of(network: nn.Module) -> int:
+    """How many of its norms hold statistics of the data that it was trained on."""
+    return sum(isinstance(module, BatchNorm) and module.running_mean is not None for module in network.modules())

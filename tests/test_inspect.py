@@ -1,0 +1,116 @@
+"""``python -m dfad.inspect``: what it says of a network, and that the command that it prints runs."""
+
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+
+from dfad import cli, inspect, models, train
+from dfad.models.model_file import load_model, save_model
+from dfad.models.outputs import as_outputs
+from tests.models.test_anatomy import Residual, Tokens
+from tests.models.test_sources import filled, timm, torchvision, transformers  # noqa: F401
+
+SHORT = (
+    *("--method.rounds=1", "--method.student_steps=1", "--method.batch_size=4", "--method.warm_up=1"),
+    *("--method.image_bank.size=8", "--generator.width=2", "--generator.noise_dim=4", "--selection.bank_size=4"),
+)
+
+
+@pytest.fixture
+def inspected(capsys, monkeypatch, tmp_path):
+    """Runs the command; returns what it found, or the message it ended with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "user_networks", sys.modules["tests.models.test_anatomy"])
+
+    def call(*given):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: inspect.main([*map(str, given), "--json", "--device", "cpu"]))
+        captured = capsys.readouterr()
+        return json.loads(captured.out) if not ended.value.code else (ended.value.code, captured.err)
+
+    return call
+
+
+def distil(command, tmp_path):
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "dfad.train"]
+    torch.save(Residual().state_dict(), "WEIGHTS")
+    train.main([*words[3:], *SHORT])
+    return load_model(tmp_path / words[words.index("--run_dir") + 1] / "student.safetensors")[0]
+
+
+def test_a_file_of_this_project(inspected, tmp_path):
+    network = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
+    kwargs = {"channels": [8, 16], "num_classes": 4, "in_channels": 1}
+    manifest = {"architecture": {"factory": "convnet", "kwargs": kwargs}, "image_shape": [1, 8, 8], "mean": [0.5]}
+    save_model(tmp_path / "teacher.safetensors", network.state_dict(), {**manifest, "std": [0.2]})
+    found = inspected("teacher.safetensors")
+    assert (found["classes"], found["image_shape"], found["parameters"]) == (4, [1, 8, 8], 1340)
+    assert found["norms"] == {"BatchNorm2d": 2}
+    assert found["mean"] == [0.5]
+    assert found["flops_per_image"] == 2 * (8 * 9 * 64 + 16 * 8 * 9 * 16 + 16 * 4)
+    assert [tap["shape"] for tap in found["taps"]] == [[8, 8, 8], [16, 4, 4]]
+    assert found["seconds_per_batch"] > 0
+    assert "fold_batchnorm" in found["engine_parts"]
+    assert any("cuda_graph" in reason for reason in found["engine_reasons"])
+
+
+def test_a_callable_and_the_command_that_it_prints(inspected, tmp_path):
+    found = inspected("user_networks:Residual", "--teacher.image_size", "16", "12")
+    assert found["image_shape"] == [3, 16, 12]
+    assert not found["trained"]
+    assert "random" in found["limits"][0]
+    assert "--teacher.image_size 16 12" in found["command"]
+    assert found["students"] == []  # none is as small
+    assert "--student package.module:callable" in found["command"]
+
+
+def test_the_command_that_it_prints_runs(inspected, tmp_path):
+    found = inspected("user_networks:Residual", "--teacher.image_size", "16")
+    command = found["command"].replace("package.module:callable", "user_networks:Residual")
+    student = distil(command, tmp_path)
+    assert as_outputs(student(torch.zeros(2, 3, 16, 16))).logits.shape == (2, 5)
+
+
+def test_a_transformer_is_distilled_by_its_logits_alone(inspected):
+    found = inspected("user_networks:Tokens", "--teacher.image_size=16")
+    assert found["taps"] == []
+    assert "--method.regularizers.batchnorm 0" in found["command"]
+    assert "activation.weight" not in found["command"]
+    assert "one-hot" in found["image_prior"]
+    assert any("pre-norm transformers" in limit for limit in found["limits"])
+    assert "no boundary at zero" in found["boundary"]
+
+
+def test_a_hub_says_size_and_normalisation(inspected, torchvision):  # noqa: F811
+    torch.save(filled().state_dict(), torchvision)
+    found = inspected("torchvision:small")
+    assert (found["image_shape"], found["mean"]) == ([3, 20, 20], [0.5, 0.4, 0.3])
+    assert "Small_Weights.V1" in found["image_shape_found"]
+    assert found["trained"]
+    assert "--teacher.checkpoint" not in found["command"]
+
+
+def test_a_hub_without_its_weights_is_inspected_all_the_same(inspected, timm):  # noqa: F811
+    found = inspected("timm:small")
+    assert not found["trained"]
+    assert "--teacher.checkpoint WEIGHTS" in found["command"]
+
+
+def test_what_cannot_teach_is_refused(inspected, monkeypatch):
+    monkeypatch.setattr(Tokens, "forward", torch.no_grad()(Tokens.forward))
+    code, message = inspected("user_networks:Tokens", "--teacher.image_size=16")
+    assert code == 3
+    assert "No gradient of the teacher Tokens" in message
+
+
+def test_tables_for_people(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "user_networks", sys.modules["tests.models.test_anatomy"])
+    inspect.main(["user_networks:Residual", "--teacher.image_size=16", "--device=cpu"])
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-1].startswith("python -m dfad.train --preset own --teacher user_networks:Residual")
+    assert "Candidate taps" in "".join(lines)

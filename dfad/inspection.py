@@ -220,7 +220,7 @@ def _engine(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
         engine = Engine(EngineConfig(), fused=True, device=device)
         frozen = FrozenTeacher(network, engine, shape, BATCH_SIZE)
     left_out = " ".join(said)
-    names = [name for name in vars(EngineConfig()) if name not in ("precision", "two_streams", "compile")]
+    names = [name for name, switch in vars(EngineConfig()).items() if switch == "auto" and name != "precision"]
     running = [name for name in names if getattr(engine, name) and f"engine.{name} for the teacher" not in left_out]
     if frozen.measured is None and "fuse_batchnorm" in running and not batchnorms_of(network):
         running.remove("fuse_batchnorm")

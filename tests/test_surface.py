@@ -56,7 +56,7 @@ def test_public_signatures_take_what_they_took():
     assert DistillConfig() == dfad.DistillConfig()
 
 
-@pytest.mark.parametrize("command", ["train", "teacher", "evaluate", "reproduce"])
+@pytest.mark.parametrize("command", ["train", "teacher", "evaluate", "reproduce", "inspect"])
 def test_commands_are_modules_to_run(command, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", f"dfad.{command}", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -130,7 +130,7 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
     except NotPlain:
         found = _by_hooks(network, images)
     else:
-        found = _by_graph(network, graph, images)
+        found = list(_by_graph(network, graph, images))
     last: dict[tuple[int, int], Tap] = {}
     for tap in found:
         resolution = tap.shape[1:]

@@ -129,6 +129,12 @@ class TestSnapshots:
         assert any((found[0].pixels != snapshot.pixels).any() for snapshot in found[1:])
         assert [snapshot.round for snapshot in load_snapshots(run, 4)] == [1, 2, 3, 4]
 
+    def test_colours_come_back(self, tmp_path):
+        pixels = np.random.default_rng(2).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8).transpose(0, 2, 3, 1)
+        save_snapshot(tmp_path, Snapshot(1, pixels, [1, 2], [0.5, 0.5]))
+        (found,) = load_snapshots(tmp_path, 1)
+        assert (found.pixels == pixels).all()
+
     def test_one_that_is_damaged_is_left_out(self, tmp_path, caplog):
         for number in (1, 2):
             save_snapshot(tmp_path, Snapshot(number, np.zeros((1, 2, 2), np.uint8), [3], [0.25]))

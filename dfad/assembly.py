@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network and what its file tells of its images."""
+    """A trained network and what its file records about its images."""
 
     network: nn.Module
     image_shape: tuple[int, int, int] | None = None
@@ -33,8 +33,8 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
     """The teacher of a configuration: a file of this project, a factory with weights, or a recipe's.
 
     Args:
-        config: which.
-        recipe: of dfad.teacher, which would train one that fits, for the message where none is given.
+        config: the teacher's part of the settings.
+        recipe: preset of dfad.teacher that trains a suitable one; named in the error where no teacher is given.
 
     Raises:
         ModelError: if it cannot be built, or has no weights.
@@ -44,7 +44,7 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
         checkpoint = cached_teacher(config.recipe)
     if checkpoint is None and not (source and has_weights(source)):
         way = (
-            f"Train one where its data are, and go on with it:\n\n"
+            f"Train one where its data is, then distil it:\n\n"
             f"  python -m dfad.teacher --preset {recipe} --data.root FOLDER --run_dir runs/{recipe}-teacher\n"
             f"  python -m dfad.train --preset {recipe} --teacher.checkpoint runs/{recipe}-teacher/{MODEL_FILE}\n\n"
             f"Or give"
@@ -103,10 +103,10 @@ def build_student(config: DistillConfig) -> nn.Module:
 def build_distiller(
     teacher: Teacher, student: nn.Module, config: DistillConfig, evaluate: Evaluator | None = None
 ) -> Distiller:
-    """The distiller of a configuration, told what the teacher's file tells; see there for what it raises.
+    """The distiller of a configuration, with what the teacher's file records; raises what :class:`Distiller` raises.
 
     Raises:
-        ModelError: also if the evaluation does not fit the networks.
+        ModelError: also if the evaluation images do not fit the networks.
     """
     distiller = Distiller(
         teacher.network,

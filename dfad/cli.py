@@ -23,7 +23,7 @@ from dfad.runs.settings import override, read_yaml, saved_settings, to_yaml
 from dfad.terminal import prepare_streams, silence_stdout
 
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-"""A flag that asks for something once, so that its negation has no meaning."""
+"""A flag that triggers an action, so it has no negated form."""
 
 Positional = tyro.conf.Positional
 
@@ -74,16 +74,16 @@ class Command:
     """Folder of a run to continue from its last checkpoint, with the settings saved there."""
 
     run_dir: Path | None = None
-    """Folder of a new run; one in runs/ named after preset and time where not given."""
+    """Folder of a new run; by default one in runs/, named after preset and time."""
 
     overwrite: Action = False
     """Replace a run that the run's folder already holds."""
 
     def folder(self, prefix: str = "") -> Path:
-        """Where the run is written to, checked before anything expensive is done for it.
+        """The run's folder, checked before any expensive work.
 
         Raises:
-            RunFolderError: if the folder does not admit the run.
+            RunFolderError: if the run cannot use the folder.
             ConfigurationError: if the run to be resumed was started with other settings.
         """
         named = Path("runs") / time.strftime(f"{prefix}{self.preset}-%Y%m%d-%H%M%S")
@@ -172,7 +172,7 @@ def _exit_code(command: Callable[[], None]) -> Any:
         command()
     except SystemExit as ended:
         return ended.code
-    except BrokenPipeError:  # whoever read the output, such as head, has enough of it
+    except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 0
     except DfadError as error:
         with suppress(BrokenPipeError):
@@ -206,7 +206,7 @@ def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: 
             use_underscores=True,
             registry=_registry,
         )
-    except ValueError as error:  # tyro words those of nested dataclasses itself, but not those of the outermost
+    except ValueError as error:  # tyro reports errors of nested dataclasses itself, but not those of the outermost one
         raise ConfigurationError(f"{error}.") from None
 
 

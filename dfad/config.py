@@ -16,11 +16,11 @@ Keywords = dict[str, Any]
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 
 Switch = Literal["auto", "on", "off"]
-"""``auto``: on where ``fused`` is and the machine can; ``on``: or an error that says why not; ``off``."""
+"""``auto``: on if ``fused`` is on and the machine supports it; ``on``: required, else an error says why; ``off``."""
 
 
 def half_cosine(progress: float) -> float:
-    """From 1 to 0 along half a cosine, while ``progress`` goes from 0 to 1."""
+    """Half a cosine from 1 to 0 as ``progress`` goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -39,26 +39,26 @@ class TeacherConfig:
     """Its weights: safetensors, or a state dict written by torch.save."""
 
     checkpoint_key: str | None = None
-    """Where in a larger checkpoint they are, such as ema or state_dict.teacher; looked for where not given."""
+    """Entry of a larger checkpoint that holds them, such as ema or state_dict.teacher; detected by default."""
 
     recipe: str | None = None
     """Without a checkpoint: preset of dfad.teacher, trained once and kept in the cache folder."""
 
     taps: tuple[str, ...] = ()
-    """Modules or graph nodes to tap where the network returns logits alone; pre-activation, input side first."""
+    """Modules or graph nodes to tap, for a network that returns only logits; pre-activation, input side first."""
 
     channels: int | None = None
-    """Channels of its images; found from its first convolution where not given."""
+    """Channels of its images; by default those of its first convolution."""
 
     image_size: int | tuple[int, int] | None = None
-    """Height and width of its images in pixels, one number where they are equal; found by a dry forward where not
-    given."""
+    """Height and width of its images in pixels, one number if they are equal; found by a trial forward pass by
+    default."""
 
     mean: tuple[float, ...] = ()
     """Mean per channel that its training images were normalised with (pixels in 0–1); for pictures and evaluation."""
 
     std: tuple[float, ...] = ()
-    """Standard deviation likewise."""
+    """Standard deviation per channel of the same pixels."""
 
     def __post_init__(self) -> None:
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
@@ -79,18 +79,18 @@ class StudentConfig:
     """Its keyword arguments."""
 
     checkpoint: Path | None = None
-    """Weights to start from; random ones where not given."""
+    """Weights to start from; random by default."""
 
     checkpoint_key: str | None = None
-    """Where in a larger checkpoint they are; looked for where not given."""
+    """Entry of a larger checkpoint that holds them; detected by default."""
 
     taps: tuple[str, ...] = ()
-    """Modules or graph nodes to tap where the network returns logits alone, in the order of the teacher's."""
+    """Modules or graph nodes to tap, for a network that returns only logits; in the order of the teacher's."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """The network that makes images of noise (DFAD's form)."""
+    """The network that makes images from noise (DFAD's architecture)."""
 
     noise_dim: int = 256
     """Length of a noise vector."""
@@ -104,7 +104,7 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class ActivationConfig:
-    """The activation regularizer: the student's taps on the teacher's side of the activation boundary."""
+    """The activation regularizer: puts the student's taps on the teacher's side of the activation boundary."""
 
     weight: float = 0.0
     """Weight in the student's loss; 0 switches it off."""
@@ -113,13 +113,13 @@ class ActivationConfig:
     """Distance from zero that the student must keep, in activation units."""
 
     scaling: Literal["mean", "batchmean"] = "mean"
-    """Average each tap over all elements (works at every width), or over the batch alone (Heo et al.)."""
+    """Average each tap over all elements (suits every width), or sum it and divide by the batch size (Heo et al.)."""
 
     stage_weights: Literal["uniform", "halving"] = "uniform"
     """Weights of the taps: all 1, or halved per stage towards the input (Heo et al.)."""
 
     generator_weight: float = 0.0
-    """Weight, negated, in the generator's loss: it then also seeks images whose activations disagree."""
+    """Weight of the negated term in the generator's loss: it then also seeks images whose activations disagree."""
 
     def __post_init__(self) -> None:
         not_negative(weight=self.weight, generator_weight=self.generator_weight)
@@ -148,24 +148,24 @@ class InterpolationConfig:
     """Weight in the student's loss; 0 switches it off."""
 
     concentration: float = 1.0
-    """Both parameters of the Beta distribution of the mixing coefficient; 1 is uniform, less is nearer 0 and 1."""
+    """Both parameters of the mixing coefficient's Beta distribution; 1 is uniform, less favours values near 0 and 1."""
 
     coefficient: Literal["sample", "batch"] = "sample"
     """One mixing coefficient per sample, or one per batch."""
 
     labels: Literal["interpolated", "teacher"] = "interpolated"
-    """Interpolate the teacher's soft labels, or ask the teacher at the mixed image."""
+    """Interpolate the teacher's soft labels, or query the teacher at the mixed images."""
 
     temperature: float = 1.0
     """Temperature of the soft labels."""
 
     batchnorm: Literal["update", "keep"] = "update"
-    """Whether mixed images move the running statistics of the student's BatchNorms."""
+    """Whether mixed images update the running statistics of the student's BatchNorms."""
 
     step: Literal["joint", "own", "within"] = "joint"
-    """Mixed images add a term to the loss of the step, or make an optimizer step of their own; there, where the teacher
-    is asked about them, they are learned as all images are: by the discrepancy and the activation regularizer. Or they
-    take the place of a share of the batch, the weight, at no cost; the teacher is asked about them then."""
+    """joint: mixed images add a term to the loss of the step. own: they get an optimizer step of their own; if the
+    teacher is queried at them, they are learned like all images, by the discrepancy and the activation regularizer.
+    within: they replace a share of the batch, given by the weight, at no cost; the teacher is queried at them."""
 
     def __post_init__(self) -> None:
         not_negative(weight=self.weight)
@@ -176,16 +176,16 @@ class InterpolationConfig:
 
     @property
     def adds_images(self) -> bool:
-        """Whether the student is shown mixed images on top of those of the batch."""
+        """Whether mixed images come in addition to those of the batch."""
         return self.weight > 0 and self.step != "within"
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """What else shapes the generator's images (from the literature after DFAD); 0 switches a part off."""
+    """Further terms of the generator's loss, from the literature after DFAD; 0 switches one off."""
 
     batchnorm: float = 0.0
-    """Weight of the distance between batch statistics and those that the teacher's BatchNorms hold."""
+    """Weight of the distance between the batch's statistics and the running ones of the teacher's BatchNorms."""
 
     one_hot: float = 0.0
     """Weight of the cross-entropy between the teacher's prediction and its own argmax."""
@@ -199,13 +199,13 @@ class RegularizerConfig:
 
 @dataclass(frozen=True)
 class ImageBankConfig:
-    """A store of the images that the generator makes in its own steps; students learn from it instead of fresh ones."""
+    """A store of the images from the generator's steps; the student learns from these instead of fresh ones."""
 
     size: int = 0
-    """Images that it holds, 8 bits per channel; 0: no bank, every image of a student step is fresh."""
+    """Number of images it holds, with 8 bits per channel; 0: no bank, every image of a student step is fresh."""
 
     newest: float = 0.25
-    """Share of a student step's images that are drawn of the generator's last batch."""
+    """Share of a student step's images that is drawn from the generator's last batch."""
 
     def __post_init__(self) -> None:
         not_negative(size=self.size)
@@ -214,22 +214,22 @@ class ImageBankConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Random views of the images of a student step; the teacher is asked about the very view."""
+    """Random views of the images of a student step; the teacher is queried at the same view."""
 
     flip: bool = False
     """Mirror half of the images, left to right."""
 
     crop: float = 0.0
-    """Shift by up to this fraction of height and width in each direction; 4 of 32 pixels are 0.125."""
+    """Shift by up to this fraction of height and width in each direction; 0.125 is 4 of 32 pixels."""
 
     padding: Literal["reflect", "zero"] = "reflect"
-    """What a shift brings in: the image's reflection, or zeros, the mean of normalised images."""
+    """What fills the border after a shift: the image's reflection, or zeros, the mean of normalised images."""
 
     cutout: float = 0.0
     """Set a rectangle of this fraction of height and width to zero, its centre anywhere in the image."""
 
     colour: float = 0.0
-    """Change each image's contrast by up to this fraction, and shift each channel by up to so many standard
+    """Change each image's contrast by up to this fraction, and shift each channel by up to this many standard
     deviations."""
 
     def __post_init__(self) -> None:
@@ -253,7 +253,7 @@ class MethodConfig:
     """Images per step."""
 
     warm_up: int = 0
-    """Generator steps before the first round, without the adversary: there is no student yet to disagree with."""
+    """Generator steps before the first round, without the adversary: there is no trained student yet."""
 
     discrepancy: Literal["l1", "kl"] = "l1"
     """Mean absolute difference of the logits (DFAD), or KL divergence of the soft labels."""
@@ -265,10 +265,10 @@ class MethodConfig:
     """Weight of the negated discrepancy in the generator's loss."""
 
     adversary: Literal["all", "agreeing"] = "all"
-    """Images that the adversary's gradient comes from: all, or those alone on whose class student and teacher agree."""
+    """Images that the adversary's gradient comes from: all, or only those on whose class student and teacher agree."""
 
     student_batchnorm: Literal["train", "eval"] = "train"
-    """Mode of the student's BatchNorms in the generator's step: moving statistics (DFAD) or fixed ones."""
+    """BatchNorms of the student in the generator's step: train (DFAD) updates their statistics, eval does not."""
 
     activation: ActivationConfig = ActivationConfig()
     feature_matching: FeatureMatchingConfig = FeatureMatchingConfig()
@@ -280,7 +280,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         positive(rounds=self.rounds, student_steps=self.student_steps, generator_steps=self.generator_steps)
         positive(temperature=self.temperature)
-        # BatchNorm in training mode has no variance to take of a single value per channel
+        # BatchNorm in training mode needs more than one value per channel for a variance
         require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         not_negative(adversarial=self.adversarial, warm_up=self.warm_up)
         bank = self.image_bank.size
@@ -289,7 +289,7 @@ class MethodConfig:
             require(bank >= self.batch_size, "image_bank.size", bank, need)
             require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
-        need = "0 where every weight of regularizers is 0, for they alone shape its images"
+        need = "0 if every weight of regularizers is 0, because only they shape the images of the warm-up"
         require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
 
     @property
@@ -299,24 +299,24 @@ class MethodConfig:
 
     @property
     def needs_taps(self) -> bool:
-        """Whether networks whose taps do not pair are an error."""
+        """Whether taps that do not pair are an error."""
         matching = self.feature_matching.weight and self.feature_matching.unpaired == "error"
         return bool(self.activation.weight or self.activation.generator_weight or matching)
 
     @property
     def images_per_round(self) -> int:
-        """Images that are generated."""
+        """Number of images that are generated."""
         fresh = 0 if self.image_bank.size else self.student_steps
         return (fresh + self.generator_steps) * self.batch_size
 
     @property
     def student_images_per_round(self) -> int:
-        """Images that the student is trained on."""
+        """Number of images that the student is trained on."""
         return (1 + self.interpolation.adds_images) * self.student_steps * self.batch_size
 
     @property
     def queries_per_round(self) -> int:
-        """Images that the teacher is asked about."""
+        """Number of images that the teacher is queried at."""
         mixed = self.interpolation.adds_images and self.interpolation.labels == "teacher"
         return ((1 + mixed) * self.student_steps + self.generator_steps) * self.batch_size
 
@@ -341,16 +341,16 @@ class OptimizerConfig:
     """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
 
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """Constant; to zero along half a cosine, after the warm-up; or by a factor at milestones."""
+    """constant; cosine: half a cosine to zero, after the warm-up; step: multiplied by a factor at milestones."""
 
     milestones: tuple[float, ...] = (0.2, 0.4)
-    """Where the step schedule decays, as fractions of all rounds."""
+    """When the step schedule decays, as fractions of all rounds."""
 
     decay: float = 0.1
     """Factor of the step schedule at each milestone."""
 
     warm_up: float = 0.0
-    """Fraction of all rounds in which the learning rate rises, in a line from a hundredth."""
+    """Fraction of all rounds in which the learning rate rises linearly, from a hundredth."""
 
     def __post_init__(self) -> None:
         positive(lr=self.lr, decay=self.decay)
@@ -362,7 +362,7 @@ class OptimizerConfig:
         require(increasing and inside, "milestones", self.milestones, "increasing fractions between 0 and 1")
 
     def factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by when a fraction ``progress`` of the rounds is done."""
+        """Factor of the learning rate after a fraction ``progress`` of the rounds."""
         if progress < self.warm_up:
             return 0.01 + 0.99 * progress / self.warm_up
         if self.schedule == "cosine":
@@ -380,15 +380,15 @@ class OptimizersConfig:
     generator: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-3)
 
     backend: Literal["torch", "apex"] = "torch"
-    """Whose fused optimizers: PyTorch's, or NVIDIA apex's where it is installed."""
+    """Implementation of the optimizers: PyTorch's, or NVIDIA apex's where it is installed."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a round runs; none of this changes what is computed beyond rounding."""
+    """How a round runs; none of this changes the result beyond rounding."""
 
     precision: Precision = "auto"
-    """Of convolutions and matrix products; auto is bfloat16 where the hardware has it. Losses stay float32."""
+    """Precision of convolutions and matrix products; auto is bfloat16 if the hardware has it. Losses stay float32."""
 
     channels_last: Switch = "auto"
     """Channels-last memory format, end to end."""
@@ -397,32 +397,32 @@ class EngineConfig:
     """One kernel per optimizer step."""
 
     fold_batchnorm: Switch = "auto"
-    """The teacher's BatchNorms folded into its convolutions."""
+    """Fold the teacher's BatchNorms into its convolutions."""
 
     fuse_batchnorm: Switch = "auto"
-    """Each BatchNorm that learns computed together with the addition and the activation that follow it."""
+    """Compute each BatchNorm of student and generator together with the addition and the activation after it."""
 
     fuse_convolutions: Switch = "auto"
-    """Its BatchNorm computed with the 3×3 convolution before it, too, by tiles in bfloat16."""
+    """Compute 3×3 convolutions together with what follows them, in bfloat16 on AMX tiles of a CPU."""
 
     merge_upsampling: Switch = "auto"
-    """Each upsampling of the generator and the convolution that follows it, computed at once."""
+    """Compute each upsampling of the generator and the convolution after it as one operation."""
 
     keep_memory: Switch = "auto"
-    """Memory freed in one round is reused in the next, on a CPU, instead of given back to the system."""
+    """Reuse memory freed in one round in the next, on a CPU, instead of returning it to the system."""
 
     cuda_graph: Switch = "auto"
-    """The whole round captured as one CUDA graph."""
+    """Capture the whole round as one CUDA graph."""
 
     two_streams: Switch = "off"
-    """Teacher and student of a captured round beside each other; not measured on a GPU yet."""
+    """Run teacher and student of a captured round in parallel; not measured on a GPU yet."""
 
     compile: Switch = "off"
-    """The networks through torch.compile."""
+    """Compile the networks with torch.compile."""
 
     batchnorm: Literal["whole", "local"] = "whole"
-    """Where ranks share a batch, what BatchNorms that learn normalise with: the statistics of the whole batch, or those
-    of each rank's share, without a collective for each of them; that is another computation."""
+    """Where ranks share a batch, the statistics that BatchNorms normalise with in training: those of the whole batch, or
+    of each rank's share, which saves a collective per BatchNorm but is a different computation."""
 
     sent_gradients: Literal["float32", "bfloat16"] = "float32"
     """Where ranks share a batch, the dtype in which their gradients are averaged."""
@@ -430,10 +430,10 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Choosing the best student without labels: by agreement with the teacher on a bank of generated images."""
+    """Selection of the best student without labels, by agreement with the teacher on a bank of generated images."""
 
     bank_size: int = 512
-    """Images in the bank; gathered evenly over the first half of the rounds, then fixed."""
+    """Number of images in the bank; collected evenly over the first half of the rounds, then fixed."""
 
     every: int = 25
     """Evaluation interval, in rounds: agreement, and accuracy where an evaluation set is given."""
@@ -444,23 +444,23 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class CollapseConfig:
-    """When the generator counts as collapsed, and what is done then; looked at with every reading of the metrics."""
+    """When the generator counts as collapsed, checked at every logging interval, and what is done then."""
 
     response: Literal["rollback", "reset", "warn"] = "rollback"
-    """Go back to the last healthy weights, and to new ones if there are none or it happens again; to new weights at
-    once; or only say so."""
+    """rollback: return to the last healthy weights, or to new ones if there are none or it happens again. reset: start
+    from new weights at once. warn: only log it."""
 
     budget: int = 3
-    """How often a run brings its generator back."""
+    """Largest number of rollbacks and resets in a run."""
 
     class_entropy: float = 0.3
     """Collapsed if the entropy of the predicted classes, as a fraction of its maximum, is lower."""
 
     pairwise_diversity: float = 0.1
-    """Collapsed if the mean difference between images, in their standard deviations, is lower."""
+    """Collapsed if the mean difference between images, in standard deviations, is lower."""
 
     grace: float = 0.1
-    """Fraction of the rounds in which an untrained generator may yet make images of few classes."""
+    """Initial fraction of the rounds without checks: an untrained generator may make images of few classes."""
 
     def __post_init__(self) -> None:
         not_negative(budget=self.budget, class_entropy=self.class_entropy, pairwise_diversity=self.pairwise_diversity)
@@ -469,7 +469,7 @@ class CollapseConfig:
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """What is written down, and how often."""
+    """How often metrics and checkpoints are written."""
 
     log_every: int = 10
     """Logging interval, in rounds; the host waits for the device only then."""
@@ -486,10 +486,10 @@ class DistillConfig:
     """Everything that determines a distillation."""
 
     fused: bool = True
-    """Fused loss kernels, and every part of the engine that is left on auto; without it, plain PyTorch."""
+    """Use fused loss kernels and every part of the engine that is on auto; otherwise plain PyTorch."""
 
     seed: int = 0
-    """Of networks, noise and mixing coefficients."""
+    """Seed of networks, noise and mixing coefficients."""
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""

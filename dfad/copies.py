@@ -1,4 +1,4 @@
-"""Copies of networks, whatever they hold."""
+"""Deep copies of any network."""
 
 import copy
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A deep copy of a network that has run.
 
-    PyTorch copies no tensor that was computed with a gradient, as pruned and weight-normed layers keep one: their
-    weight, which they compute anew before each call. The copy has its value.
+    PyTorch does not copy tensors that were computed with a gradient. Pruned and weight-normed layers keep such a
+    tensor, their weight, and compute it again before each call; the copy gets its value.
 
     Args:
         network: left as it is.
-        share_parameters: the copy has the network's own parameters, and everything else for itself.
+        share_parameters: the copy shares the network's parameters; everything else is copied.
 
     Raises:
         Exception: what the network's attributes raise when they are copied.

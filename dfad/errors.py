@@ -1,4 +1,4 @@
-"""Errors that are for people: a paragraph of what was given, what is needed and how to mend it.
+"""Errors for users: each message says what was given, what is needed and what to do.
 
 Each class carries the exit code that a command ends with.
 """
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 class DfadError(Exception):
-    """An error to be shown without a traceback."""
+    """An error that commands show without a traceback."""
 
     exit_code = 1
 
@@ -38,7 +38,7 @@ class DivergenceError(DfadError, ArithmeticError):
 
 
 class DataError(DfadError, ValueError):
-    """Data that is missing, truncated, corrupted or of another kind."""
+    """Data that is missing, truncated, corrupted or in another format."""
 
     exit_code = 6
 
@@ -70,7 +70,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def not_installed(package: str, extra: str) -> str:
-    """The sentences for a package that an extra of this one brings along."""
+    """The message for a missing package that an extra of this one installs."""
     return f"{package} is not installed. Install it with: pip install 'dfad[{extra}]'."
 
 
@@ -81,5 +81,5 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, without the full stop: what others wrote is often long."""
+    """The first line of an error's message, without the full stop: those of other packages are often long."""
     return str(error).strip().partition("\n")[0].rstrip(".")

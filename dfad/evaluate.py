@@ -1,4 +1,4 @@
-"""``python -m dfad.evaluate``: measure a network on real data, alone and beside a teacher."""
+"""``python -m dfad.evaluate``: measure a network on real data, alone and against its teacher."""
 
 import dataclasses
 import json
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 JSON_FILE, PICTURE_FILE = "evaluation.json", "confusion.png"
 
 OF_MODEL = "of-model"
-"""Name of a data set: the one that the model's file names."""
+"""Stands for the data set that the model's file names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a network on real data, alone and beside a teacher.
+    """Measure a network on real data, alone and against its teacher.
 
     Exit codes: 0 done; 2 option; 3 model; 6 data.
     """
@@ -50,34 +50,34 @@ class Evaluate:
     """The network: timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, a file that holds one, or a file of its weights."""
 
     factory: str | None = None
-    """What builds it, where its file does not say: package.module:callable, a bare name of dfad.models, or one of the
-    names above."""
+    """Callable that builds it, if its file does not say: package.module:callable, a bare name of dfad.models, or one of
+    the names above."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Keyword arguments of the factory."""
 
     checkpoint_key: str | None = None
-    """Where in a larger checkpoint the weights are, such as ema; looked for where not given."""
+    """Entry of a larger checkpoint that holds the weights, such as ema; detected by default."""
 
     mean: tuple[float, ...] = ()
-    """Mean per channel that its images are normalised with (pixels in 0–1); else the file's, else the data set's."""
+    """Mean per channel that its images are normalised with (pixels in 0–1); by default its file's or the data set's."""
 
     std: tuple[float, ...] = ()
-    """Standard deviation likewise."""
+    """Standard deviation per channel, with the same default."""
 
     teacher: str | None = None
-    """Network to compare with: named as the model, with weights of its own."""
+    """Teacher to compare with, named like the model."""
 
     data: DataConfig = DataConfig(name=OF_MODEL)
 
     split: Literal["train", "test"] = "test"
-    """Which images."""
+    """Split of the data set to measure on."""
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
 
     output: Path | None = None
-    """Folder for evaluation.json and confusion.png; neither is written without one."""
+    """Folder for evaluation.json and confusion.png; by default neither is written."""
 
     json: Action = False
     """Print JSON instead of a table."""
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = open_dataset(_data_config(command, manifest))
     recorded = manifest.get("data", {}).get("fingerprint")
     if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
-        log.warning("These are not the data that the model was trained on: their fingerprints differ.")
+        log.warning("This is not the data that the model was trained on: the fingerprints differ.")
     logits, labels = _predictions(command, network, _normalised(dataset, command, loaded.images), device)
     teacher_logits = None
     if command.teacher is not None:
@@ -151,8 +151,8 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
 
 
 def _normalised(dataset: Dataset, command: Evaluate, images: Images) -> Dataset:
-    """The data set as a network wants it: by the options, else by its file or origin, else by the data set's own
-    figures."""
+    """The data set, normalised as the options say, else as the network's file or origin says, else with its own
+    statistics."""
     mean = command.mean or images.mean or dataset.mean
     std = command.std or images.std or dataset.std
     if len(mean) != dataset.image_shape[0]:
@@ -238,14 +238,14 @@ def class_table(figures: Mapping[str, Any]) -> Table:
 
 
 def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> "Figure":
-    """The confusion matrix as a picture, each row in parts of its class."""
+    """The confusion matrix as a picture; each row is normalised by the images of its class."""
     shares = confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
     side = max(4.0, min(16.0, 0.45 * len(classes) + 2))
     figure = new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
     axes.set(xlabel="taken for", ylabel="class", title="Confusion, in parts of the class")
-    if len(classes) <= 30:  # more numbers than that cannot be read
+    if len(classes) <= 30:  # with more classes the numbers are not readable
         places = range(len(classes))
         axes.set_xticks(places, classes, rotation=90)
         axes.set_yticks(places, classes)

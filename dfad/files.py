@@ -12,11 +12,11 @@ from dfad.errors import RunFolderError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at every moment its old or its new content is there, never a part.
+    """Write a file so that at every moment it holds its old or its new content, never a part.
 
     Args:
         path: the file.
-        write: called with a binary file to write to; whatever it raises leaves the old content and nothing else.
+        write: called with a binary file to write to; if it raises, the old content stays and nothing else is left.
 
     Raises:
         RunFolderError: if the disk is full, or the file may not be written.
@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes ``path`` when the block ends; of a block that raises nothing is left.
+    """A folder to write into, which becomes ``path`` when the block ends; if the block raises, nothing is left.
 
     Args:
         path: must not exist yet.
@@ -69,7 +69,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a full disk or missing rights raise into a RunFolderError that names the file."""
+    """Turns errors of a full disk or missing permissions into a RunFolderError that names the file."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -84,7 +84,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    # torch.save hides a full disk behind a RuntimeError of its own
+    # torch.save reports a full disk as a RuntimeError
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

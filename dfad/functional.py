@@ -26,7 +26,7 @@ def one_hot_loss(teacher_logits: Tensor) -> Tensor:
 
 
 def diversity_loss(teacher_logits: Tensor, average: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:
-    r"""Negative entropy of the batch's mean prediction, in nats: least where all classes are generated alike.
+    r"""Negative entropy of the batch's mean prediction, in nats: lowest if all classes are equally frequent.
 
     .. math:: \sum_c \bar p_c \log \bar p_c, \quad \bar p = \frac1B \sum_i \operatorname{softmax}(t_i)
 
@@ -68,9 +68,9 @@ def normalized_squared_error(
 
 
 def class_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the histogram of predicted classes over its maximum: 1 is uniform, 0 is one class alone.
+    """Entropy of the histogram of predicted classes, relative to its maximum: 1 is uniform, 0 is a single class.
 
-    The maximum is that of so many classes or of so many images, whichever are fewer.
+    The maximum is the logarithm of the number of classes or of images, whichever is smaller.
     """
     images, classes = logits.shape
     predicted = logits.argmax(dim=1, keepdim=True) == torch.arange(classes, device=logits.device)
@@ -79,7 +79,7 @@ def class_entropy(logits: Tensor) -> Tensor:
 
 
 def pairwise_diversity(images: Tensor) -> Tensor:
-    """Mean absolute difference between the images of a batch and its reverse, over the batch's standard deviation.
+    """Mean absolute difference between a batch and its reverse, relative to the batch's standard deviation.
 
     Images are independent, so the reverse pairs them as well as a random permutation would.
     """

@@ -22,7 +22,7 @@ def _implementation(loss: FusedLoss[P], fused: bool) -> Callable[P, Tensor]:
 
 
 def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their types: under autocast, networks end in operations of different ones."""
+    """Both in the wider of their dtypes: under autocast, the last operations of two networks may differ in dtype."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return student.to(dtype), teacher.to(dtype)
 
@@ -32,8 +32,8 @@ class ActivationBoundaryLoss(nn.Module):
 
     Args:
         margin: distance from zero that the student must keep, in activation units.
-        weights: of the taps, a number for each; or ``uniform``, or ``halving``: 1 for the last tap and half of the
-            next one's for each before it (Heo et al., AAAI 2019). None is uniform.
+        weights: of the taps: a number for each, ``uniform`` (also None), or ``halving``: 1 for the last tap, and for
+            each earlier one half of the weight of the tap after it (Heo et al., AAAI 2019).
         reduction: as in torch; ``none`` is for a single pair.
         fused: run the operator's kernels instead of its reference.
     """
@@ -59,10 +59,10 @@ class ActivationBoundaryLoss(nn.Module):
             student, teacher = [student], [teacher]
         if len(student) != len(teacher):
             raise ValueError(
-                f"The student has {len(student)} taps, the teacher {len(teacher)}; give those that belong together."
+                f"The student has {len(student)} taps, the teacher {len(teacher)}; give the same number for both."
             )
         if len(student) == 0:
-            raise ValueError("There are no taps; networks whose taps are empty cannot be regularized.")
+            raise ValueError("There are no taps; give one or more of each network.")
         if len(student) > 1 and self.reduction == "none":
             raise ValueError(
                 f"reduction is 'none' for {len(student)} taps; give one pair, or choose another reduction."
@@ -109,7 +109,7 @@ class InterpolatedKLDivLoss(nn.Module):
 
 
 class Discrepancy(nn.Module):
-    """How far student and teacher are apart in their logits.
+    """The difference between the logits of student and teacher.
 
     Args:
         kind: ``l1``, the mean absolute difference (DFAD), or ``kl``, the KL divergence of the soft labels.
@@ -153,10 +153,10 @@ class BatchNormStatisticsLoss(nn.Module):
     See :func:`~dfad.functional.batchnorm_distance`.
 
     Args:
-        norms: the BatchNorms, whose running statistics are read at each call; a list may change between calls.
+        norms: the BatchNorms, whose running statistics are read at each call; the list may change between calls.
         fused: run the operator's kernels instead of its reference.
-        average: makes the whole batch's mean of that of a share, where the features are of a share of the batch; the
-            statistics are then taken by PyTorch's own operations.
+        average: returns the whole batch's mean for that of a share, if the features are a share of the batch; the
+            statistics are then computed by PyTorch's own operations.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class BatchNormStatisticsLoss(nn.Module):
         self.average = average
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """What reached each BatchNorm, ``(B, channels, ...)`` each."""
+        """The input of each BatchNorm, ``(B, channels, ...)``."""
         if self.average is not None:
             return self._of_shares(features, self.average)
         distances = [

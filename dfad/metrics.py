@@ -11,13 +11,13 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """``int64 (classes, classes)``: images of each class (rows) by the class that they were taken for (columns)."""
+    """``int64 (classes, classes)``: number of images by true class (rows) and predicted class (columns)."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2).view(classes, classes)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    r"""How far confidence is from accuracy.
+    r"""Expected calibration error: the mean gap between confidence and accuracy.
 
     .. math:: \sum_b \frac{|B_b|}{n} \left| \operatorname{acc}(B_b) - \operatorname{conf}(B_b) \right|
 
@@ -26,17 +26,17 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     Args:
         logits: ``(B, classes)``.
         labels: ``(B,)``.
-        bins: into which confidences are sorted.
+        bins: number of bins of equal width for the confidences.
     """
     confidences, predictions = logits.double().softmax(dim=1).max(dim=1)
     gaps = (predictions == labels).double() - confidences
-    # a bin holds its upper edge, so that full confidence is in the last
+    # a bin includes its upper edge, so that a confidence of 1 is in the last one
     places = (confidences * bins).ceil().long().clamp(1, bins) - 1
     return torch.zeros(bins, dtype=torch.float64).index_add(0, places, gaps).abs().sum().item() / len(labels)
 
 
 def agreement(logits: Tensor, teacher_logits: Tensor) -> float:
-    """Fraction of the images that both take for the same class."""
+    """Fraction of the images to which both give the same class."""
     return (logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).double().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""How a network behaves for the length of a block; afterwards it is as before."""
+"""Context managers that change how networks behave, and restore it afterwards."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 @contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
-    """Gradients flow through the networks, but not into their parameters."""
+    """Let gradients flow through the networks, but not into their parameters."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -34,12 +34,12 @@ def set_mode(network: nn.Module, *, training: bool) -> None:
 
 
 def evaluating(*networks: nn.Module) -> AbstractContextManager[None]:
-    """The networks are in eval mode."""
+    """Put the networks into eval mode."""
     return _in_mode(networks, training=False)
 
 
 def training(*networks: nn.Module) -> AbstractContextManager[None]:
-    """The networks are in training mode."""
+    """Put the networks into training mode."""
     return _in_mode(networks, training=True)
 
 
@@ -55,12 +55,12 @@ def _in_mode(networks: Sequence[nn.Module], *, training: bool) -> Iterator[None]
 
 
 def modes_of(*networks: nn.Module) -> dict[nn.Module, bool]:
-    """Whether each module is in training mode."""
+    """The training flag of each module."""
     return {module: module.training for network in networks for module in network.modules()}
 
 
 def restore_modes(modes: dict[nn.Module, bool]) -> None:
-    """Bring modules into modes that :func:`modes_of` found."""
+    """Restore the modes that :func:`modes_of` returned."""
     for module, was_training in modes.items():
         if module.training != was_training:
             module.training = was_training
@@ -68,7 +68,7 @@ def restore_modes(modes: dict[nn.Module, bool]) -> None:
 
 @contextmanager
 def statistics_kept(*networks: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalise with the batch, but do not move their running statistics."""
+    """Let BatchNorms in training mode normalise with the batch without updating their running statistics."""
     norms = [
         module
         for network in networks
@@ -86,7 +86,7 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What is drawn from the random streams of Python, NumPy and PyTorch does not move them."""
+    """Restore the global random states of Python, NumPy and PyTorch afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the stream that networks draw from
     with torch.random.fork_rng():
         try:

@@ -24,10 +24,10 @@ from dfad.data import DataConfig
 
 @dataclass(frozen=True)
 class TrainConfig(DistillConfig):
-    """A distillation, and the data that it is measured on where there are any."""
+    """A distillation, and optional data to measure it on."""
 
     evaluate: bool = False
-    """Measure teacher and student on the test images of data; they never train or select."""
+    """Measure teacher and student on the test images of data; these are never used to train or select."""
 
     data: DataConfig = DataConfig()
 
@@ -68,7 +68,7 @@ MNIST = TrainConfig(
     ),
     optimizer=OptimizersConfig(
         student=OptimizerConfig(lr=0.05, weight_decay=5e-4),
-        # to the end: while the student settles, it still sees images of one generator after another
+        # so that the generator keeps changing while the student's learning rate decays
         generator=OptimizerConfig(name="adam", lr=3e-3, schedule="constant"),
     ),
 )
@@ -89,7 +89,7 @@ RECIPE = MethodConfig(
     image_bank=ImageBankConfig(size=25_600),
     augmentation=AugmentationConfig(flip=True, crop=0.125),
 )
-"""For natural images: a generator that is warmed up, a bank of its images, and views of them: docs/experiments.md."""
+"""For natural images: generator warm-up, a bank of its images, and random views of them; see docs/experiments.md."""
 
 RECIPE_STUDENT = OptimizerConfig(name="adamw", lr=0.02, weight_decay=0.01, warm_up=0.02)
 
@@ -127,4 +127,4 @@ PRESETS = {
     "cifar100": _cifar("cifar100", 100),
     "own": OWN,
 }
-"""What ``--preset`` names. All but digits need ``--teacher.checkpoint``; own needs ``--student.factory`` as well."""
+"""Values of ``--preset``. All but digits need ``--teacher.checkpoint``; own also needs ``--student.factory``."""

@@ -32,7 +32,7 @@ RECORD_FILE, CURVES_FILE = "comparison.json", "curves.png"
 class Reproduce:
     """Run the arms of a comparison over several seeds, and report what they show.
 
-    Runs that are finished are not run again, and one that was stopped goes on from its last checkpoint: call it again
+    Finished runs are not repeated, and a stopped one continues from its last checkpoint: call the command again
     with the same --run_dir.
 
     Exit codes: 0 done; 2 option; 3 teacher; 4 run folder; 5 losses became NaN or infinite; 6 data; 130 and 143 stopped
@@ -40,32 +40,32 @@ class Reproduce:
     """
 
     comparison: Annotated[str, cli.Positional]
-    """Which: demo, digits, mnist, mnist-whole; or, with --teacher, cifar10-resnet20, cifar10-resnet20-parts,
-    cifar10-resnet20-whole or cifar10-resnet32."""
+    """Name of the comparison: demo, digits, mnist, mnist-whole; or, with --teacher, cifar10-resnet20,
+    cifar10-resnet20-parts, cifar10-resnet20-whole or cifar10-resnet32."""
 
     seeds: int = 5
-    """Seeds 0 to this, less one, of every arm."""
+    """Number of seeds of every arm, from 0 on."""
 
     arms: tuple[str, ...] = ()
-    """Run and show these arms alone."""
+    """Run and show only these arms."""
 
     teacher: Path | None = None
-    """Weights of the teacher; else it is trained once, and kept in the cache folder."""
+    """Weights of the teacher; by default it is trained once and kept in the cache folder."""
 
     root: Path | None = None
     """Folder or archive of the data, for data sets in files."""
 
     processes: int = 1
-    """How many runs go on at once; they share the processor's cores."""
+    """Number of runs at a time; they share the processor's cores."""
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
 
     run_dir: Path | None = None
-    """Folder of the runs; runs/reproduce-COMPARISON where not given."""
+    """Folder of the runs; by default runs/reproduce-COMPARISON."""
 
     output: Path | None = None
-    """File for the record besides the one in the runs' folder, such as bench/results/reproduce-digits.json."""
+    """Further file for the record, such as bench/results/reproduce-digits.json."""
 
     def __post_init__(self) -> None:
         positive(seeds=self.seeds, processes=self.processes)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = located(command)
     folder = command.run_dir or Path("runs") / f"reproduce-{command.comparison}"
     runs = plan(comparison, command.seeds, folder)
-    measured_with = machine()  # before hours in which the checkout may move on
+    measured_with = machine()  # now, because the checkout may change during the hours of a run
     results = execute(runs, command.processes)
     record = {"comparison": command.comparison, **summarise(comparison, runs, results), "machine": measured_with}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def located(command: Reproduce) -> Comparison:
-    """The comparison that a command names, told where teacher, data and device are.
+    """The comparison that a command names, with its teacher, data and device.
 
     Raises:
         ConfigurationError: if there is none of that name or no such arm, or its teacher must be given.
@@ -127,7 +127,7 @@ def located(command: Reproduce) -> Comparison:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """The arms of a record, for people."""
+    """The arms of a record as a table."""
     title = f"{record['comparison']}: accuracy on {record['test_images']:,} test images; teacher "
     result = Table(
         "arm", "last", "best without labels", "images", "teacher queries", "seconds", "published", "",

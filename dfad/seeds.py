@@ -1,4 +1,4 @@
-"""Seeds of independent random-number streams, made of one."""
+"""Seeds of independent random streams, derived from one seed."""
 
 import zlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 
 def stream_seed(seed: int, stream: str | int) -> int:
-    """A seed of 32 bits for one of the streams of a run; PyTorch's CPU generator takes no notice of more.
+    """A 32-bit seed for one random stream of a run; PyTorch's CPU generator ignores further bits.
 
     Args:
         seed: of the run.
@@ -21,11 +21,11 @@ def stream_seed(seed: int, stream: str | int) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """PyTorch's global generators start from a seed; after the block they are as they were before.
+    """Seed PyTorch's global generators for a block, and restore their states afterwards.
 
     Args:
         seed: for all of them.
-        device: a GPU whose generator is to be as before, besides the CPU's.
+        device: a GPU whose generator is also restored.
     """
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)

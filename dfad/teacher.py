@@ -1,4 +1,4 @@
-"""``python -m dfad.teacher``: train a network on data, to distil from it afterwards."""
+"""``python -m dfad.teacher``: train a network on data, to distil it afterwards."""
 
 import logging
 import time

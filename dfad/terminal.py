@@ -1,4 +1,4 @@
-"""The one console that progress, log lines and tables share, so that none breaks another."""
+"""The console that progress, log lines and tables share, so that they do not overwrite one another."""
 
 import codecs
 import io
@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 console = Console(stderr=True)
-"""On standard error: standard output holds results alone. Rich respects NO_COLOR."""
+"""Writes to standard error: standard output is for results only. Rich respects NO_COLOR."""
 
 
 PLAIN = str.maketrans({"–": "-", "—": "-", "→": "->", "×": "x", "…": "...", "‖": "||", "≥": ">=", "≤": "<="})
-"""For terminals that know ASCII alone."""
+"""Replacements for terminals that support only ASCII."""
 
 
 def prepare_streams() -> None:
-    """Let the standard streams take any text: what their encoding lacks is replaced by what looks like it, and what
-    goes to a closed one is lost."""
+    """Let the standard streams accept any text: characters that their encoding lacks are replaced by similar ones, and
+    output to a closed stream is discarded."""
     codecs.register_error("plain", _plain)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -47,7 +47,7 @@ def _looking_alike(character: str) -> str:
 
 
 def silence_stdout() -> None:
-    """After whoever read the output has gone: what is still to come, at the program's end too, is lost."""
+    """Discard all further output, because its reader has exited; also what Python flushes at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -66,7 +66,7 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """What other packages report of their own work is not shown: their warnings, and the log lines of these loggers."""
+    """Hide the warnings of other packages, and the log lines of these loggers."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -41,11 +41,11 @@ class Train(cli.Command):
     settings: Annotated[TrainConfig, cli.Settings] = TrainConfig()
 
     preset: str = "digits"
-    """Settings to start from: digits; mnist, cifar10, cifar100, which need --teacher.checkpoint; or own, for networks
-    of yours."""
+    """Settings to start from: digits; mnist, cifar10 or cifar100, which need --teacher.checkpoint; or own, for your own
+    networks."""
 
     dry_run: cli.Action = False
-    """Print parameters, FLOPs per round, peak memory and seconds, measured on a few rounds, and stop."""
+    """Print parameters, FLOPs, peak memory and seconds, measured on a few rounds, and stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def estimate_table(cost: Estimate) -> Table:
-    """What a run will cost, for people."""
+    """The cost of a run as a table."""
     table = Table("", "", title="What this run will cost", show_header=False)
     table.add_row("teacher parameters", f"{cost.teacher_parameters:,}")
     table.add_row("student parameters", f"{cost.student_parameters:,}")
@@ -107,7 +107,7 @@ def measure(
 def result_table(
     result: Result, teacher: nn.Module, student: nn.Module, measured: Mapping[str, Sequence[float | None]]
 ) -> Table:
-    """What a run came to, for people."""
+    """The result of a run as a table."""
 
     def parameters(network: nn.Module) -> str:
         return f"{parameter_count(network):,}"

@@ -4,7 +4,7 @@ import math
 
 
 def require(condition: bool, name: str, value: object, need: str) -> None:
-    """Refuse a value.
+    """Check a condition on a value.
 
     Raises:
         ValueError: if the condition does not hold.
@@ -14,18 +14,18 @@ def require(condition: bool, name: str, value: object, need: str) -> None:
 
 
 def positive(**values: float) -> None:
-    """Refuse values that are not positive and finite."""
+    """Check that values are positive and finite."""
     for name, value in values.items():
         require(math.isfinite(value) and value > 0, name, value, "positive and finite")
 
 
 def not_negative(**values: float) -> None:
-    """Refuse values that are negative or not finite."""
+    """Check that values are finite and not negative."""
     for name, value in values.items():
         require(math.isfinite(value) and value >= 0, name, value, "finite and not negative")
 
 
 def fraction(**values: float) -> None:
-    """Refuse values outside [0, 1)."""
+    """Check that values are in [0, 1)."""
     for name, value in values.items():
         require(0 <= value < 1, name, value, "in [0, 1)")

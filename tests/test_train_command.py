@@ -276,7 +276,7 @@ class TestBadInput:
             (["--method.activation.margin=-0.5"], 2, ["margin is -0.5", "positive"]),
             (["--method.temperature=0"], 2, ["temperature is 0", "positive"]),
             (["--method.rounds=many"], 2, ["--method.rounds", "many"]),
-            (["--device=cuda:99"], 2, ["'cuda:99' is not to be had", "--device auto"]),
+            (["--device=cuda:99"], 2, ["'cuda:99' is not available", "--device auto"]),
             (["--device=abacus"], 2, ["no device 'abacus'", "cpu"]),
             (["--config=nowhere.yaml"], 2, ["nowhere.yaml cannot be read"]),
             (["--resume=nowhere"], 2, ["nowhere cannot be resumed", "config.yaml"]),
@@ -297,7 +297,7 @@ class TestBadInput:
             (["--student.checkpoint=nowhere.pt"], 3, ["nowhere.pt does not exist", "safetensors"]),
             (["--run_dir=file/run"], 4, ["file is a file", "--run_dir"]),
             (["--run_dir=/proc/run"], 4, ["/proc/run cannot be made", "--run_dir"]),
-            (["--run_dir=thesis"], 4, ["other files than a run's", "--run_dir"]),
+            (["--run_dir=thesis"], 4, ["files that are not a run's", "--run_dir"]),
             (["--data.name=mnist", "--data.root=nowhere"], 6, ["nowhere", "--data.root"]),
             (["--data.name=mnst"], 6, ["no data set 'mnst'", "Did you mean 'mnist'?"]),
         ],
@@ -330,12 +330,12 @@ class TestBadInput:
         for name, words in {
             "other.pt": ["another architecture", "unexpected, first stages.2", "mis-shaped, first linear.weight"],
             "cut.pt": ["truncated"],
-            "evil.pt": ["would not be safe", "state dict alone"],
+            "evil.pt": ["would not be safe", "only its state dict"],
         }.items():
             given = ["--teacher.factory=convnet", kwargs, f"--teacher.checkpoint={name}"]
             self.assert_refused(command, given, 3, words)
         given = ["--student.checkpoint=other.pt"]
-        self.assert_refused(command, given, 3, ["other.pt is of another architecture", "stages.0.0.weight (("])
+        self.assert_refused(command, given, 3, ["other.pt belongs to another architecture", "stages.0.0.weight (("])
 
     def test_teachers_that_the_method_cannot_use_are_refused(self, command):
         Path("mine.py").write_text(

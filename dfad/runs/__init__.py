@@ -1,1 +1,1 @@
-"""A run's folder: settings, metrics, checkpoints, interruption, and what a finished run leaves behind."""
+"""A run's folder: settings, metrics, checkpoints, interruption, and the results of a finished run."""

@@ -20,13 +20,13 @@ PREVIOUS = "checkpoint-previous.pt"
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; the one before it is kept beside it."""
+    """Write a checkpoint, and keep the previous one."""
     newest, previous = folder / NAME, folder / PREVIOUS
     if newest.exists():
-        # a link, not a rename: there is no moment without a newest checkpoint
+        # a link, not a rename, so that the newest checkpoint exists at every moment
         link = folder / (PREVIOUS + ".tmp")
         link.unlink(missing_ok=True)
-        with suppress(OSError):  # a file system without links keeps the newest alone
+        with suppress(OSError):  # without links, only the newest checkpoint is kept
             os.link(newest, link)
             link.replace(previous)
     write_atomically(newest, lambda file: torch.save(state, file))
@@ -58,12 +58,12 @@ def load(folder: Path) -> dict[str, Any] | None:
             KeyError,
         ) as error:
             failures.append(f"{path.name}: {str(error).partition(chr(10))[0]}")
-            log.warning("The checkpoint %s cannot be read; trying the one before it.", path)
+            log.warning("The checkpoint %s cannot be read; trying the previous one.", path)
         else:
             return state
     if failures:
         raise RunFolderError(
-            f"No checkpoint in {folder} can be read ({'; '.join(failures)}). Start anew with --overwrite, or elsewhere "
-            "with --run_dir."
+            f"No checkpoint in {folder} can be read ({'; '.join(failures)}). Start again with --overwrite, or "
+            "elsewhere with --run_dir."
         )
     return None

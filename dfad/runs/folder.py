@@ -1,4 +1,4 @@
-"""A run's folder: when it is made, when it is refused, and what state it holds."""
+"""A run's folder: when it is created, when it is refused, and which state it holds."""
 
 import logging
 import os
@@ -16,20 +16,20 @@ from dfad.runs.snapshots import SNAPSHOTS
 log = logging.getLogger(__name__)
 
 RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", "*.html", METRICS, "result.json")
-"""What a run writes beside its settings and events."""
+"""Files of a run besides its settings and events."""
 
 EXPORTS = "export"
 """Folder in it that ``dfad export`` writes its student to."""
 
 
 def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a folder that does not admit a run; for commands that would do expensive things first.
+    """Check that a run can use a folder, before any expensive work.
 
     Args:
         folder: of the run; a new one's may exist if it is empty.
         settings: what the run is started with.
         resume: the folder must hold a run that was started with these settings, or with fewer rounds.
-        overwrite: a new run may replace one that the folder holds. A folder that holds other things is never admitted.
+        overwrite: a new run may replace one that the folder holds. A folder with other files is always refused.
 
     Raises:
         RunFolderError: if it holds a run or other files, or cannot be written to.
@@ -50,13 +50,13 @@ def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite
                 f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --run_dir."
             )
-    # a run that was killed in its first moment leaves an unfinished settings file
+    # a run that is killed right at its start leaves an unfinished settings file
     elif folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-        raise RunFolderError(f"{folder} holds other files than a run's. Choose an empty --run_dir.")
+        raise RunFolderError(f"{folder} holds files that are not a run's. Choose an empty --run_dir.")
 
 
 def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Make a new run's folder, empty of an earlier run, or find the state that a resumed run continues from.
+    """Create the folder of a new run, without files of an earlier one, or read the state of a run to resume.
 
     Args:
         folder: of the run; see :func:`check_folder` for this and the others.
@@ -80,27 +80,27 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
     text = to_yaml(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # what a user has put beside the run's own files stays
+        # other files, which a user may have added, are kept
         for pattern in RUN_FILES:
             for path in folder.glob(pattern):
                 path.unlink()
         for of_the_old_run in (EVENTS, EXPORTS, SNAPSHOTS):
             shutil.rmtree(folder / of_the_old_run, ignore_errors=True)
-        # last, since it makes the folder a run's
+        # last, because this file marks the folder as a run's
         write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
     except OSError as error:
         raise RunFolderError(
-            f"{folder} cannot be made a run's folder: {error.strerror}. Choose another --run_dir."
+            f"{folder} cannot be created or cleared: {error.strerror}. Choose another --run_dir."
         ) from None
     return None
 
 
 def extend(folder: Path, settings: Any) -> None:
-    """Write down that a resumed run is to have more rounds, where that is so.
+    """Save the settings of a resumed run that is extended by more rounds.
 
     Args:
         folder: of the run.
-        settings: that the run goes on with, see :func:`open_folder`.
+        settings: with which the run continues, see :func:`open_folder`.
 
     Raises:
         RunFolderError: if the file cannot be written.

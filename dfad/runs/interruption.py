@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it ends the round, writes its checkpoint and leaves."""
+"""Signals that ask a run to stop: it finishes the round, writes its checkpoint and exits."""
 
 import logging
 import signal
@@ -15,21 +15,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class StopRequest:
-    """Whether, and by which signal, a stop was asked for."""
+    """Whether a stop was requested, and by which signal."""
 
     signal_number: int = 0
 
     @property
     def requested(self) -> bool:
-        """Whether the run is to stop after the round at hand."""
+        """Whether the run should stop after the current round."""
         return self.signal_number != 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for the length of a block; a second signal acts as it would outside.
+    """Turn SIGINT and SIGTERM into a request to stop during a block; a second signal acts as it would outside.
 
-    Outside the main thread, where Python installs no handlers, nothing is turned.
+    Has no effect outside the main thread, where Python installs no handlers.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

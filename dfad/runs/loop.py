@@ -14,7 +14,7 @@ from dfad.runs.recorder import Metrics, Recorder
 
 @dataclass
 class RunLoop:
-    """The rounds of a run that are left; made by :func:`run_loop`.
+    """The remaining rounds of a run; created by :func:`run_loop`.
 
     .. code-block:: python
 
@@ -47,7 +47,7 @@ class RunLoop:
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this round."""
-        # one answer a round: a signal may come at any moment, and must find its checkpoint written
+        # decided once per round: if a signal arrives, the checkpoint of that round must be written
         if self._stopping is None:
             self._stopping = self._stop.requested
         return self._stopping
@@ -58,16 +58,16 @@ class RunLoop:
         return self.folder is not None and (self.due(self.checkpoint_every) or self.stopping)
 
     def due(self, every: int) -> bool:
-        """Whether what is done once in so many rounds, and after the last, is to be done after this one."""
+        """Whether an action with this interval, which is also due after the last round, is due after this one."""
         return self.position() % every == 0 or self.position() == self.rounds
 
     def record(self, metrics: Metrics) -> None:
-        """Record metrics of the moment after this round."""
+        """Record metrics after this round."""
         self._recorder.write(self.position(), metrics)
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """All records of the run, those of earlier processes included."""
+        """All records of the run, including those of earlier processes."""
         return self._recorder.history
 
     def _stopped(self) -> str:
@@ -92,15 +92,15 @@ def run_loop(
     unit: str = "round",
     first: int = 0,
 ) -> Iterator[RunLoop]:
-    """The loop over the rounds of a run that are left. For its length, SIGINT and SIGTERM ask the run to stop.
+    """The loop over the remaining rounds of a run. Inside it, SIGINT and SIGTERM ask the run to stop.
 
     Args:
-        folder: of the run, opened before; nothing is written without one.
-        rounds: in all.
+        folder: of the run, already opened; without one, nothing is written.
+        rounds: total number.
         position: how many of them are done.
         state_dict: everything that the next round depends on.
         checkpoint_every: rounds from one checkpoint to the next.
-        task: what is going on, for the terminal.
+        task: name of the activity, for the terminal.
         unit: name of a round in records and messages.
         first: position at which the run begins; below 0 where it warms up before its first round.
 

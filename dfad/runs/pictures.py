@@ -1,4 +1,4 @@
-"""Pictures, where matplotlib is installed."""
+"""Pictures, drawn if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PNG_DPI = 110
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches; it needs no display."""
-    # imported late: it takes half a second, and a run without a folder draws nothing
+    """A figure of this size in inches; it needs no display."""
+    # imported here because it takes half a second, and a run without a folder draws nothing
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a figure and write it as PNG; without matplotlib, the log says once that pictures are left out."""
+    """Draw a figure and write it as PNG; without matplotlib, log once that there are no pictures."""
     if can_draw():
         figure = draw()
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=PNG_DPI))
@@ -36,7 +36,7 @@ def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
 
 @functools.cache
 def can_draw() -> bool:
-    """Whether matplotlib is installed; the first call logs it where it is not."""
+    """Whether matplotlib is installed; the first call logs that it is not."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""The records that a run writes while it goes on."""
+"""The records that a run writes during its rounds."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ Metrics = Mapping[str, float]
 
 
 class MetricBuffer:
-    """Metrics of the rounds since the last reading, kept on the device so that no round waits for the host."""
+    """Metrics of the rounds since the last logging interval, kept on the device so that no round waits for the host."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -34,12 +34,12 @@ class MetricBuffer:
         self._since = time.perf_counter()
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
-        """The metrics of one round: scalars of the same names each time."""
+        """Add the metrics of one round: scalars with the same names each time."""
         self._names = tuple(terms)
         self._rows.append(torch.stack([term.detach().float() for term in terms.values()]))
 
     def read(self) -> dict[str, float]:
-        """Their means since the last reading, and the rounds per second; waits for the device."""
+        """Means since the last call, and the rounds per second; waits for the device."""
         means = torch.stack(self._rows).mean(dim=0).tolist()
         now = time.perf_counter()
         rate = len(self._rows) / (now - self._since)
@@ -52,11 +52,11 @@ class Recorder:
     """Metrics to ``metrics.jsonl``, the terminal and, where it is installed, TensorBoard.
 
     Args:
-        folder: the run's; without one, metrics go to the terminal and :attr:`history` alone.
-        rounds: of the whole run.
+        folder: the run's; without one, metrics go only to the terminal and :attr:`history`.
+        rounds: total number of the run.
         start: rounds done before (a resumed run); later records of an interrupted run are dropped.
-        first: where the run begins; below 0 where it warms up before its first round.
-        task: what is going on, for the terminal.
+        first: position at which the run begins; below 0 if it has a warm-up.
+        task: name of the activity, for the terminal.
         unit: name of a round in records and log lines.
     """
 
@@ -106,7 +106,7 @@ class Recorder:
     ) -> None:
         if self._progress:
             self._progress.stop()
-        # what could not be written is an error of its own, unless there is one already
+        # a failure to write is raised, unless another error is on its way
         with self._writing() if error is None else suppress(OSError):
             if self._file:
                 self._file.close()
@@ -114,7 +114,7 @@ class Recorder:
                 self._events.close()
 
     def write(self, round_index: int, metrics: Metrics) -> None:
-        """Record metrics of the moment after so many rounds."""
+        """Record metrics after this number of rounds."""
         record = {self.unit: round_index, **metrics}
         self.history.append(record)
         with self._writing():
@@ -147,7 +147,7 @@ class Recorder:
 
 def _event_writer(folder: Path, purge_step: int | None) -> Any:
     try:
-        # imported late: it takes a second, and a run without a folder does not need it
+        # imported here because it takes a second, and a run without a folder does not need it
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.warning("No TensorBoard events are written: %s", not_installed("tensorboard", "demo"))

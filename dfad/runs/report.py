@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: networks, pictures and figures."""
+"""The results of a finished run: networks, pictures and figures."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES = 32
-"""Images in ``samples.png``."""
+"""Number of images in ``samples.png``."""
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images and what the teacher takes them for, on the CPU."""
+    """Generated images with the teacher's predictions, on the CPU."""
 
     images: Tensor
-    """``(B, channels, height, width)`` as the teacher takes them."""
+    """``(B, channels, height, width)``, normalised as for the teacher."""
     labels: Tensor
     """``(B,)``."""
     confidences: Tensor
@@ -59,12 +59,12 @@ def write_networks(
         folder: of the run.
         config: of the distillation.
         image_shape: ``(channels, height, width)`` of the generated images.
-        normalisation: mean and standard deviation per channel of the images that the student takes.
+        normalisation: mean and standard deviation per channel of the student's images.
         architecture: how the student is built, see :func:`student_architecture`.
         student: weights after the last round.
         best: ``round``, ``agreement`` and weights (``state``) of the best student; empty where none was chosen.
         generator: weights after the last round.
-        rounds: how many were run.
+        rounds: number of rounds that were run.
     """
     mean, std = normalisation
     of_student = {"architecture": architecture, "image_shape": image_shape, "mean": list(mean), "std": list(std)}
@@ -91,7 +91,7 @@ def write_pictures(
     Args:
         folder: of the run.
         samples: for ``samples.png``.
-        normalisation: mean and standard deviation per channel, to undo; empty where they are not known.
+        normalisation: mean and standard deviation per channel, to be undone; empty if unknown.
         history: the records of ``metrics.jsonl``.
     """
     save_picture(folder / "samples.png", lambda: samples_figure(samples, normalisation))
@@ -99,7 +99,7 @@ def write_pictures(
 
 
 def student_architecture(student: nn.Module, config: StudentConfig) -> dict[str, Any]:
-    """How a student is built; of one that was given without a factory, its class for people."""
+    """How a student is built: its factory or, without one, the name of its class for readers."""
     if config.factory:
         return architecture_of(config.factory, config.kwargs, config.taps)
     return {"factory": None, "class": path_of(type(student))}
@@ -125,8 +125,8 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> An
     """Images for display: an array ``(B, height, width[, 3])`` in 0–1.
 
     Args:
-        images: ``(B, channels, height, width)`` as the teacher takes them.
-        mean: the normalisation to undo; without one, each image is stretched to its own range.
+        images: ``(B, channels, height, width)``, normalised as for the teacher.
+        mean: per channel, to be undone; without it, each image is stretched to its own range.
         std: likewise.
     """
     if mean:
@@ -135,12 +135,12 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> An
         low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
         pixels = (images - low) / (high - low).clamp_min(1e-12)
     pixels = pixels.clamp(0, 1)
-    # only one and three channels have a colour that the eye knows
+    # only one or three channels can be shown as they are
     return (pixels.permute(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels.mean(dim=1)).numpy()
 
 
 def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Losses, how the student agrees with the teacher, and how the generated images are, over the rounds."""
+    """Losses, agreement and diversity of the generated images over the rounds."""
     panels = {
         "Losses": ("student_loss", "generator_loss"),
         "Student": ("agreement", "accuracy"),

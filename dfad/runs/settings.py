@@ -1,4 +1,4 @@
-"""Settings to and from YAML, and the file of them in a run's folder."""
+"""Settings to and from YAML, and the settings file in a run's folder."""
 
 import dataclasses
 import types
@@ -12,13 +12,13 @@ import yaml
 from dfad.errors import ConfigurationError, nearest
 
 SETTINGS_FILE = "config.yaml"
-"""In a run's folder."""
+"""Name of the settings file in a run's folder."""
 
 T = TypeVar("T")
 
 
 def to_tree(settings: Any) -> Any:
-    """Settings as dictionaries, lists, strings, numbers, booleans and None: what YAML and JSON hold."""
+    """Settings as dictionaries, lists, strings, numbers, booleans and None, as YAML and JSON hold them."""
     if dataclasses.is_dataclass(settings):
         return {field.name: to_tree(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
     if isinstance(settings, (tuple, list)):
@@ -27,7 +27,7 @@ def to_tree(settings: Any) -> Any:
 
 
 def to_yaml(settings: Any) -> str:
-    """Settings as a file for ``--config``."""
+    """Settings as the text of a file for ``--config``."""
     return yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True)
 
 
@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(settings: T, tree: Mapping[str, Any], source: str) -> T:
-    """``settings`` with the values of a nested dictionary in their place.
+    """``settings`` with some values replaced by those of a nested dictionary.
 
     Args:
         settings: an instance of a dataclass of settings.
@@ -62,7 +62,7 @@ def override(settings: T, tree: Mapping[str, Any], source: str) -> T:
         source: where the tree comes from, for messages.
 
     Raises:
-        ConfigurationError: for an unknown name or a value that does not fit; quotes both, and what would fit.
+        ConfigurationError: for an unknown name or an invalid value; quotes it, and says what is valid.
     """
     return _override(settings, tree, source, prefix="")
 
@@ -81,17 +81,17 @@ def saved_settings(folder: Path, defaults: T) -> T:
     if not path.is_file():
         raise ConfigurationError(
             f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
-            "Name a folder that a run has made."
+            "Name the folder of a run."
         )
     return override(defaults, read_yaml(path), source=str(path))
 
 
 GROWING = "method.rounds"
-"""The one setting with which a run can be resumed that differs from the one that it was started with: more of it."""
+"""The only setting that may change when a run is resumed; it may only grow."""
 
 
 def require_unchanged(folder: Path, saved: Any, settings: Any) -> bool:
-    """Refuse to resume with other settings; returns whether the run is extended by more rounds.
+    """Check that a run is resumed with its own settings; returns whether it is extended by more rounds.
 
     Raises:
         ConfigurationError: naming each setting that differs.
@@ -144,12 +144,12 @@ def _override(settings: Any, tree: Any, source: str, prefix: str) -> Any:
             raise ConfigurationError(f"{source} sets {prefix}{name} to {value!r}; it must be {need}.{hint}") from None
     try:
         return dataclasses.replace(settings, **changes)
-    except ValueError as error:  # "rounds is -1; it must be positive": the dataclass's own
+    except ValueError as error:  # "rounds is -1; it must be positive", from the dataclass itself
         raise ConfigurationError(f"{source}: {prefix}{error}.") from None
 
 
 class _Misfit(Exception):
-    """A value does not fit its annotation. Holds what would fit, and a sentence of help or nothing."""
+    """A value does not fit its annotation. Holds what is needed, and an optional sentence of help."""
 
     def __init__(self, need: str, hint: str = "") -> None:
         super().__init__(need, hint)
@@ -186,7 +186,7 @@ def _union(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    if isinstance(value, bool):  # what YAML takes a bare on, off, yes and no for
+    if isinstance(value, bool):  # YAML reads a bare on, off, yes or no as a boolean
         value = "on" if value else "off"
     for choice in choices:
         if str(choice) == str(value):
@@ -215,7 +215,7 @@ def _int(value: Any) -> int:
     if not number.is_integer():
         raise _Misfit("a whole number")
     try:
-        return int(value)  # not of the float, which holds 53 bits
+        return int(value)  # not via float, which has 53 bits
     except ValueError:  # "1e3"
         return int(number)
 

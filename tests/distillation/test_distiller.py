@@ -391,7 +391,7 @@ class TestResume:
 
     def test_a_folder_of_other_things_is_refused(self, distiller, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
-        with pytest.raises(RunFolderError, match="other files"):
+        with pytest.raises(RunFolderError, match="not a run's"):
             distiller.fit(tmp_path, overwrite=True)
 
 

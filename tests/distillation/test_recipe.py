@@ -109,7 +109,7 @@ class TestWarmUp:
         assert rates == pytest.approx([3e-3] * WARM_UP + [3e-5])
 
     def test_it_needs_something_that_shapes_the_images(self):
-        with pytest.raises(ValueError, match="warm_up is 5; it must be 0 where every weight of regularizers is 0"):
+        with pytest.raises(ValueError, match="warm_up is 5; it must be 0 if every weight of regularizers is 0"):
             MethodConfig(warm_up=5)
 
 

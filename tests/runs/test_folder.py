@@ -42,7 +42,7 @@ def test_a_run_is_replaced_whole_and_only_where_asked(tmp_path):
 
 def test_other_files_than_a_runs_are_never_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="other files than a run's"):
+    with pytest.raises(RunFolderError, match="files that are not a run's"):
         open_folder(tmp_path, SETTINGS, overwrite=True)
 
 

@@ -421,8 +421,8 @@ class EngineConfig:
     """Compile the networks with torch.compile."""
 
     batchnorm: Literal["whole", "local"] = "whole"
-    """Where ranks share a batch, the statistics that BatchNorms normalise with in training: those of the whole batch, or
-    of each rank's share, which saves a collective per BatchNorm but is a different computation."""
+    """Where ranks share a batch, the statistics that BatchNorms normalise with in training: those of the whole batch,
+    or of each rank's share, which saves a collective per BatchNorm but is a different computation."""
 
     sent_gradients: Literal["float32", "bfloat16"] = "float32"
     """Where ranks share a batch, the dtype in which their gradients are averaged."""

@@ -1,1 +1,1 @@
-"""The method: the round, the run, and what keeps both healthy. It cannot reach data or the command line."""
+"""The method: the round, the run, and their safeguards. It cannot reach data or the command line."""

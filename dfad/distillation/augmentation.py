@@ -1,4 +1,4 @@
-"""Other views of an image: flipped, shifted, partly hidden, of other colours."""
+"""Random views of images: flipped, shifted, partly hidden, with changed colours."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from dfad.ranks import ALONE, Ranks
 
 
 class Augmentation:
-    """A random view of each image of a batch; student and teacher are both shown that view.
+    """A random view of each image of a batch, for both student and teacher.
 
     Nothing here waits for the device.
 
     Args:
-        config: which views.
+        config: the kinds of views and their strengths.
         rng: the random stream, on the device of the images.
         ranks: which draw the same for the whole batch; each has the images of its share.
     """
@@ -24,7 +24,7 @@ class Augmentation:
         self.ranks = ranks
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Views ``(B, channels, height, width)`` of such images, normalised; of the same dtype, channels last."""
+        """Views of normalised images ``(B, channels, height, width)``, with the same shape and dtype, channels-last."""
         config = self.config
         if config.flip or config.crop:
             images = self._flip_and_crop(images)
@@ -35,7 +35,7 @@ class Augmentation:
         return images
 
     def _flip_and_crop(self, images: Tensor) -> Tensor:
-        """One gather for both: output pixel ``(i, j)`` is input pixel ``(rows[i], columns[j])``."""
+        """Flip and shift as one gather: output pixel ``(i, j)`` is input pixel ``(rows[i], columns[j])``."""
         batch, _, height, width = images.shape
         rows = torch.arange(height, device=images.device).expand(batch, -1)
         columns = torch.arange(width, device=images.device).expand(batch, -1)
@@ -74,13 +74,13 @@ class Augmentation:
         return images * (1 + change[:, :1]) + change[:, 1:]
 
     def _integers(self, batch: int, least: int, most: int) -> Tensor:
-        """One for each image, ``(B, 1)``."""
+        """One random number per image, ``(B, 1)``."""
         shape = (batch * self.ranks.count, 1)
         return self.ranks.share(torch.randint(least, most + 1, shape, generator=self.rng, device=self.rng.device))
 
 
 def _reflected(positions: Tensor, length: int) -> Tensor:
-    """Positions beyond an edge, reflected at the outermost pixel."""
+    """Reflect positions beyond an edge at the outermost pixel."""
     positions = positions.abs()
     return torch.minimum(positions, 2 * (length - 1) - positions)
 

@@ -1,20 +1,20 @@
-"""Draws from the symmetric Beta distribution, of a random stream of one's own."""
+"""The symmetric Beta distribution, drawn from a given random generator."""
 
 import torch
 from torch import Tensor
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose signature of the private sampler was looked up."""
+"""Versions of PyTorch for which the signature of the private sampler was checked."""
 
 
 def symmetric_beta(concentration: Tensor, rng: torch.Generator) -> Tensor:
-    """Numbers between 0 and 1, each from the Beta distribution with twice the same parameter.
+    """Numbers between 0 and 1 from the Beta distribution with two equal parameters.
 
-    The first of two Dirichlet components is Beta distributed. PyTorch's public samplers take no generator, and so can
-    neither be resumed nor replayed in a graph apart from everything else that is drawn.
+    The first of two Dirichlet components is Beta distributed. PyTorch's public samplers take no generator, so their
+    draws can be neither resumed nor replayed in a graph independently of other draws.
 
     Args:
-        concentration: the parameter, ``(..., 2)``, twice the same along the last dimension; on the generator's device.
+        concentration: the parameter, ``(..., 2)``, repeated along the last dimension; on the generator's device.
         rng: the random stream.
 
     Returns:

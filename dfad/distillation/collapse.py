@@ -1,4 +1,4 @@
-"""A generator that makes images of one kind teaches nothing: noticing that, and bringing it back."""
+"""Detection of mode collapse of the generator, and recovery from it."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ State = Mapping[str, Tensor]
 
 
 class CollapseGuard:
-    """Watches how the generated images are; where they collapse, it gives the generator back its last healthy weights,
-    or new ones.
+    """Watches the generated images; on mode collapse it restores the generator's last healthy weights, or gives it new
+    ones.
 
-    All is written in place: a captured round goes on with it.
+    Everything is written in place, so that a captured round remains valid.
 
     Args:
-        config: what counts as a collapse, and what is done then.
-        generator: which is watched.
-        optimizer: of the generator; its moments go the same way as the weights.
+        config: what counts as a collapse, and the response to it.
+        generator: the network to watch.
+        optimizer: of the generator; its moments are restored or reset with the weights.
         fresh: new weights, for the given number of resets.
     """
 
@@ -40,12 +40,12 @@ class CollapseGuard:
         self.optimizer = optimizer
         self.fresh = fresh
         self.recoveries = 0
-        """How often it has brought the generator back."""
+        """Number of rollbacks and resets so far."""
         self.healthy: dict[str, list[Tensor]] = {}
         self._alarmed = False
 
     def is_collapsed(self, observed: Mapping[str, float], progress: float) -> bool:
-        """Whether the images are of few classes or much alike.
+        """Whether the images belong to few classes or hardly differ.
 
         Args:
             observed: ``class_entropy`` and ``pairwise_diversity`` of generated images.
@@ -55,7 +55,7 @@ class CollapseGuard:
         return low and progress > self.config.grace
 
     def look(self, observed: Mapping[str, float], round_index: int, rounds: int) -> dict[str, float]:
-        """Judge the generator and, if it has collapsed, bring it back; returns what is worth recording."""
+        """Check the generator and recover it if it has collapsed; returns metrics to record."""
         collapsed = self.is_collapsed(observed, round_index / rounds)
         if collapsed and not self._alarmed:
             self._respond(observed, round_index)
@@ -76,16 +76,16 @@ class CollapseGuard:
             observed["pairwise_diversity"],
         )
         if config.response == "warn" or self.recoveries == config.budget:
-            self._alarmed = True  # until it has recovered by itself: once is enough
+            self._alarmed = True  # one warning until it has recovered by itself
             if config.response != "warn":
                 log.warning("All %d recoveries of --collapse.budget are used up; it is left as it is.", config.budget)
             return
         self.recoveries += 1
         if self.healthy:
             self._write(self.healthy)
-            # a second collapse from here would be the same one: the next response is a reset
+            # another collapse from these weights would repeat this one, so the next response is a reset
             self.healthy = {}
-            done = "is back at its last healthy weights"
+            done = "returns to its last healthy weights"
         else:
             self.generator.load_state_dict(self.fresh(self.recoveries))
             for tensor in self._tensors()["optimizer"]:
@@ -106,7 +106,7 @@ class CollapseGuard:
                 tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that its next look depends on."""
+        """Everything that the next check depends on."""
         return {"recoveries": self.recoveries, "alarmed": self._alarmed, "healthy": self.healthy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A distillation: its rounds, how the best student is chosen, and the state that a resumed run goes on from."""
+"""A distillation: its rounds, the selection of the best student, and the state to resume from."""
 
 import copy
 import logging
@@ -38,7 +38,7 @@ from dfad_kernels import kernel_name
 log = logging.getLogger(__name__)
 
 OBSERVED_BATCHES = 16
-"""At most, of which the classes are counted."""
+"""Largest number of batches over which predicted classes are counted."""
 
 REPORTED_BATCHES = 8
 """Of which classes and disagreements are reported at the end."""
@@ -46,26 +46,26 @@ REPORTED_BATCHES = 8
 
 @dataclass(frozen=True)
 class Result:
-    """What a distillation came to."""
+    """The result of a distillation."""
 
     rounds: int
     images: int
-    """Generated images, those of the generator's warm-up included."""
+    """Number of generated images, including those of the generator's warm-up."""
     student_images: int
-    """Images that the student was trained on, mixed ones included; of an image bank, each as often as it was drawn."""
+    """Number of images that the student was trained on, including mixed ones and repeated draws from the bank."""
     teacher_queries: int
-    """Images that the teacher was asked about in training, in the warm-up too."""
+    """Number of images that the teacher was queried at in training, including the warm-up."""
     seconds: float
-    """Of this process: warm-up, rounds, recording and selection."""
+    """Time of this process: warm-up, rounds, recording and selection."""
     rounds_per_second: float
     agreement: float | None
-    """Of the last student with the teacher on the bank of generated images."""
+    """Agreement of the last student with the teacher on the bank of generated images."""
     best_agreement: float | None
     best_round: int | None
     accuracy: float | None
-    """Of the last student on the evaluation set, where one is given."""
+    """Accuracy of the last student on the evaluation set, if there is one."""
     best_accuracy: float | None
-    """Of the student with the best agreement: chosen without labels."""
+    """Accuracy of the student with the best agreement, which is selected without labels."""
 
 
 class Distiller:
@@ -73,18 +73,18 @@ class Distiller:
 
     Args:
         teacher: a trained classifier; copied, never changed.
-        student: trained in place. From here to the end of :meth:`fit` it is where and how the engine runs it; after
-            that, also after an exception, it is the plain network that was given, with its new weights: on the device
-            that it came on, or on the GPU where the run was on one.
-        config: everything else.
-        image_shape: ``(channels, height, width)`` of the teacher's images; found by dry forwards where not given.
-        normalisation: mean and standard deviation per channel that its images were normalised with, which the pictures
-            of a run undo; the configuration's where not given.
-        evaluate: accuracy of a network on real data; reported, never used to train or select.
+        student: trained in place. Until the end of :meth:`fit` it is in the form and on the device that the engine
+            chose; after that, also after an exception, it is the plain network that was given, with its new weights:
+            on its former device, or on the GPU if the run was on one.
+        config: all settings.
+        image_shape: ``(channels, height, width)`` of the teacher's images; found by trial forward passes by default.
+        normalisation: mean and standard deviation per channel of the teacher's images, undone in the pictures of a run;
+            by default the configuration's.
+        evaluate: returns the accuracy of a network on real data; reported, never used to train or select.
 
     Raises:
         ModelError: if the networks cannot be combined as the configuration asks.
-        ConfigurationError: if the machine cannot do what the configuration asks.
+        ConfigurationError: if the machine does not support what the configuration asks for.
     """
 
     def __init__(
@@ -113,19 +113,19 @@ class Distiller:
         self.round = Round(teacher, student, config, self.engine, self.image_shape)
         self.bank = AgreementBank(config.selection.bank_size, method.rounds, self.device)
         self.round_index = -method.warm_up
-        """Rounds that are done; below 0, the steps that the generator's warm-up still has to do."""
+        """Number of rounds done; below 0, the negated number of remaining warm-up steps."""
         self.best: dict[str, Any] = {}
-        """Round, metrics and weights of the student that agreed best with the teacher on the bank."""
+        """Round, metrics and weights of the student that agreed most with the teacher on the bank."""
         self.collapse_guard = CollapseGuard(
             config.collapse, self.generator, self.round.generator_optimizer, self.round.fresh_generator_weights
         )
         self._global_rng: dict[str, Tensor] = {}
         self._constants = {name for name, buffer in self.student.named_buffers() if not buffer.isfinite().all()}
-        """Buffers of the student that are infinite by design, as a mask is."""
+        """Buffers of the student that are infinite by design, such as masks."""
 
     @property
     def teacher(self) -> FrozenTeacher:
-        """The frozen copy of the teacher."""
+        """The teacher: a frozen copy."""
         return self.round.teacher
 
     @property
@@ -139,8 +139,7 @@ class Distiller:
         return self.round.generator
 
     def run_round(self) -> Mapping[str, Tensor]:
-        """The next round, or the next step of the generator's warm-up; returns what is worth recording, on the
-        device."""
+        """Run the next round, or the next step of the generator's warm-up; returns metrics, on the device."""
         if self.round_index < 0:
             terms = self.round.warm_up()
         else:
@@ -162,7 +161,7 @@ class Distiller:
         Raises:
             DivergenceError: if a loss becomes NaN or infinite.
             Interrupted: after SIGINT or SIGTERM, when the checkpoint is written.
-            RunFolderError: if the folder does not admit this run, or cannot be written to.
+            RunFolderError: if the run cannot use the folder, or it cannot be written to.
             ModelError: if the student cannot be stored, or a run is resumed with another teacher.
         """
         with self.round.student_placed():
@@ -210,7 +209,7 @@ class Distiller:
                 if folder is not None and self.round_index in kept:
                     self._save_snapshot(folder)
                 selecting = self.round_index > 0 and loop.due(select_every)
-                # at 0, the end of the warm-up, all are due: its metrics are not those of a round
+                # at 0, the end of the warm-up, everything is due, because warm-up metrics differ from those of a round
                 if loop.saving or loop.due(log_every) or selecting:
                     metrics = self._read(buffer, folder)
                     if selecting:
@@ -274,7 +273,7 @@ class Distiller:
 
     @torch.no_grad()
     def samples(self, count: int) -> Samples:
-        """Generated images and what the teacher takes them for; the same noise each time."""
+        """Generated images with the teacher's predictions; from the same noise each time."""
         stream = torch.Generator(self.device).manual_seed(stream_seed(self.config.seed, "samples"))
         noise = torch.randn(count, self.config.generator.noise_dim, generator=stream, device=self.device)
         with self.engine.autocast(), statistics_kept(self.generator):
@@ -283,7 +282,7 @@ class Distiller:
         return Samples(images.float().cpu(), labels.cpu(), confidences.cpu())
 
     def _read(self, buffer: MetricBuffer, folder: Path | None) -> dict[str, float]:
-        # a loss is of the weights before its step; a checkpoint holds those after
+        # losses belong to the weights before a step, checkpoints to those after it
         norms = {
             "student_norm": _norm(self.student, self.round.connectors, without=self._constants),
             "generator_norm": _norm(self.generator),
@@ -301,8 +300,8 @@ class Distiller:
 
     @torch.no_grad()
     def observe(self) -> dict[str, float]:
-        """How the generated images are, on images of their own: the rounds have no work with them. A batch of them, and
-        where the classes outnumber it, several. Waits for the device."""
+        """Diversity of generated images, on separate images: one batch, or several if there are more classes than
+        images in one. Waits for the device."""
         batch_size = self.config.method.batch_size
         with self.engine.autocast(), statistics_kept(self.generator):
             images = self.generator(self.round.sample_noise(batch_size, "probe"))
@@ -328,7 +327,7 @@ class Distiller:
             self.bank.add(images, self.teacher(images).logits)
 
     def _select(self) -> dict[str, float]:
-        """Measure the student; keep it if it is the best by agreement. Later students win ties: they saw more."""
+        """Measure the student, and keep it if its agreement is the best; a later student, which saw more, wins ties."""
         metrics: dict[str, float] = {}
         with evaluating(self.student):
             if self.evaluate:
@@ -348,7 +347,7 @@ class Distiller:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end with the bits of an uninterrupted one."""
+        """Everything that a resumed run needs to end with the same bits as an uninterrupted one."""
         parts = {name: part.state_dict() for name, part in self._stateful().items()}
         rng = {name: generator.get_state() for name, generator in self.round.rng.items()}
         rng["cpu"] = torch.get_rng_state()
@@ -363,7 +362,7 @@ class Distiller:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         for name, generator in self.round.rng.items():
-            if name in state["rng"]:  # a checkpoint of before there was such a stream was not drawing from it
+            if name in state["rng"]:  # an older checkpoint without this stream did not draw from it
                 generator.set_state(state["rng"][name])
         self._global_rng = state["rng"]
         self.round_index, self.best = state["round"], state["best"]
@@ -417,7 +416,7 @@ def _loss_kernels(device: torch.device, *, fused: bool) -> str:
 
 @torch.no_grad()
 def _norm(*networks: nn.Module, without: Container[str] = ()) -> float:
-    """Euclidean length of parameters and statistics: finite if and only if each of them is."""
+    """Euclidean norm of parameters and statistics: finite if and only if each of them is."""
     state = [
         value
         for network in networks

@@ -1,4 +1,4 @@
-"""What a run will cost, measured on a few of its rounds."""
+"""The cost of a run, measured on a few of its rounds."""
 
 import time
 from collections.abc import Callable
@@ -15,34 +15,34 @@ from dfad.engine.fuse_convolutions import chained_flops
 from dfad.models.probing import parameter_count
 
 TIMED_ROUNDS = 5
-"""Rounds whose median time counts, after the warm-up."""
+"""Number of timed rounds after the warm-up; their median counts."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will cost."""
+    """The cost of a run."""
 
     teacher_parameters: int
     student_parameters: int
     generator_parameters: int
     flops_per_round: int
-    """Of convolutions and matrix products; a multiplication and an addition count as two."""
+    """FLOPs of convolutions and matrix products; a multiplication and an addition count as two."""
     total_flops: int
     """Of all rounds and the generator's warm-up."""
     peak_memory: int
-    """Bytes: allocated on a GPU; on a CPU of the tensors of a round, parameters, optimizer state and image bank."""
+    """Bytes: allocated on a GPU; on a CPU, tensors of a round, parameters, optimizer state and image bank."""
     seconds_per_round: float
     total_seconds: float
-    """Of all rounds and the generator's warm-up; evaluation and checkpoints come on top."""
+    """Time of all rounds and the generator's warm-up, without evaluation and checkpoints."""
     captured: bool = False
     """Whether the timed rounds were replayed as a CUDA graph."""
 
 
 def estimate(distiller: Distiller) -> Estimate:
-    """Run a few rounds to measure one; the distiller has moved on afterwards.
+    """Run a few rounds to measure one; this changes the distiller.
 
     Args:
-        distiller: one that is not to be fitted any more.
+        distiller: must not be used for a run afterwards.
     """
     with distiller.round.student_placed(), distiller.engine.running():
         return _measured(distiller)
@@ -72,8 +72,7 @@ def _measured(distiller: Distiller) -> Estimate:
 
 
 def count_flops(distiller: Distiller) -> tuple[int, int]:
-    """FLOPs of a whole run and of one of its rounds, counted on a step and a round: the distiller has moved on
-    afterwards."""
+    """FLOPs of a whole run and of one round, counted on a warm-up step and a round, which change the distiller."""
     method = distiller.config.method
     warm_up = method.warm_up * _flops(distiller.round.warm_up) if method.warm_up else 0
     per_round = _flops(distiller.round)
@@ -88,7 +87,7 @@ def _flops(work: Callable[[], object]) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the median of a few."""
+    """Seconds of one call: the median of a few."""
     seconds = []
     for _ in range(TIMED_ROUNDS):
         wait_for(device)

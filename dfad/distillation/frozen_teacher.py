@@ -1,4 +1,4 @@
-"""The teacher as distilling needs it: frozen, in eval mode, and no slower than its convolutions."""
+"""The teacher during distillation: frozen, in eval mode, and no slower than its convolutions."""
 
 import logging
 from typing import Any
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class FrozenTeacher:
-    """A teacher that never learns: eval mode always, no parameter gradients, on copies of its own.
+    """A teacher that never changes: always in eval mode, without parameter gradients, on a copy.
 
     Args:
-        teacher: copied, so that the caller's network is left as it was; one that cannot be copied is taken itself.
+        teacher: copied, so that the caller's network stays unchanged; one that cannot be copied is used directly.
         engine: where and how it runs.
-        image_shape: ``(channels, height, width)`` of images on which what the engine makes of it is compared with the
-            teacher as it is; not compared where it is not given.
+        image_shape: ``(channels, height, width)`` of images on which the engine's form of the teacher is compared with
+            the plain one; without it, they are not compared.
         batch_size: of the rounds.
     """
 
@@ -40,12 +40,12 @@ class FrozenTeacher:
         teacher = _frozen_copy(teacher)
         self.parameter_count = parameter_count(teacher)
         self.norms: list[BatchNorm] = []
-        """Its BatchNorms, in the order of what :meth:`with_statistics` returned of them last."""
+        """Its BatchNorms, in the order of the features that :meth:`with_statistics` returned last."""
         self.measured: nn.Module | None = None
         shape: dict[str, Any] = {"input_shape": image_shape, "batch_size": batch_size}
         if has_batchnorm(teacher):
-            # of the network as it is: through a folded one, statistics would be divided by the BatchNorms' scales,
-            # which trained networks bring to zero
+            # from the unfolded network: in a folded one, statistics would have to be divided by the BatchNorms' scales,
+            # which become zero in trained networks
             measured = _measured(teacher, image_shape)
             self.norms = measured.norms
             self.measured = engine.place(
@@ -60,11 +60,11 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def without_gradient(self, images: Tensor) -> Outputs:
-        """Logits and taps that no gradient flows back from."""
+        """Logits and taps, without a graph for gradients."""
         return self(images)
 
     def with_statistics(self, images: Tensor) -> tuple[Outputs, tuple[Tensor, ...]]:
-        """Logits, taps and what reached each BatchNorm; nothing of the latter where there is none."""
+        """Logits and taps, and the input of each BatchNorm that the network has."""
         if self.measured is None:
             return self(images), ()
         outputs, features = self.measured(images)
@@ -77,12 +77,12 @@ def _read(result: tuple[Any, tuple[Tensor, ...]]) -> tuple[Outputs, tuple[Tensor
 
 
 def _frozen_copy(teacher: nn.Module) -> nn.Module:
-    teacher = uncompiled(teacher)  # how it is compiled here is the engine's
+    teacher = uncompiled(teacher)  # the engine decides about compilation
     try:
         teacher = copy_network(teacher)
     except Exception as error:  # whatever its attributes raise
         log.warning(
-            "The teacher %s cannot be copied (%s: %s): it is taken itself, and stays in eval mode, without gradients "
+            "The teacher %s cannot be copied (%s: %s): it is used directly, and stays in eval mode, without gradients "
             "of its parameters.",
             *(type(teacher).__name__, type(error).__name__, first_line(error)),
         )
@@ -93,7 +93,7 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
 
 
 def _measured(teacher: nn.Module, image_shape: tuple[int, int, int] | None) -> BatchNormTaps:
-    """The teacher and what reaches its BatchNorms: by its graph, if that returns the same bits as hooks."""
+    """The teacher with the inputs of its BatchNorms: by its graph, if that returns the same bits as hooks."""
     try:
         measured, hooked = (BatchNormTaps(copy_network(teacher), traced=traced) for traced in (True, False))
     except Exception:  # of which the owner was told

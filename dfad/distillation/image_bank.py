@@ -1,4 +1,4 @@
-"""Generated images that are kept: what the generator makes in its own steps, students learn from for many."""
+"""Generated images that are kept, so that the student can learn from each of them many times."""
 
 from collections.abc import Mapping
 
@@ -8,39 +8,39 @@ from torch import Tensor
 from dfad.ranks import ALONE, Ranks
 
 LARGEST = 127
-"""Quantised values are -127 to 127."""
+"""Quantised values range from -127 to 127."""
 
 RANGE = 4.0
-"""In standard deviations. The generator's last BatchNorm gives every channel mean 0 and variance 1, in every batch."""
+"""Range in standard deviations; the generator's last BatchNorm gives every channel mean 0 and variance 1."""
 
 
 class ImageBank:
     """A ring of the last images that were generated, 8 bits per channel.
 
-    Its memory is allocated once and written in place, and how full it is stands on the device. So nothing here waits
-    for the device, and a captured round goes on with it.
+    Its memory is allocated once and written in place, and its fill level is kept on the device. So nothing here waits
+    for the device, and a captured round remains valid.
 
     Ranks that share a run each hold all of it: an image crosses the wire once, in a byte per channel, and not again
     each time that it is drawn.
 
     Args:
-        size: images that it holds.
+        size: number of images that it holds.
         image_shape: ``(channels, height, width)``.
-        device: where they are.
+        device: of the images.
     """
 
     def __init__(self, size: int, image_shape: tuple[int, int, int], device: torch.device) -> None:
         channels, height, width = image_shape
         self.size = size
-        # a pixel's channels side by side: what is drawn is in the channels-last format
+        # channels-last, so that drawn images have that format
         self.images = torch.zeros((size, height, width, channels), dtype=torch.int8, device=device)
         self.scale = torch.full((channels,), RANGE / LARGEST, device=device)
-        """What a step of the quantisation is worth, per channel."""
+        """Size of a quantisation step, per channel."""
         self.written = torch.zeros((), dtype=torch.int64, device=device)
-        """Images ever added."""
+        """Number of images ever added."""
 
     def add(self, images: Tensor, ranks: Ranks = ALONE) -> None:
-        """Keep images ``(B, channels, height, width)`` in place of the oldest; at most ``size`` at once.
+        """Replace the oldest images by ``(B, channels, height, width)``; at most ``size`` at once.
 
         Args:
             images: a batch; a rank's share of it where several share one.
@@ -56,23 +56,23 @@ class ImageBank:
         """Images ``(count, channels, height, width)`` drawn with replacement, as float32.
 
         Args:
-            count: how many.
-            newest: how many of them are drawn of the most recent ones alone.
-            recent: the most recent ones; the ring holds that many or more.
+            count: number of images.
+            newest: number of them that are drawn from the most recent ones only.
+            recent: number of most recent images; the ring holds at least that many.
             rng: the random stream, on the device.
             ranks: which draw the same; each gets its share.
         """
         drawn = torch.randint(2**62, (count,), generator=rng, device=self.images.device)
-        filled = self.written.clamp(1, self.size)  # an empty bank's only image is of zeros
+        filled = self.written.clamp(1, self.size)  # an empty bank has one image, of zeros
         ages = ranks.share(torch.cat([drawn[:newest] % recent, drawn[newest:] % filled]))
         chosen = self.images.index_select(0, (self.written - 1 - ages) % self.size)
         return (chosen * self.scale).permute(0, 3, 1, 2)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {"images": self.images, "scale": self.scale, "written": self.written}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """From a checkpoint; in place."""
+        """Load the state of a checkpoint, in place."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])

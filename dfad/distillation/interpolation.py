@@ -1,4 +1,4 @@
-"""Virtual interpolation: how images mixed with one another enter a student step."""
+"""Virtual interpolation: mixed images in a student step."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,18 +17,18 @@ from dfad.ranks import ALONE, Ranks
 
 
 class VirtualInterpolation:
-    """The form that a configuration asks for.
+    """The form of virtual interpolation that a configuration selects.
 
-    Mixed images take the place of a share of the batch (:meth:`within`), join the loss of a student step with a term of
-    their own (:meth:`joint_terms`), or are learned in a step of their own (:meth:`own_loss`): the ``step`` of
-    the configuration. Each form does nothing in the methods of the others.
+    By the configuration's ``step``, mixed images replace a share of the batch (:meth:`within`), add a term to the loss
+    of a student step (:meth:`joint_terms`), or get a separate step (:meth:`own_loss`). The methods of the other forms
+    then do nothing.
 
     Args:
-        config: the form; of weight 0, nothing is mixed.
+        config: the form; with a weight of 0, nothing is mixed.
         batch_size: images of a student step, of all ranks.
-        rng: the random stream of the mixing coefficients; all are on its device.
+        rng: the random stream of the mixing coefficients; all tensors are on its device.
         student: sees the mixed images of the last two forms.
-        teacher: is asked about them, if the configuration says so.
+        teacher: is queried at them, if the configuration says so.
         fused: see :class:`~dfad.losses.InterpolatedKLDivLoss`.
         ranks: which draw the same coefficients; each has the images of its share, and their partners among them.
     """
@@ -65,7 +65,7 @@ class VirtualInterpolation:
         return functional.mix(images, self.sample_coefficient().masked_fill(self.unmixed, 1.0))
 
     def joint_terms(self, images: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        """The term of the loss of mixed images, by its name; the images of the step serve again."""
+        """The loss term of mixed images, by its name; these are mixed from the images of the step."""
         if self.form != "joint":
             return {}
         return {"interpolation": self._loss(images, teacher_logits, self._divergence_from_teacher)}
@@ -73,12 +73,12 @@ class VirtualInterpolation:
     def own_loss(
         self, images: Tensor, teacher_logits: Tensor, imitation: Callable[[Outputs, Outputs], Tensor]
     ) -> Tensor | None:
-        """The loss of a step on mixed images; the images of the step before serve again.
+        """The loss of a separate step on images mixed from those of the step before.
 
         Args:
-            images: which are mixed with those of the reversed batch.
-            teacher_logits: of the images unmixed, for labels that are interpolated.
-            imitation: the loss of all other images, for labels that the teacher is asked for.
+            images: to be mixed with those of the reversed batch.
+            teacher_logits: of the unmixed images, for interpolated labels.
+            imitation: the loss of all other images, used where the teacher is queried at the mixed images.
         """
         return self._loss(images, teacher_logits, imitation) if self.form == "own" else None
 

@@ -1,4 +1,4 @@
-"""What could fail at the end of a run, tried before its first round."""
+"""Checks before the first round, so that a run does not fail at its end."""
 
 import json
 import logging
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 def check_networks(
     teacher: nn.Module, student: nn.Module, image_shape: tuple[int, int, int], *, uses_taps: bool = True
 ) -> tuple[Outputs, Outputs]:
-    """What both networks return for blank images.
+    """Check both networks, and return their outputs for blank images.
 
     Args:
-        teacher: left as it is.
+        teacher: not changed.
         student: likewise.
         image_shape: ``(channels, height, width)`` of the teacher's images.
         uses_taps: whether the activation regularizer compares their taps.
 
     Raises:
-        ModelError: if weights or the teacher's answers are NaN or infinite, if no gradient reaches the teacher's
+        ModelError: if weights or the teacher's logits are NaN or infinite, if no gradient reaches the teacher's
             images, if the networks do not take the images, if they do not have the same two or more classes, or if a
             tap that is used comes after a ReLU.
     """
@@ -52,7 +52,7 @@ def check_networks(
 
 
 def require_finite(network: nn.Module, role: str) -> None:
-    """Refuse a network with NaN or infinity in its weights or in the statistics of its BatchNorms.
+    """Check that a network has no NaN or infinity in its weights or in the statistics of its BatchNorms.
 
     Other buffers may hold infinity: masks do.
 
@@ -72,7 +72,7 @@ def require_finite(network: nn.Module, role: str) -> None:
         more = f", and so do {len(broken) - 1} tensors more" if len(broken) > 1 else ""
         raise ModelError(
             f"The {role} cannot be used: its {broken[0]} holds NaN or infinity{more}. Its training diverged, or its "
-            "file is damaged; give a checkpoint of before."
+            "file is damaged; give an earlier checkpoint."
         )
 
 
@@ -81,7 +81,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Outputs:
-    """What a teacher answers to two random images, in eval mode.
+    """The outputs of a teacher for two random images, in eval mode.
 
     Raises:
         ModelError: if it is NaN or infinite, or no gradient reaches the images.
@@ -99,7 +99,7 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
                 reason = f"{type(error).__name__}: {first_line(error)}"
     if not _finite(outputs.logits):
         raise ModelError(
-            f"The teacher {type(teacher).__name__} answers random images with NaN or infinite logits, though its "
+            f"The teacher {type(teacher).__name__} returns NaN or infinite logits for random images, though its "
             "weights are finite. Classes that are masked with -inf cannot be learned; return finite logits."
         )
     if gradient is None:
@@ -138,7 +138,7 @@ def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[in
 
 
 def check_normalisation(normalisation: tuple[Sequence[float], Sequence[float]], channels: int) -> None:
-    """Refuse a mean and deviation that are not one value per channel.
+    """Check that mean and deviation have one value per channel.
 
     Raises:
         ModelError: with the numbers of both.
@@ -152,10 +152,10 @@ def check_normalisation(normalisation: tuple[Sequence[float], Sequence[float]], 
 
 
 def check_files(student: nn.Module, config: DistillConfig) -> None:
-    """Refuse what a run's files could not hold, and say what they will not.
+    """Check that a run's files can hold student and settings, and log what they will not hold.
 
     Args:
-        student: which is to be written.
+        student: to be written.
         config: of the run.
 
     Raises:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Terms = dict[str, Tensor]
 
 STREAMS_OF_A_ROUND = ("noise", "mixing", "augmentation", "image_bank")
-"""Random streams that a round draws from."""
+"""Names of the random streams that a round draws from."""
 
 
 class Round:
@@ -42,7 +42,7 @@ class Round:
         teacher: copied, never changed.
         student: trained in place.
         config: of the distillation.
-        engine: how everything runs.
+        engine: decides how everything runs.
         image_shape: ``(channels, height, width)`` of the teacher's images.
 
     Raises:
@@ -136,7 +136,7 @@ class Round:
         self.image_bank = ImageBank(size, image_shape, self.device) if size else None
 
     def __call__(self) -> Terms:
-        """Student steps, then generator steps; returns what is worth recording of the last ones, on the device."""
+        """Student steps, then generator steps; returns the metrics of the last ones, on the device."""
         for _ in range(self.config.method.student_steps):
             student_terms = self.student_step()
         for _ in range(self.config.method.generator_steps):
@@ -145,10 +145,10 @@ class Round:
         return {**student_terms, **generator_terms}
 
     def run(self, progress: float) -> Mapping[str, Tensor]:
-        """One round, the way the engine runs it.
+        """One round, run by the engine.
 
         Args:
-            progress: fraction of all rounds that is done, for the schedules of the learning rates.
+            progress: fraction of the rounds that are done, for the learning rate schedules.
         """
         self.set_learning_rates(progress)
         return self.engine.run(self, [self.rng[name] for name in STREAMS_OF_A_ROUND])
@@ -162,17 +162,17 @@ class Round:
 
     @contextmanager
     def student_placed(self) -> Iterator[None]:
-        """The student is placed, and afterwards its owner's again, whatever happens."""
+        """Place the student for a block, and restore it afterwards, also after an exception."""
         self.placement.take()
         try:
             yield
         finally:
             self.placement.give_back()
-            self.engine.forget_graphs()  # of tensors that the student has no longer
+            self.engine.forget_graphs()  # they refer to tensors that the student no longer has
 
     def student_step(self) -> Terms:
-        """One step of the student towards the teacher, and one on mixed images where these have a step of their own;
-        returns the terms of its loss."""
+        """One step of the student towards the teacher, and a separate one on mixed images if configured; returns the
+        terms of its loss."""
         set_mode(self.student, training=True)
         with torch.no_grad(), self.engine.forward():
             images = self.interpolation.within(self.student_images())
@@ -192,7 +192,7 @@ class Round:
         return {"student_loss": loss.detach(), **_prefixed("student", terms)}
 
     def student_images(self) -> Tensor:
-        """The images of a student step: fresh ones, or from the bank; as student and teacher are to see them."""
+        """The augmented images of a student step: fresh ones, or drawn from the bank."""
         method = self.config.method
         if self.image_bank is None:
             images = self.generator(self.own_noise())
@@ -209,7 +209,7 @@ class Round:
         return self.imitation_loss(self.imitation_terms(student, teacher))
 
     def imitation_terms(self, student: Outputs, teacher: Outputs) -> Terms:
-        """How far the student is from the teacher on one batch."""
+        """The terms of the student's loss on one batch."""
         terms = {"discrepancy": self.discrepancy(student.logits, teacher.logits)}
         method = self.config.method
         if method.activation.weight or self.matches_features:
@@ -221,7 +221,7 @@ class Round:
         return terms
 
     def imitation_loss(self, terms: Terms) -> Tensor:
-        """The terms, each with its weight."""
+        """The weighted sum of the terms."""
         method = self.config.method
         weights = {
             "discrepancy": 1.0,
@@ -232,10 +232,10 @@ class Round:
         return _weighted_sum(terms, weights)
 
     def generator_step(self, *, adversary: bool = True) -> Terms:
-        """One step of the generator towards images on which student and teacher disagree; its images go to the bank.
+        """One generator step towards images on which student and teacher disagree; its images are added to the bank.
 
         Args:
-            adversary: ask the student; without it, the regularizers alone shape the images.
+            adversary: use the student; without it, only the regularizers shape the images.
         """
         method = self.config.method
         regularizers = method.regularizers
@@ -267,7 +267,7 @@ class Round:
         return {"generator_loss": loss.detach(), **_prefixed("generator", terms)}
 
     def adversarial_terms(self, student: Outputs, teacher: Outputs) -> Terms:
-        """How near the student is to the teacher on one batch, negated."""
+        """The adversarial terms of the generator's loss: the negated differences of student and teacher."""
         method = self.config.method
         student_logits, teacher_logits = student.logits, teacher.logits
         if method.adversary == "agreeing":
@@ -280,7 +280,7 @@ class Round:
         return terms
 
     def set_learning_rates(self, progress: float) -> None:
-        """To those of the schedules when a fraction ``progress`` of all rounds is done."""
+        """Set the learning rates that the schedules give after a fraction ``progress`` of the rounds."""
         for optimizer, config in (
             (self.student_optimizer, self.config.optimizer.student),
             (self.generator_optimizer, self.config.optimizer.generator),
@@ -320,14 +320,14 @@ class Round:
             return nn.Identity()
 
     def fresh_generator_weights(self, number: int) -> dict[str, Tensor]:
-        """Of a generator that has learned nothing, the ``number``-th of this run."""
+        """Initial weights for the ``number``-th new generator of this run."""
         with seeded(stream_seed(self.config.seed, f"generator-{number}")):
             return self._new_generator().state_dict()
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Of networks and optimizers."""
+        """State of networks and optimizers."""
         return {name: part.state_dict() for name, part in (self._stateful() | self._optimizers()).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The best student without labels: agreement with the teacher on a fixed bank of generated images."""
+"""Selection of the best student without labels: agreement with the teacher on a fixed bank of generated images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SLICES = 8
-"""Generators of so many moments contribute to the bank, so that it holds more than one kind of image."""
+"""Number of points of the run whose generators contribute to the bank, so that its images are diverse."""
 
 
 class AgreementBank:
@@ -18,9 +18,9 @@ class AgreementBank:
     extended keeps the bank of its first plan.
 
     Args:
-        size: images in all.
-        rounds: of the whole run.
-        device: where the images are.
+        size: total number of images.
+        rounds: total number of the run.
+        device: of the images.
     """
 
     def __init__(self, size: int, rounds: int, device: torch.device) -> None:
@@ -33,20 +33,20 @@ class AgreementBank:
 
     @property
     def complete(self) -> bool:
-        """Whether it will change no more."""
+        """Whether the bank is complete."""
         return len(self.images) == len(self.due_rounds)
 
     def is_due(self, round_index: int) -> bool:
-        """Whether the next slice is to be gathered after so many rounds."""
+        """Whether the next slice is due after this number of rounds."""
         return not self.complete and round_index >= self.due_rounds[len(self.images)]
 
     def add(self, images: Tensor, teacher_logits: Tensor) -> None:
-        """The next slice."""
+        """Add the next slice."""
         self.images.append(images)
         self.labels.append(teacher_logits.argmax(dim=1))
 
     def agreement(self, classify: Callable[[Tensor], Tensor]) -> float:
-        """Fraction of the bank of which a student, given as a function from images to logits, says the same."""
+        """Fraction of the bank to which a student, a function from images to logits, gives the teacher's class."""
         agreeing = [
             (classify(images).argmax(dim=1) == labels).float().mean()
             for images, labels in zip(self.images, self.labels, strict=True)
@@ -54,12 +54,12 @@ class AgreementBank:
         return torch.stack(agreeing).mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         plan = {"due_rounds": self.due_rounds, "slice_size": self.slice_size}
         return {"images": self.images, "labels": self.labels, **plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Load the state of a checkpoint."""
         self.images = [images.to(self.device) for images in state["images"]]
         self.labels = [labels.to(self.device) for labels in state["labels"]]
         if "due_rounds" in state:  # checkpoints of version 0.1.0 have none

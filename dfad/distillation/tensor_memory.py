@@ -1,4 +1,4 @@
-"""Memory of the tensors on a CPU, which has no counter of its own as a GPU has."""
+"""Memory of tensors on a CPU, where PyTorch has no counter as on a GPU."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose ``TorchDispatchMode`` was read: its documentation names no public module to import it
-from."""
+"""Versions of PyTorch for which ``TorchDispatchMode`` was checked: no public module exports it."""
 
 
 class TensorMemory(TorchDispatchMode):
-    """Bytes of the tensors that come into being, and how many of them live at once at most."""
+    """Counts the bytes of new tensors, and the largest number alive at once."""
 
     def __init__(self) -> None:
         super().__init__()

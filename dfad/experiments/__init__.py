@@ -1,1 +1,1 @@
-"""Comparisons of the method's parts over several seeds, and what figures were measured with."""
+"""Comparisons of the method's parts over several seeds, and the provenance of figures."""

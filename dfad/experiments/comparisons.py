@@ -1,4 +1,4 @@
-"""What ``python -m dfad.reproduce`` compares: arms, their common settings, and what they are to show."""
+"""The comparisons of ``python -m dfad.reproduce``: arms, their common settings, and claims about them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from dfad.presets import PRESETS, RECIPE, TrainConfig
 from dfad.supervised.recipes import RECIPES, NetworkConfig, Recipe
 
 REAL_DATA = "real data"
-"""The arm that is no distillation: the student trained on the teacher's own data."""
+"""The arm without distillation: the student trained on the teacher's data."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Beats:
 
 @dataclass(frozen=True)
 class Reaches:
-    """An arm ends at an accuracy, or at a share of its teacher's."""
+    """An arm ends at least at an accuracy, or at a share of its teacher's."""
 
     arm: str
     accuracy: float = 0.0
@@ -42,7 +42,7 @@ class Reaches:
 
 @dataclass(frozen=True)
 class Sooner:
-    """An arm reaches another's last accuracy with at most a share of the images that the other is given."""
+    """An arm reaches another's last accuracy with at most a share of its images."""
 
     arm: str
     other: str
@@ -54,11 +54,11 @@ Claim = Beats | Reaches | Sooner
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms that share everything but the parts of the method that they are named after."""
+    """Arms that differ only in the parts of the method that they are named after."""
 
     arms: Mapping[str, TrainConfig]
     teacher: str | None
-    """Recipe of ``dfad.teacher`` that trains it where no checkpoint is given."""
+    """Recipe of ``dfad.teacher`` that trains the teacher if no checkpoint is given."""
 
     ceiling: Recipe | None
     """How the student is trained on the real data."""
@@ -66,7 +66,7 @@ class Comparison:
     claims: tuple[Claim, ...] = ()
 
     published: Mapping[str, float] = field(default_factory=dict)
-    """Accuracies that others report for an arm."""
+    """Published accuracies of an arm."""
 
     tolerance: float = 0.005
     """How far below a published accuracy still counts as reproduced."""
@@ -104,7 +104,7 @@ CLAIMS = (
     Beats(FULL, REGULARIZED),
     Sooner(FULL, PLAIN, share=0.5),
 )
-"""The paper's: the two parts make data-free adversarial distillation more accurate and more efficient."""
+"""The paper's claims: the two parts make data-free adversarial distillation more accurate and more efficient."""
 
 
 def _student_on_real_data(recipe: str, preset: TrainConfig) -> Recipe:
@@ -131,7 +131,7 @@ MNIST = _of_rounds(PRESETS["mnist"], PRESETS["mnist"].method.rounds)
 
 THIN_TEACHER = TeacherConfig(factory="resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-# between networks of He et al.'s form, as far as one core goes in half an hour; a GPU has the preset cifar10
+# thin ResNets of He et al., within half an hour of one core; for a GPU there is the preset cifar10
 CIFAR10_RESNET20 = replace(
     PRESETS["own"],
     data=PRESETS["cifar10"].data,
@@ -147,7 +147,7 @@ RECIPE_UNMATCHED = "recipe without feature matching"
 
 
 def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
-    """The recipe and what it is without a part of it, at the same number of student-images.
+    """The recipe, and the recipe without each of its parts, at the same number of student-images.
 
     Args:
         base: settings with every part at its weight.
@@ -163,8 +163,8 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 
 
-# where every arm is given enough, none is better than another: efficiency shows in a short run, and how far the method
-# goes in one at the preset's whole length
+# with enough images all arms are equally good: efficiency shows in a short run, and the final accuracy of the method
+# in one of the preset's full length
 COMPARISONS = {
     "demo": Comparison(
         arms={FULL: PRESETS["digits"]}, teacher="digits", ceiling=None, claims=(Reaches(FULL, share_of_teacher=0.97),)
@@ -195,7 +195,7 @@ COMPARISONS = {
         ceiling=None,
         claims=(Reaches(RECIPE_FULL, accuracy=0.82),),
     ),
-    # 64,000 student-images: later, nothing is left to tell the parts apart by
+    # 64,000 student-images: in longer runs the arms are equally good
     "cifar10-resnet20-parts": Comparison(
         arms=recipe_arms(_of_rounds(CIFAR10_RESNET20, 100)),
         teacher=None,
@@ -206,7 +206,7 @@ COMPARISONS = {
             Beats(RECIPE_FULL, RECIPE_UNMATCHED),
         ),
     ),
-    # a pair that the recipe was not tuned on
+    # the recipe was not tuned on this pair
     "cifar10-resnet32": Comparison(
         arms={
             RECIPE_FULL: _of_rounds(replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, factory="resnet32")), 940)
@@ -223,4 +223,4 @@ COMPARISONS = {
         claims=(Reaches(RECIPE_FULL, accuracy=0.88),),
     ),
 }
-"""What ``python -m dfad.reproduce`` takes."""
+"""The comparisons by name."""

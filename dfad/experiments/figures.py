@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def comparison_figure(record: Mapping[str, Any]) -> Figure:
     """Accuracy over images for every arm of a comparison: the mean over the seeds, and a standard deviation to either
-    side. The images are those that the student was shown; in a record of before these were counted, the generated ones.
+    side. Images are student-images; in older records, which do not count these, generated images.
 
     Args:
         record: what :mod:`dfad.reproduce` writes.

@@ -1,4 +1,4 @@
-"""What a figure was measured on and with which commit; never the name of a host."""
+"""The machine and the commit of a measurement, without the name of the host."""
 
 import functools
 import hashlib
@@ -34,7 +34,7 @@ def device_name() -> str:
 
 
 def file_name() -> str:
-    """Of the device's record."""
+    """Name of the file of the device's record."""
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json"
 
 
@@ -48,20 +48,20 @@ def _version(package: str) -> str:
 ROOT = Path(__file__).parents[2]
 
 CODE = ("dfad", "kernels", "bench", "tools", "CMakeLists.txt", "pyproject.toml")
-"""What a figure depends on, from the root of the checkout; the records themselves excepted."""
+"""Files that a figure depends on, relative to the checkout's root; without the records."""
 
 CODE_ENDINGS = (".py", ".hpp", ".cpp", ".sh", ".txt", ".toml")
 
 COMMIT_FILE = ROOT / "build" / "gpu" / "commit"
-"""For a copy of the checkout that travels without its history: the commit, and the hash of the code that it is of."""
+"""Commit and hash of the code, for a copy of the checkout without its history."""
 
 UNKNOWN = "not recorded"
 
 
 @functools.cache
 def commit(root: Path = ROOT, commit_file: Path = COMMIT_FILE) -> str:
-    """The checkout's commit, marked ``+ changes`` where the code is not the commit's; without history, what
-    :func:`write_commit` has left, if the code is still that.
+    """The checkout's commit, marked ``+ changes`` if the code differs from it; without history, the one that
+    :func:`write_commit` wrote, if the code is still the same.
     """
     try:
         head = _git(root, "rev-parse", "HEAD").strip()
@@ -73,7 +73,7 @@ def commit(root: Path = ROOT, commit_file: Path = COMMIT_FILE) -> str:
 
 
 def write_commit() -> None:
-    """Leave the commit for a copy of the checkout without its history."""
+    """Write the commit down for a copy of the checkout without its history."""
     COMMIT_FILE.parent.mkdir(parents=True, exist_ok=True)
     COMMIT_FILE.write_text(f"{commit()} of {code_hash()}")
 
@@ -91,7 +91,7 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    # of a folder inside another project's checkout, that project's commit would be told
+    # inside another project's checkout, git would return that project's commit
     if not (root / ".git").exists():
         raise FileNotFoundError(f"{root} has no history")
     command = ["git", "-C", str(root), *arguments]

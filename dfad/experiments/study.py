@@ -1,4 +1,4 @@
-"""The runs of a comparison, and what they show."""
+"""The runs of a comparison, and their results."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ class Run:
 
 
 def plan(comparison: Comparison, seeds: int, folder: Path) -> list[Run]:
-    """Every run of a comparison, a seed of every arm before the next seed."""
+    """All runs of a comparison: every arm with one seed before the next seed."""
     settings: dict[str, TrainConfig | Recipe] = dict(comparison.arms)
     if comparison.ceiling is not None:
         settings[REAL_DATA] = comparison.ceiling
@@ -55,13 +55,13 @@ def plan(comparison: Comparison, seeds: int, folder: Path) -> list[Run]:
 
 
 def execute(runs: Sequence[Run], processes: int) -> list[dict[str, Any]]:
-    """The results of the runs, in their order; what is finished already is only read."""
+    """The results of the runs, in order; finished runs are only read."""
     if processes == 1:
         return [run_once(run) for run in runs]
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (threads,)) as pool:
         futures = [pool.submit(run_once, run) for run in runs]
-        # after a failure nothing new is begun; what has begun comes to its end, or to its checkpoint after a signal
+        # after a failure no new run starts; started ones finish, or write their checkpoint after a signal
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if any(future.exception() for future in done):
             pool.shutdown(cancel_futures=True)
@@ -74,7 +74,7 @@ def _start_process(threads: int) -> None:
 
 
 def run_once(run: Run) -> dict[str, Any]:
-    """A run's result and curve: begun, continued or only read, whatever its folder holds."""
+    """A run's result and curve: started, continued or only read, depending on its folder."""
     started = (run.folder / SETTINGS_FILE).exists()
     if started:
         check_folder(run.folder, run.settings, resume=True)
@@ -114,7 +114,7 @@ def _train_on_real_data(recipe: Recipe, folder: Path, *, resume: bool) -> None:
 
 
 def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all runs come to: for every arm its accuracies over the seeds, its cost and its curve; and the claims."""
+    """The record of all runs: for every arm its accuracies over the seeds, its cost and its curve; and the claims."""
     config = next(iter(comparison.arms.values()))
     teacher = load_teacher(config.teacher)
     device = choose_device(config.device)
@@ -135,7 +135,7 @@ def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Map
 
 
 def _without_places(config: TrainConfig) -> TrainConfig:
-    """Settings for a record that others read: where teacher and data lie here is no part of the experiment."""
+    """Settings for a record: without local paths of teacher and data, which are no part of the experiment."""
     return replace(config, teacher=replace(config.teacher, checkpoint=None), data=replace(config.data, root=None))
 
 
@@ -150,7 +150,7 @@ def _summary(
     }
     if not isinstance(settings, Recipe):
         summary["best_accuracy"] = spread([result["best_accuracy"] for result in results])
-        # the rate of a resumed run's last process stands for all of it
+        # for a resumed run, the rate of its last process
         summary["seconds"] = spread([result["rounds"] / result["rounds_per_second"] for result in results])
         method = settings.method
         looks = list(zip(*(result["curve"] for result in results), strict=True))
@@ -171,7 +171,7 @@ def _summary(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation of the sample, and the values, one for each seed."""
+    """Mean, sample standard deviation, and the value of each seed."""
     return {"mean": statistics.mean(values), "std": _deviation(values), "values": list(values)}
 
 
@@ -180,12 +180,12 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def judge(claim: Claim, arms: Mapping[str, Mapping[str, Any]], teacher_accuracy: float) -> dict[str, Any] | None:
-    """Whether a claim holds, and with which figures; None where an arm of it was not run, or one seed alone, which has
-    no standard error.
+    """Whether a claim holds, and with which figures; None if one of its arms was not run, or only with one seed, which
+    gives no standard error.
 
     Args:
         claim: about the last accuracies of arms.
-        arms: what :func:`summarise` tells of each.
+        arms: the summary of each by :func:`summarise`.
         teacher_accuracy: of their teacher.
     """
     names = [claim.arm] if isinstance(claim, Reaches) else [claim.arm, claim.other]

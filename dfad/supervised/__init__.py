@@ -1,1 +1,1 @@
-"""Teachers: how they are trained on data, and where those of the recipes are kept."""
+"""Training of teachers on data, and the cache of those of the recipes."""

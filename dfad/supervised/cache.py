@@ -28,7 +28,7 @@ def cache_folder() -> Path:
         return Path(cache) / "dfad"
     try:
         return Path.home() / ".cache" / "dfad"
-    except RuntimeError:  # no HOME, and no entry of the user's
+    except RuntimeError:  # neither HOME nor an entry for the user
         raise ConfigurationError(
             "There is no home folder for the cache. Name a folder with the environment variable DFAD_CACHE."
         ) from None
@@ -43,16 +43,16 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
 
     Raises:
         ConfigurationError: if there is no such recipe, or the cache folder cannot be written.
-        DataError: if its data are not there.
+        DataError: if its data is missing.
     """
     if name not in RECIPES:
         raise ConfigurationError(unknown("teacher recipe", name, RECIPES))
     recipe = RECIPES[name]
-    settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the data are the same wherever they lie
+    settings = json.dumps(to_tree(recipe), sort_keys=True)  # without the root: the location of the data does not matter
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
-    if path.exists():  # written whole; the folder may be read-only
+    if path.exists():  # the file is complete; the folder may be read-only
         return path
-    lock = FileLock(path.with_suffix(".lock"))  # of several processes that need it at once, one trains, the others wait
+    lock = FileLock(path.with_suffix(".lock"))  # of several processes, one trains it and the others wait
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()

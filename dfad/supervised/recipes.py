@@ -1,4 +1,4 @@
-"""How a teacher is trained on data: frozen values, and presets of them."""
+"""Settings of a teacher's training: frozen values, and presets."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -43,34 +43,34 @@ class Recipe:
     """L2 penalty on weights; biases and BatchNorm go without."""
 
     schedule: Literal["cosine", "onecycle"] = "cosine"
-    """Down half a cosine; or up from a twenty-fifth over the first 30 % of the steps, then down half a cosine."""
+    """cosine: half a cosine to zero; onecycle: up from a twenty-fifth in the first 30 % of the steps, then a cosine."""
 
     label_smoothing: float = 0.0
-    """Part of the label that is spread over all classes."""
+    """Share of the label that is spread over all classes."""
 
     ema: float = 0.0
-    """Decay per step of an average of the weights, which is then what is kept; 0 keeps the weights themselves."""
+    """Decay per step of an average of the weights, which becomes the result; 0 uses the weights themselves."""
 
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
 
     precision: Precision = "auto"
-    """Of convolutions and matrix products; auto is bfloat16 where the hardware has it. The loss stays float32."""
+    """Precision of convolutions and matrix products; auto is bfloat16 if the hardware has it. Losses stay float32."""
 
     channels_last: Switch = "auto"
     """Channels-last memory format."""
 
     cuda_graph: Switch = "auto"
-    """The step captured as one CUDA graph."""
+    """Capture the step as one CUDA graph."""
 
     compile: Switch = "off"
-    """The network through torch.compile."""
+    """Compile the network with torch.compile."""
 
     evaluate_every: int = 1
-    """Evaluation interval on the test split, in epochs; it selects nothing, the last network is kept."""
+    """Evaluation interval on the test split, in epochs; nothing is selected by it: the last network is the result."""
 
     checkpoint_every: int = 1
     """Checkpoint interval, in epochs."""
@@ -82,14 +82,14 @@ class Recipe:
             evaluate_every=self.evaluate_every,
             checkpoint_every=self.checkpoint_every,
         )
-        # BatchNorm in training mode has no variance to take of a single value per channel
+        # BatchNorm in training mode needs more than one value per channel for a variance
         require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         not_negative(weight_decay=self.weight_decay)
         fraction(momentum=self.momentum, label_smoothing=self.label_smoothing, ema=self.ema)
 
     @property
     def engine(self) -> EngineConfig:
-        """How a step runs."""
+        """Settings of the engine for a step."""
         return EngineConfig(
             precision=self.precision,
             channels_last=self.channels_last,
@@ -98,7 +98,7 @@ class Recipe:
         )
 
     def factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by when a fraction ``progress`` of the steps is done."""
+        """Factor of the learning rate after a fraction ``progress`` of the steps."""
         warm_up = 0.3 if self.schedule == "onecycle" else 0.0
         if progress < warm_up:
             return 1 / 25 + (1 - 1 / 25) * progress / warm_up
@@ -149,4 +149,4 @@ RECIPES = {
         checkpoint_every=10,
     ),
 }
-"""What ``--preset`` of ``python -m dfad.teacher`` names."""
+"""Values of ``--preset`` of ``python -m dfad.teacher``."""

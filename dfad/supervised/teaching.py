@@ -18,16 +18,16 @@ MODEL_FILE = "teacher.safetensors"
 def teach(
     recipe: Recipe, run_dir: Path, *, resume: bool = False, overwrite: bool = False
 ) -> tuple[SupervisedTrainer, float]:
-    """Train by a recipe, in a folder of its own, and write the model file; returns its accuracy on the test split.
+    """Train by a recipe in a run's folder, and write the model file; returns the trainer and the test accuracy.
 
     Args:
-        recipe: how, and on which data.
+        recipe: settings and data.
         run_dir: folder for metrics, checkpoints and the model.
         resume: continue the run in that folder from its last checkpoint.
         overwrite: replace the run in that folder.
 
     Raises:
-        RunFolderError: if the folder does not admit this run.
+        RunFolderError: if the run cannot use the folder.
         Interrupted: as :func:`train`, and whatever else that raises.
     """
     trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
@@ -43,8 +43,8 @@ def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
     """Run all epochs; returns the accuracy on the test split at the end.
 
     Args:
-        trainer: may have some epochs behind it.
-        folder: for metrics and, as often as the recipe says, a checkpoint; nothing is written without one.
+        trainer: new, or after some epochs.
+        folder: for metrics and checkpoints; without one, nothing is written.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, when the checkpoint of the epoch is written.

@@ -1,4 +1,4 @@
-"""Training a network on labelled images, as teachers are."""
+"""Training of a teacher on labelled images."""
 
 import inspect
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class SupervisedTrainer:
-    """Cross-entropy on a data set, an epoch at a time.
+    """Minimises the cross-entropy on a data set, epoch by epoch.
 
     Args:
-        recipe: how.
+        recipe: all settings.
         dataset: the one that the recipe names.
 
     Raises:
         ModelError: if the network does not take the data set's images, or has another number of classes.
-        ConfigurationError: if the machine cannot do what the recipe asks.
+        ConfigurationError: if the machine does not support what the recipe asks for.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
@@ -67,7 +67,7 @@ class SupervisedTrainer:
         self.epoch = 0
         layout = torch.channels_last if self.engine.channels_last else torch.contiguous_format
         self.images = torch.empty(recipe.batch_size, *dataset.image_shape, device=self.device, memory_format=layout)
-        """Where every step finds its batch: one address, so that a step can be captured as a CUDA graph."""
+        """The batch of every step, at one address, so that a step can be captured as a CUDA graph."""
         self.labels = torch.empty(recipe.batch_size, dtype=torch.int64, device=self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -84,7 +84,7 @@ class SupervisedTrainer:
         return with_momentum(torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused))
 
     def step(self) -> Mapping[str, Tensor]:
-        """One step on the batch at hand."""
+        """One step on the current batch."""
         with self.engine.autocast():
             logits = as_outputs(self.network(self.images)).logits
         loss = F.cross_entropy(logits.float(), self.labels, label_smoothing=self.recipe.label_smoothing)
@@ -122,11 +122,11 @@ class SupervisedTrainer:
 
     @property
     def result(self) -> nn.Module:
-        """The network to keep: the average of the weights where there is one."""
+        """The resulting network: with averaged weights if the recipe has an average."""
         return self.network if self.average is None else self.average.module
 
     def accuracy(self) -> float:
-        """On the test split."""
+        """Accuracy on the test split."""
         return top_k_accuracy(*predict(self.result, self.test_source, len(self.dataset.test)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class SupervisedTrainer:
         self.engine.forget_graphs()
 
     def manifest(self, accuracy: float) -> dict[str, Any]:
-        """What is known about the network that :attr:`result` is."""
+        """The manifest of :attr:`result`."""
         return {
             "architecture": {"factory": self.recipe.network.factory, "kwargs": self.kwargs},
             "image_shape": self.dataset.image_shape,
@@ -164,7 +164,7 @@ class SupervisedTrainer:
 
 
 def network_kwargs(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """The recipe's keyword arguments, with the data set's classes and channels where the factory takes them."""
+    """The recipe's keyword arguments, with the data set's classes and channels if the factory takes them."""
     offered = {"num_classes": len(dataset.classes), "in_channels": dataset.image_shape[0]}
     taken = inspect.signature(resolve(recipe.network.factory)).parameters
     return {**{name: value for name, value in offered.items() if name in taken}, **recipe.network.kwargs}

@@ -81,7 +81,7 @@ def test_it_goes_back_to_the_last_healthy_weights(make, caplog):
     assert equal(seen[5][1], seen[4][1])
     assert equal(seen[5][2], seen[4][2])
     assert [message.partition(" (")[2] for message in responses(caplog)] == ["recovery 1 of 3)."]
-    assert "back at its last healthy weights" in responses(caplog)[0]
+    assert "returns to its last healthy weights" in responses(caplog)[0]
 
 
 def test_a_second_collapse_from_the_same_weights_gets_new_ones(make, caplog):

@@ -95,7 +95,7 @@ class TestFiniteness:
                 logits = super().forward(images)
                 return logits if images.sum() == 0 else logits.masked_fill(torch.arange(4) == 0, -torch.inf)
 
-        with pytest.raises(ModelError, match="Masked answers random images with NaN or infinite logits"):
+        with pytest.raises(ModelError, match="Masked returns NaN or infinite logits for random images"):
             Distiller(Masked(), student, plain, image_shape=IMAGE_SHAPE)
 
 
@@ -218,7 +218,7 @@ def test_networks_of_other_outputs_and_precisions_distil(plain, caplog):
     student = Unusual(channels=(4, 8), **settings)
     config = replace(plain, teacher=TeacherConfig(image_size=8))
     assert Distiller(teacher, student, config).fit().rounds == 6
-    assert caplog.text.count("Unusual returns a dict; its entry 'logits' is taken for the logits.") == 2
+    assert caplog.text.count("Unusual returns a dict; its entry 'logits' is taken as the logits.") == 2
     assert "Unusual has weights in bfloat16; they are cast to float32." in caplog.text
     assert teacher.linear.weight.dtype == torch.bfloat16
 

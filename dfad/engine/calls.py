@@ -1,7 +1,7 @@
-"""What a network does when it is called, replaced for as long as the engine has it.
+"""Replacement of a network's call while the engine runs it.
 
-It stands where ``nn.Module.compile`` puts what it makes; PyTorch has no public way to that place. The network's own
-hooks are not called then, and copies and files of it go without.
+The replacement is stored where ``nn.Module.compile`` stores its own; PyTorch has no public access to that place. The
+network's own hooks are not called then, and copies and files of the network do not contain it.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,25 @@ import torch
 from torch import nn
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose ``nn.Module`` was read for how it is called, and what ``torch.compile`` returns."""
+"""Versions of PyTorch for which the call of ``nn.Module`` and the result of ``torch.compile`` were checked."""
 
 Call = Callable[..., Any]
 
 
 def replaced_call(module: nn.Module) -> Call | None:
-    """What a module does instead of its own when it is called; None if nothing."""
+    """The replacement of a module's call; None if there is none."""
     call: Call | None = getattr(module, "_compiled_call_impl", None)
     return call
 
 
 def present_call(module: nn.Module) -> Call:
-    """What a module does when it is called, as it is now."""
+    """The current call of a module: its replacement, or its own."""
     call: Call = replaced_call(module) or module._call_impl
     return call
 
 
 def replace_call(module: nn.Module, call: Call | None) -> None:
-    """Let a module do something else when it is called; its own again if None.
+    """Replace a module's call; None restores its own.
 
     Raises:
         RuntimeError: if this version of PyTorch has no place for it.
@@ -46,6 +46,6 @@ def replace_call(module: nn.Module, call: Call | None) -> None:
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
-    """The network that :func:`torch.compile` was given, of what it returned; any other one itself."""
+    """The network inside the result of :func:`torch.compile`; any other network itself."""
     given: nn.Module = getattr(network, "_orig_mod", network)
     return given

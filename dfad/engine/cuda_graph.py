@@ -1,4 +1,4 @@
-"""A round as one CUDA graph: launched whole, so that the host has nothing to do between its kernels."""
+"""A round as one CUDA graph, so that the host has no work between its kernels."""
 
 import gc
 import inspect
@@ -18,11 +18,11 @@ from dfad.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 WARM_UP_ROUNDS = 3
-"""Rounds that run as they are before the capture, so that libraries have chosen their algorithms and optimizers have
-allocated their state. They count as rounds: nothing is computed twice or thrown away."""
+"""Number of rounds that run without a graph before the capture, so that libraries choose their algorithms and
+optimizers allocate their state. They are normal rounds: nothing is computed twice or discarded."""
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose source was read for what a failed capture leaves behind (:func:`_release_pool`)."""
+"""Versions of PyTorch for which the state after a failed capture was checked (:func:`_release_pool`)."""
 
 Round = Callable[[], Mapping[str, Tensor]]
 
@@ -30,31 +30,31 @@ Round = Callable[[], Mapping[str, Tensor]]
 class RoundGraphs:
     """The graphs of rounds, each captured after its first few runs.
 
-    A round is held weakly: what owns it may own these graphs, and a cycle would be freed by the garbage collector at
-    any moment, also in the middle of a capture, which that breaks.
+    A round is held by a weak reference: its owner may own these graphs, and a reference cycle could be freed by the
+    garbage collector in the middle of a capture, which would break it.
 
     Args:
         device: a CUDA device.
-        required: a round that cannot be captured is an error; else it runs as it is.
+        required: whether a round that cannot be captured is an error; otherwise it runs without a graph.
     """
 
     def __init__(self, device: torch.device, *, required: bool) -> None:
         self.device = device
         self.required = required
         self.captures = 0
-        """How often a round was captured, forgotten ones included."""
+        """Number of captures, including forgotten ones."""
         self._rounds: dict[weakref.ref[Any], CapturedRound] = {}
 
     def run(self, round_: Round, generators: Sequence[torch.Generator] = ()) -> Mapping[str, Tensor]:
         """One round; what it returns is overwritten by the next.
 
         Args:
-            round_: the same work on the same memory at each call, without waiting for the device; what changes from
-                round to round (noise, learning rates) is read from device memory and from the generators.
-            generators: of the random numbers that it draws, so that a replay draws the next ones.
+            round_: does the same work on the same memory at each call, without waiting for the device; what changes
+                from round to round (noise, learning rates) is read from device memory and from the generators.
+            generators: of its random numbers, so that a replay draws the next ones.
 
         Raises:
-            ConfigurationError: if it cannot be captured, where that is required.
+            ConfigurationError: if it cannot be captured although that is required.
         """
         key = weakref.WeakMethod(round_) if inspect.ismethod(round_) else weakref.ref(round_)
         if key not in self._rounds:
@@ -70,7 +70,7 @@ class RoundGraphs:
 
     @property
     def replaying(self) -> bool:
-        """Whether there is a graph."""
+        """Whether a graph exists."""
         return any(captured.graph is not None for captured in self._rounds.values())
 
     def forget(self) -> None:
@@ -81,11 +81,11 @@ class RoundGraphs:
 
 
 class CapturedRound:
-    """Runs a round: the first few times as it is, then captured and replayed.
+    """Runs a round: the first few times without a graph, then captured and replayed.
 
     Args:
         device: a CUDA device.
-        generators: of the random numbers that the round draws.
+        generators: of the round's random numbers.
         required: as for :class:`RoundGraphs`.
     """
 
@@ -107,7 +107,7 @@ class CapturedRound:
             self.graph.replay()
             return self.results
         self.rounds_run += 1
-        # on the stream of the capture to come: libraries hold workspaces per stream
+        # on the stream of the later capture: libraries have workspaces per stream
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             results = round_()
@@ -128,15 +128,15 @@ class CapturedRound:
                 self.results = round_()
         except RuntimeError as error:
             self.refused = True
-            # a broken capture cannot be ended, which is a second error and not the reason
+            # ending a broken capture fails too; that error is not the reason
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             reason = _reason(cause)
-            torch.cuda.set_stream(previous)  # a capture that cannot be ended leaves its own
+            torch.cuda.set_stream(previous)  # a capture that cannot be ended leaves its stream current
             torch.cuda.synchronize(self.device)
             graph.reset()
             _release_pool(index, pool)
             for generator, state in zip(generators, states, strict=True):
-                # the state that was registered may believe for ever that it is being captured
+                # the registered state may remain marked as being captured
                 generator.graphsafe_set_state(generator.clone_state())
                 generator.set_state(state)
             if isinstance(error.__context__, KeyboardInterrupt):
@@ -154,7 +154,7 @@ class CapturedRound:
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """The garbage collector runs now, and not in the block: tensors and graphs that it frees would break a capture."""
+    """Run the garbage collector now, and not in the block: freeing tensors or graphs would break a capture."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -168,8 +168,9 @@ def _no_garbage() -> Iterator[None]:
 def _release_pool(index: int, pool: Any) -> None:
     """End and release the memory pool of a capture that failed.
 
-    Where PyTorch could end the capture it has done both. Otherwise the allocator would go on as if it lasted: it would
-    look for the pool at every allocation, and keep back whatever waits for another stream. There is no public way.
+    Where PyTorch could end the capture it has done both. Otherwise the allocator would behave as if the capture
+    continued: it would look for the pool at every allocation, and hold back memory that waits for another stream. There
+    is no public way.
     """
     end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
     if end is None or release is None:
@@ -183,7 +184,7 @@ def _release_pool(index: int, pool: Any) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What was refused, and the line of the caller's code that asked for it."""
+    """The reason for a failed capture, with the line of code that caused it."""
     words = str(error).strip().partition("\n")[0].rstrip(".")
     inside = Path(torch.__file__).parent
     frames = [

@@ -1,6 +1,6 @@
 """How a round runs on the machine at hand: precision, memory format, optimizers, compilation, CUDA graph.
 
-The trainer says what happens in a round; nothing of how it runs is known there, and nothing of the method here.
+The round defines what is computed and does not know how it runs; this module knows nothing of the method.
 """
 
 import logging
@@ -36,11 +36,11 @@ class Unavailable(Exception):
 
 
 class Engine:
-    """The parts of the engine that a configuration asks for and a machine admits.
+    """The parts of the engine that a configuration asks for and the machine supports.
 
     Args:
         config: each part's switch.
-        fused: what ``auto`` stands for.
+        fused: meaning of ``auto``: on, where the machine supports it.
         device: where everything runs.
         optimizer_backend: ``torch`` or ``apex``.
         ranks: which share every step; those of the process group where not given.
@@ -87,7 +87,7 @@ class Engine:
         self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         self.two_streams = self._admit("two_streams", config.two_streams, self._check_two_streams)
         self._streams = TwoStreams(device) if self.two_streams else None
-        # dynamic loss scale, on the device; one for both networks, so that an overflow in one is known to the other
+        # dynamic loss scale, on the device; both networks share it, so that an overflow in one affects both
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.graphs = RoundGraphs(device, required=config.cuda_graph == "on") if self.cuda_graph else None
 
@@ -146,11 +146,11 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of convolutions and matrix products."""
+        """Dtype of convolutions and matrix products."""
         return dtype_of(self.precision)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of the networks' forward passes."""
+        """A context with the precision of the networks' forward passes."""
         return autocast(self.precision, self.device)
 
     @contextmanager
@@ -161,9 +161,9 @@ class Engine:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What a run changes in the process: cuDNN's choice of algorithms, TF32, memory that is kept.
+        """Apply what a run changes in the process: cuDNN's choice of algorithms, TF32, kept memory.
 
-        All of it is put back at the end, and the graphs of rounds are dropped.
+        At the end everything is restored, and the graphs of rounds are dropped.
         """
         with ExitStack() as stack:
             if self.device.type == "cuda":
@@ -177,7 +177,8 @@ class Engine:
             yield
 
     def place(self, network: nn.Module, **options: Any) -> nn.Module:
-        """A network where and how the engine runs it; see :class:`dfad.engine.placement.Placement`."""
+        """A network in the form and on the device that the engine chooses; see
+        :class:`dfad.engine.placement.Placement`."""
         return Placement(self, network, **options).take()
 
     def optimizer(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -189,25 +190,25 @@ class Engine:
     def run(
         self, round_: Callable[[], Mapping[str, Tensor]], generators: Sequence[torch.Generator] = ()
     ) -> Mapping[str, Tensor]:
-        """One round, the same at each call; what it returns may be overwritten by the next.
+        """Run a round, which does the same at each call; its results may be overwritten by the next one.
 
         Args:
-            round_: work that does not wait for the device.
-            generators: of the random numbers that it draws.
+            round_: must not wait for the device.
+            generators: of its random numbers.
         """
         return round_() if self.graphs is None else self.graphs.run(round_, generators)
 
     def both(self, aside: Callable[[], One], ahead: Callable[[], Other]) -> tuple[One, Other]:
-        """What two works return, of which neither waits for the other; nothing in the first takes a gradient."""
+        """The results of two independent functions, on two streams if possible; the first one takes no gradients."""
         return (aside(), ahead()) if self._streams is None else self._streams.both(aside, ahead)
 
     @property
     def captured(self) -> bool:
-        """Whether rounds were replayed as a CUDA graph, which every figure of a GPU is recorded with."""
+        """Whether rounds were replayed as a CUDA graph, which is recorded with every measurement on a GPU."""
         return self.graphs is not None and self.graphs.captures > 0
 
     def forget_graphs(self) -> None:
-        """Capture anew: needed whenever a tensor of a round is replaced by another, as when a state is loaded."""
+        """Drop captured graphs: needed whenever a tensor of a round is replaced, for example by loading a state."""
         if self.graphs is not None:
             self.graphs.forget()
 
@@ -236,7 +237,7 @@ class Engine:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
+    """Wait until a GPU has finished its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -245,7 +246,7 @@ def choose_device(name: str) -> torch.device:
     """The device of a name; ``auto`` takes a GPU where there is one.
 
     Raises:
-        ConfigurationError: if it is none, or not to be had here.
+        ConfigurationError: if the name is not a device, or the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -257,7 +258,7 @@ def choose_device(name: str) -> torch.device:
         raise ConfigurationError(f"The device {name!r} is not supported. Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
-            f"The device {name!r} is not to be had: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
+            f"The device {name!r} is not available: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
             "Use --device auto or cpu."
         )
     return device

@@ -10,14 +10,14 @@ from dfad.engine.tracing import trace
 def fold_batchnorm(network: nn.Module) -> nn.Module:
     """A copy of a network in eval mode whose BatchNorms that directly follow a convolution are folded into it.
 
-    What it returns is the same to rounding, taps included: a tap lies behind a BatchNorm, never between it and its
+    Its outputs are the same up to rounding, including taps: a tap is after a BatchNorm, never between it and its
     convolution.
 
     Args:
-        network: in eval mode; it is left as it is.
+        network: in eval mode; not changed.
 
     Raises:
-        NotPlain: if it may not be rewritten.
+        NotPlain: if the network must not be rewritten.
     """
     traced = trace(network, training=False)
     network, graph = copy_network(network), traced.graph
@@ -33,7 +33,7 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
         folds = (
             type(convolution) is nn.Conv2d
             and isinstance(norm, nn.BatchNorm2d)
-            and len(before.users) == 1  # whoever else reads the convolution needs it as it was
+            and len(before.users) == 1  # other readers of the convolution need its unfolded result
             and traced.replaceable.issuperset(names)
             and norm.running_mean is not None
             and not norm.training

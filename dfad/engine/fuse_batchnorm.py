@@ -1,4 +1,4 @@
-"""BatchNorms in training mode computed together with the addition and the activation behind them."""
+"""BatchNorms in training mode computed together with the addition and the activation after them."""
 
 import functools
 import logging
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 
 SMALLEST = 1 << 18
-"""Elements from which on it pays on a CPU: PyTorch's own operations are called faster, and slower from there. On a GPU
-a round is captured, and calls cost nothing."""
+"""Number of elements from which it is faster on a CPU; below, PyTorch's operations have less overhead. On a GPU a round
+is captured, and calls cost nothing."""
 
 
 class FusedBatchNorm(nn.Module):
-    """A BatchNorm, the addition of a residual if it is given one, and a leaky ReLU, in as few passes as it takes.
+    """A BatchNorm, the addition of an optional residual, and a leaky ReLU, in as few passes as possible.
 
     Args:
-        norm: whose parameters and statistics are used and moved, as it would itself.
+        norm: provides parameters and statistics, which are updated as the BatchNorm itself would.
         negative_slope: of the leaky ReLU; 1 is none.
-        smallest: elements; fewer ones are PyTorch's on a CPU.
-        counted: where it leaves the BatchNorm whose batch is still to be counted.
+        smallest: number of elements; smaller features are computed by PyTorch on a CPU.
+        counted: list to which BatchNorms are added whose batch still has to be counted.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class FusedBatchNorm(nn.Module):
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Log what is computed in another way from some call on."""
+    """Log once that a call falls back, with the reason."""
     log.info(message)
 
 
 def statistics_to_move(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    """A BatchNorm's running mean and variance; None where they are kept."""
+    """A BatchNorm's running mean and variance; None if they are not to be updated."""
     return (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
 
 
 def count_batch(*norms: nn.BatchNorm2d) -> None:
-    """Count a batch that the running statistics were moved by."""
+    """Count a batch that updated the running statistics."""
     tracked = (norm.num_batches_tracked for norm in norms if norm.track_running_stats)
     add_to_all([counter for counter in tracked if counter is not None], 1)
 
@@ -103,14 +103,14 @@ def fuse_batchnorm(
     *,
     smallest: int | None = None,
 ) -> None:
-    """Let a network compute its BatchNorms so, in training mode; parameters, buffers and modules stay what they are.
+    """Make a network compute its BatchNorms this way in training mode; parameters, buffers and modules stay the same.
 
-    Where a network may not be rewritten, those of its parts are that may (:mod:`dfad.engine.tracing`).
+    If a network must not be rewritten as a whole, its plain parts are (:mod:`dfad.engine.tracing`).
 
     Args:
         network: any.
-        refine: what else to do to the graph, of which no module is anybody else's.
-        smallest: elements of features from which on it is done on a CPU; :data:`SMALLEST` if None.
+        refine: further changes to the graph, whose modules are used nowhere else.
+        smallest: number of elements from which it is used on a CPU; :data:`SMALLEST` if None.
     """
     smallest = SMALLEST if smallest is None else smallest
     for traced in plain_parts(network, training=True):
@@ -139,13 +139,13 @@ def call_rewritten(
     in_training: bool = False,
     counted: list[nn.BatchNorm2d] | None = None,
 ) -> None:
-    """Let a network be called as rewritten, wherever its trace holds.
+    """Make calls of a network use its rewritten graph, whenever its trace is valid.
 
     Args:
         traced: the network.
         rewritten: its graph.
         in_training: in training mode alone.
-        counted: where its BatchNorms are left in a call whose batches are to be counted, all of them at once.
+        counted: list of the BatchNorms whose batches a call has to count, all at once.
     """
     rewritten.graph.lint()
     rewritten.recompile()
@@ -166,7 +166,7 @@ def call_rewritten(
 
 
 def _fuse(fused: fx.GraphModule, norm: fx.Node, smallest: int, counted: list[nn.BatchNorm2d]) -> None:
-    """Replace a node and what follows it, if it is a BatchNorm's."""
+    """Replace a node of a BatchNorm and what follows it; leave other nodes."""
     module = fused.get_submodule(str(norm.target))
     if type(module) is not nn.BatchNorm2d:
         return
@@ -180,8 +180,8 @@ def _fuse(fused: fx.GraphModule, norm: fx.Node, smallest: int, counted: list[nn.
 
 
 def following(fused: fx.GraphModule, first: fx.Node) -> tuple[list[fx.Node], fx.Node | None, float]:
-    """A node with the addition and the activation that follow it and nobody else reads between: those nodes, what is
-    added, and the activation's negative slope, 1 if there is none."""
+    """A node with the addition and the activation after it, if nothing else reads the values in between: the nodes, the
+    residual, and the activation's negative slope, 1 if there is none."""
     nodes, residual, slope = [first], None, 1.0
     addition = only_user(first)
     if addition is not None:
@@ -195,7 +195,7 @@ def following(fused: fx.GraphModule, first: fx.Node) -> tuple[list[fx.Node], fx.
             slope = found
             nodes.append(activation)
     if any(is_written_in_place(node, fused) for node in _between(first, nodes[-1]) if node not in nodes):
-        return [first], None, 1.0  # what was read at the first node may be another value at the last one
+        return [first], None, 1.0  # the residual may have been overwritten between the first and the last node
     return nodes, residual, slope
 
 
@@ -211,7 +211,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def addend(norm: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What a node adds to another's output; None if it is no such addition."""
+    """The residual that a node adds to another's output; None if it is no such addition."""
     if node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
@@ -223,7 +223,7 @@ def addend(norm: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def negative_slope(fused: fx.GraphModule, node: fx.Node) -> float | None:
-    """That of the leaky ReLU that a node is; None if it is something else."""
+    """The negative slope of a node that is a leaky ReLU; None for other nodes."""
     if node.op == "call_module":
         module = fused.get_submodule(str(node.target))
         if type(module) is nn.LeakyReLU:

@@ -1,4 +1,4 @@
-"""3×3 convolutions and what follows them as chains, each one operation; on CPUs with tiles, in bfloat16."""
+"""Chains of 3×3 convolutions and what follows them, each as one operation; in bfloat16 on CPUs with AMX tiles."""
 
 import functools
 import operator
@@ -29,15 +29,15 @@ from dfad_kernels.cpu.subsampling import subsample
 
 
 def fuse_convolutions(network: nn.Module, *, smallest: int | None = None) -> None:
-    """Let a network compute its convolutions so; parameters, buffers and modules stay what they are.
+    """Make a network compute its convolutions as chains; parameters, buffers and modules stay the same.
 
-    One that learns does in training mode, together with its BatchNorms
-    (:func:`dfad.engine.fuse_batchnorm.fuse_batchnorm`); a frozen one does always, together with the additions and
+    A trained network does so in training mode, together with its BatchNorms
+    (:func:`dfad.engine.fuse_batchnorm.fuse_batchnorm`); a frozen one always, together with the additions and
     activations.
 
     Args:
         network: any.
-        smallest: as for :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`, of what is in no chain.
+        smallest: as for :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`, for BatchNorms outside of chains.
     """
     if any(parameter.requires_grad for parameter in network.parameters()):
         fuse_batchnorm(network, functools.partial(_chain, learns=True), smallest=smallest)
@@ -51,17 +51,17 @@ def fuse_convolutions(network: nn.Module, *, smallest: int | None = None) -> Non
 
 
 def chained_flops() -> int:
-    """FLOPs of all that chains have computed in this process, which no counter of PyTorch's operations sees."""
+    """FLOPs that chains have computed in this process, which PyTorch's counters do not see."""
     return ConvolutionChain.flops
 
 
 class ChainedConvolutions(nn.Module):
-    """Convolutions, each with what follows it, as one operation where it can be.
+    """Convolutions, each with what follows it, as one operation where possible.
 
     Args:
-        chain: what each one works on.
+        chain: structure of the links.
         convolutions: of the links.
-        norms: likewise; None where there is none, and nothing learns.
+        norms: of the links; None for a frozen link.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ChainedConvolutions(nn.Module):
         self.chain = chain
         residuals = {link.residual for link in chain.links}
         self.added = [i for i in range(chain.inputs) if i in residuals]
-        """The inputs whose dtype decides the results', where PyTorch adds them."""
+        """The inputs that decide the dtype of the results where PyTorch adds them."""
         self.convolutions = convolutions
         self.norms = norms
         self.frozen = [
@@ -107,7 +107,7 @@ class ChainedConvolutions(nn.Module):
             link, norm = self.chain.links[number], self.norms[number]
             y = self.convolutions[number](x)
             if norm is not None:
-                y = norm(y, residual)  # with the activation, if it is all that anybody uses
+                y = norm(y, residual)  # with the activation, if only its result is used
             elif residual is not None:
                 y = y + residual
             activates = norm is None or link.keeps_pre
@@ -124,7 +124,7 @@ def _learning(convolution: nn.Conv2d, fused: FusedBatchNorm | None) -> Layer:
 
 
 def _frozen(convolution: nn.Conv2d) -> Layer:
-    """In float32 again where it was cast."""
+    """Back in float32 if it was cast."""
     bias = None if convolution.bias is None else convolution.bias.detach().float()
     kernel = convolution.weight.detach().float()
     return Layer(kernel.contiguous(memory_format=torch.channels_last), bias=bias)
@@ -132,17 +132,17 @@ def _frozen(convolution: nn.Conv2d) -> Layer:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a link is in a graph."""
+    """The nodes of a link in a graph."""
 
     convolution: fx.Node
     norm: fx.Node | None
     residual: fx.Node | None
     pre: fx.Node | None
-    """Whose value is the link's pre; None if it is a part of post's."""
+    """The node whose value is the link's pre; None if it is not a separate value."""
     post: fx.Node | None
     negative_slope: float
     nodes: frozenset[fx.Node]
-    """All that the link replaces."""
+    """All nodes that the link replaces."""
 
     @property
     def source(self) -> fx.Node:
@@ -152,7 +152,7 @@ class _Place:
 
     @property
     def result(self) -> fx.Node:
-        """Where everything that the link needs has been computed."""
+        """The node at which all inputs of the link are available."""
         result = self.pre or self.post
         assert result is not None
         return result
@@ -171,7 +171,7 @@ def _chain(fused: fx.GraphModule, traced: Trace, *, learns: bool) -> None:
             places.append(place)
             members |= place.nodes
     if any(is_written_in_place(node, fused) for node in fused.graph.nodes if node not in members):
-        return  # what a value is may depend on when it is read
+        return  # in-place operations may change a value between two reads
     by_result = {place.result: place for place in places}
     chain: list[_Place] = []
     for node in list(fused.graph.nodes):
@@ -183,7 +183,7 @@ def _chain(fused: fx.GraphModule, traced: Trace, *, learns: bool) -> None:
 
 
 def _place(fused: fx.GraphModule, convolution: fx.Node, learns: bool) -> _Place | None:
-    """The link that begins with a node, if there is one."""
+    """The link that starts at a node, or None."""
     if convolution.op != "call_module" or len(convolution.args) != 1 or convolution.kwargs:
         return None
     module = fused.get_submodule(str(convolution.target))
@@ -198,7 +198,7 @@ def _place(fused: fx.GraphModule, convolution: fx.Node, learns: bool) -> _Place 
     following = only_user(convolution)
     norm, residual, pre = None, None, convolution
     if learns:
-        if not module.weight.requires_grad:  # a frozen link keeps its kernel, which a checkpoint may still replace
+        if not module.weight.requires_grad:  # a frozen link caches its kernel, and a checkpoint may still replace it
             return None
         fused_norm = None if following is None else _fused_norm(fused, following)
         if module.bias is not None or following is None or fused_norm is None:
@@ -220,7 +220,7 @@ def _place(fused: fx.GraphModule, convolution: fx.Node, learns: bool) -> _Place 
 
 
 def _subsample(fused: fx.GraphModule, pad: fx.Node) -> None:
-    """Replace a node that pads with channels of zeros what an average over one pixel gives."""
+    """Replace a node that pads the result of an average over one pixel with channels of zeros."""
     pool: Any = pad.args[0] if pad.target is F.pad else None
     if not isinstance(pool, fx.Node) or pool.target is not F.avg_pool2d or len(pool.users) != 1:
         return
@@ -245,7 +245,7 @@ def _fused_norm(fused: fx.GraphModule, node: fx.Node) -> FusedBatchNorm | None:
 
 
 def _replace(fused: fx.GraphModule, places: Sequence[_Place]) -> None:
-    """Replace the nodes of one chain, between whose results there is nothing else."""
+    """Replace the nodes of one chain, with no other operation between their results."""
     own = {node for place in places for node in place.nodes}
     operands = (node for place in places for node in (place.source, place.residual) if node is not None)
     inputs = list(dict.fromkeys(node for node in operands if node not in own))

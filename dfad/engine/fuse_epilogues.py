@@ -1,4 +1,4 @@
-"""What follows a convolution of a network that does not learn as one pass: BatchNorm in eval mode or a bias, the
+"""What follows a convolution of a frozen network, as one pass: BatchNorm in eval mode or a bias, the
 addition of a shortcut, and a (leaky) ReLU. A part of ``engine.fuse_batchnorm``."""
 
 import torch
@@ -12,18 +12,18 @@ from dfad_kernels.registration import compute_dtype
 
 
 class FusedEpilogue(nn.Module):
-    """A BatchNorm in eval mode or a bias, the addition of a residual if it is given one, and a leaky ReLU.
+    """A BatchNorm in eval mode or a bias, the addition of an optional residual, and a leaky ReLU.
 
     Args:
-        norm: whose statistics and parameters are read, or None.
-        bias: ``(channels,)``, added where there is no BatchNorm, or None.
+        norm: provides statistics and parameters, or None.
+        bias: ``(channels,)``, added if there is no BatchNorm, or None.
         negative_slope: of the leaky ReLU; 1 is none.
     """
 
     def __init__(self, norm: nn.BatchNorm2d | None, bias: Tensor | None, negative_slope: float) -> None:
         super().__init__()
         self.norm = norm
-        self.bias = None if bias is None else bias.detach().to(compute_dtype(bias))  # cast once: it does not learn
+        self.bias = None if bias is None else bias.detach().to(compute_dtype(bias))  # cast once, because it is frozen
         self.negative_slope = negative_slope
 
     def forward(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class Unbiased(nn.Module):
     """A convolution without its bias.
 
     Args:
-        convolution: zero-padded; whose kernel is used.
+        convolution: zero-padded; provides the kernel.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -85,13 +85,13 @@ class Unbiased(nn.Module):
 
 
 def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None) -> None:
-    """Let a frozen network compute so; parameters, buffers and modules stay what they are.
+    """Make a frozen network compute this way; parameters, buffers and modules stay the same.
 
-    Where it may not be rewritten, those of its parts are that may (:mod:`dfad.engine.tracing`).
+    If it must not be rewritten as a whole, its plain parts are (:mod:`dfad.engine.tracing`).
 
     Args:
         network: any; what learns in it is left as it is.
-        takes_biases: replace what follows convolutions as well, and add their biases there; on a GPU if None. On a CPU
+        takes_biases: also replace what follows plain convolutions, and add their biases there; None: on a GPU. On a CPU
             that gains nothing: PyTorch adds a bias within the convolution.
     """
     for traced in plain_parts(network, training=False):

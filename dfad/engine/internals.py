@@ -1,6 +1,6 @@
-"""What PyTorch keeps of a module, a tensor and the thread that decides whether a graph is all of a network.
+"""PyTorch's internal state of modules, tensors and threads that decides whether a graph represents a network.
 
-There is no public way to ask for hooks, for versions of tensors, nor for what intercepts operations.
+There is no public access to hooks, to versions of tensors, or to what intercepts operations.
 """
 
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose ``nn.Module`` and autograd were read for where hooks are."""
+"""Versions of PyTorch for which the hooks of ``nn.Module`` and autograd were checked."""
 
 HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
@@ -28,7 +28,7 @@ PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 @functools.cache
 def missing() -> tuple[str, ...]:
-    """Names that this version of PyTorch has not; of what they would show nothing is known then."""
+    """Names that this version of PyTorch lacks; what they would show is then unknown."""
     places: dict[Any, tuple[str, ...]] = {
         nn.Module(): HOOKS,
         module_globals: GLOBAL_HOOKS,
@@ -40,25 +40,25 @@ def missing() -> tuple[str, ...]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called together with a module, or with its state."""
+    """Whether a module has hooks on its calls or on its state."""
     return any(getattr(module, hooks, None) for hooks in HOOKS)
 
 
 def hooks_for_all_modules() -> bool:
-    """Whether anything is called together with each module that there is."""
+    """Whether hooks are registered for all modules."""
     return any(getattr(module_globals, hooks) for hooks in GLOBAL_HOOKS)
 
 
 def parameter_has_hooks(parameter: Tensor) -> bool:
-    """Whether anything is called with a parameter's gradient."""
+    """Whether a parameter has gradient hooks."""
     return any(getattr(parameter, hooks, None) for hooks in PARAMETER_HOOKS)
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written."""
+    """Version of a tensor: the number of writes to it."""
     return tensor._version
 
 
 def interceptors() -> tuple[Any, ...]:
-    """What sees operations or saved tensors before PyTorch: modes that are entered; checkpointing, offloading."""
+    """Active modes and hooks that intercept operations or saved tensors, as checkpointing and offloading use."""
     return torch._C._len_torch_function_stack(), torch._C._autograd._top_saved_tensors_default_hooks(True) is None

@@ -1,4 +1,4 @@
-"""Memory that one round frees, kept by the C library for the next one; on a CPU."""
+"""Keeps memory that one round frees in the C library for the next one; on a CPU."""
 
 import ctypes
 import logging
@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = (1 << 31) - 1
 
 AFTERWARDS = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-"""Bytes. glibc raises its thresholds to these at most by itself, as it meets large blocks, until one is set."""
+"""Bytes: the largest thresholds that glibc chooses by itself for large blocks, until one is set."""
 
 
 def has_mallopt() -> bool:
@@ -23,13 +23,13 @@ def has_mallopt() -> bool:
 
 @contextmanager
 def keep_memory() -> Iterator[None]:
-    """Let this process keep the memory of freed tensors, for the tensors of the next round.
+    """Keep the memory of freed tensors in this process, for the tensors of the next round.
 
-    Otherwise the system takes large blocks back, and clears them page by page when they are used again.
+    Without it, large blocks are returned to the system, which clears them page by page when they are used again.
 
-    Afterwards what is free goes back to the system, and the thresholds are those that glibc's own adjustment reaches in
-    a process with large tensors. The adjustment itself stays off: glibc has no call that turns it on again, and none
-    that reads the thresholds.
+    Afterwards free memory is returned to the system, and the thresholds are those that glibc's own adjustment reaches
+    in a process with large tensors. The adjustment itself stays off: glibc has no call to turn it on again, or to read
+    the thresholds.
     """
     kept = {parameter: _set(parameter, LARGEST) for parameter in AFTERWARDS}
     if not all(kept.values()):

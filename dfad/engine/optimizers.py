@@ -11,7 +11,7 @@ from dfad.config import OptimizerConfig
 from dfad.errors import ConfigurationError
 
 EXECUTION = ("fused", "foreach", "capturable")
-"""Options of an optimizer's groups that say how a step is computed, not what."""
+"""Options of parameter groups that affect how a step is computed, not its result."""
 
 
 def torch_optimizer(
@@ -25,9 +25,9 @@ def torch_optimizer(
     """PyTorch's optimizer of a configuration.
 
     Args:
-        config: which, and its hyperparameters.
-        parameters: what it moves, on the device.
-        device: where its learning rate lives if it is fused: a number would be baked into a captured graph.
+        config: kind and hyperparameters.
+        parameters: to be optimized, on the device.
+        device: of the learning rate, if the step is fused: a Python number would be fixed in a captured graph.
         fused: one kernel per step.
         capturable: a step may be part of a CUDA graph, which Adam's otherwise refuses.
     """
@@ -40,9 +40,9 @@ def torch_optimizer(
 
 
 def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """SGD whose momentum is zero before the first step, which is the same as none.
+    """SGD with momentum buffers that start at zero, which is equivalent to none.
 
-    The fused kernel leaves fresh memory as it is in a first step that a loss scaler skips, and goes on from there.
+    If a loss scaler skips the first step, the fused kernel leaves new buffers uninitialised and continues from them.
     """
     for group in optimizer.param_groups:
         if group["momentum"] and group["fused"]:
@@ -85,7 +85,7 @@ def require_apex(device: torch.device) -> None:
         raise ConfigurationError(f"optimizer.backend is apex, which is not installed. {way_out}") from None
     try:
         optimizers = importlib.import_module("apex.optimizers")
-        importlib.import_module("amp_C")  # the kernels, which a build without CUDA extensions lacks
+        importlib.import_module("amp_C")  # the kernels, missing in a build without CUDA extensions
     except ImportError as error:
         raise ConfigurationError(
             f"optimizer.backend is apex, but the installed package of that name is not NVIDIA's, or was built without "
@@ -97,7 +97,7 @@ def require_apex(device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set it without waiting for the device."""
+    """Set the learning rate without waiting for the device."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -106,16 +106,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Moments and step counts, in the order of the parameters; written in place they are what it goes on from."""
+    """Moments and step counts, in the order of the parameters; writing to them in place changes the optimizer."""
     states = (optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state)
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a checkpoint's state; how a step is computed stays as it was built for this device.
+    """Load a checkpoint's state, without changing how a step is computed on this device.
 
-    The learning rates stay the tensors that they are; step counts go where ``fused`` and ``capturable`` want them, even
-    if the checkpoint was written on another device.
+    Learning rates stay the same tensors; step counts are moved to where ``fused`` and ``capturable`` need them, also if
+    the checkpoint was written on another device.
     """
     own = [{key: group[key] for key in EXECUTION if key in group} for group in optimizer.param_groups]
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
-"""A network where and how the engine runs it, and the way back.
+"""Placement of a network: the engine's form of it on the engine's device, and back.
 
-Before the first round the placed network is compared with the plain one: a part of the engine that changes what is
-computed by more than its precision explains is left out for that network.
+Before the first round the placed network is compared with the plain one: a part of the engine that changes the results
+by more than rounding explains is left out for that network.
 """
 
 from __future__ import annotations
@@ -37,35 +37,34 @@ Values = dict[str, Tensor]
 Change = Callable[[nn.Module], None]
 
 MODES = ((True, 1), (False, 1), (True, 2), (False, 2))
-"""Training mode or not, and the seed of what is drawn, of the passes that are compared."""
+"""The compared passes: whether in training mode, and the seed of their random numbers."""
 
 PERTURBATION = 1e-6
-"""Of the images, relative: what float32 makes of it is what its rounding may do."""
+"""Relative perturbation of the images; its effect in float32 is the tolerance for rounding."""
 
 UNSTEADY = 0.1
-"""Relative change of a result that no perturbation of that size explains."""
+"""Relative change of a result that a perturbation of that size never explains."""
 
 MARGIN = 4.0
-"""How many times the rounding of plain PyTorch a placed network may differ by."""
+"""Tolerance for a placed network, as a multiple of the rounding of plain PyTorch."""
 
 
 class Placement:
-    """A network with the parts of the engine that leave what it computes as it is.
+    """A network with those parts of the engine that do not change its results.
 
     Args:
-        engine: whose parts, where.
+        engine: provides the parts and the device.
         network: placed by :meth:`take`, plain again after :meth:`give_back`.
-        role: what it is called in messages.
-        input_shape: of one input, without the batch; not compared where it is not given.
+        role: its name in messages.
+        input_shape: of one input, without the batch; without it, nothing is compared.
         batch_size: of the rounds.
-        read: makes tensors of what the network returns, or raises.
-        own: parts that this network has and others have not: ``fold_batchnorm`` and ``weights``, for networks that
-            never learn.
-        changes: further parts that it has, each as what makes it run so.
+        read: converts what the network returns to tensors, or raises.
+        own: parts for this kind of network only: ``fold_batchnorm`` and ``weights``, for frozen networks.
+        changes: further parts, each with the function that applies it.
 
     Raises:
-        ConfigurationError: if a part that is explicitly on changes what the network computes.
-        ModelError: if the network fails as it is, or may not be rewritten where that is explicitly on.
+        ConfigurationError: if a part that is explicitly on changes the network's results.
+        ModelError: if the plain network fails, or must not be rewritten although that is explicitly on.
     """
 
     def __init__(
@@ -94,21 +93,21 @@ class Placement:
         self._before: _State | None = None
 
     def take(self) -> nn.Module:
-        """Place the network; what is returned is called in its stead, and may be the network itself."""
+        """Place the network; returns what to call instead of it, which may be the network itself."""
         if self._before is None:
             self._before = _State(self.network)
             self.placed = self.arrange(self.network, self.parts)
         return self.placed
 
     def give_back(self) -> None:
-        """Make the network its owner's again, with the weights that it has now: its own call, memory format, modes and
-        flags. It stays on a GPU if it was taken there, and its gradients are dropped."""
+        """Restore the network's own call, memory format, modes and flags, with its current weights. It stays on a GPU
+        if it was taken there, and its gradients are dropped."""
         if self._before is not None:
             self._before.restore(keep_device=self.engine.device.type != "cpu")
             self._before = None
 
     def arrange(self, network: nn.Module, parts: Sequence[str], *, smallest: int | None = None) -> nn.Module:
-        """A network on the device, with parts of the engine; ``smallest`` is of
+        """Place a network on the device, with parts of the engine; for ``smallest`` see
         :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`."""
         engine = self.engine
         if "fold_batchnorm" in parts:
@@ -117,7 +116,7 @@ class Placement:
         if "channels_last" in parts:
             for tensor in (*network.parameters(), *network.buffers()):
                 if tensor.ndim == 4 and tensor.layout == torch.strided:
-                    # contiguous() would leave tensors of one channel, whose strides are of both formats
+                    # contiguous() would not change tensors of one channel, whose strides fit both formats
                     tensor.data = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor.data)
         for name, change in self.changes.items():
             if name in parts:
@@ -144,7 +143,7 @@ class Placement:
         return network
 
     def _parts(self) -> list[str]:
-        """Those that the engine has for such a network, in the order in which they are tried."""
+        """The parts that the engine has for such a network, in the order in which they are tried."""
         engine = self.engine
         norms, products = ({type(module) for module in self.network.modules()} & kinds for kinds in (NORMS, PRODUCTS))
         has_epilogues = not self.learns and engine.device.type == "cuda"
@@ -185,7 +184,7 @@ class Placement:
         return getattr(self.engine.config, part, "auto") == "on"
 
     def leave_out(self, part: str, reason: str) -> None:
-        """Say why a part is left out, or refuse where it is demanded."""
+        """Log why a part is left out, or raise an error if it is explicitly on."""
         if self._demanded(part):
             value = self.engine.config.precision if part == "precision" else "on"
             raise ConfigurationError(
@@ -197,7 +196,7 @@ class Placement:
 NORMS = {nn.BatchNorm2d}
 PRODUCTS = {nn.Conv2d, nn.Linear}
 REWRITING = ("fold_batchnorm", "weights", "fuse_batchnorm", "fuse_convolutions")
-"""Parts that are for plain networks alone."""
+"""The parts that need a plain network."""
 
 
 OWN_NORMS = ("fuse_batchnorm", "fuse_convolutions", "compile")
@@ -215,7 +214,7 @@ def _frozen(network: nn.Module) -> nn.Module:
 
 
 def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
-    """Call a network on contiguous inputs, or in float32, in the midst of networks that are not."""
+    """Make a network run on contiguous inputs, or in float32, among networks that do not."""
     call = present_call(network)
 
     def convert(value: Any) -> Any:
@@ -234,7 +233,7 @@ def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
 
 @contextmanager
 def _state_kept(network: nn.Module) -> Iterator[None]:
-    """What copies of a network do leaves its buffers and gradients: a closure in a copy is still the network's."""
+    """Restore a network's buffers and gradients after its copies ran, whose closures may still refer to the network."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     gradients = [(p, None if p.grad is None else p.grad.clone()) for p in network.parameters()]
     try:
@@ -242,14 +241,14 @@ def _state_kept(network: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # BatchNorm moves its statistics without a new version
+                if not torch.equal(buffer, value):  # BatchNorm updates its statistics without changing their version
                     buffer.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
 
 class _State:
-    """What placing changes of a network, to be brought back."""
+    """The state of a network that placing changes, to be restored."""
 
     def __init__(self, network: nn.Module) -> None:
         self.modes = modes_of(network)
@@ -283,7 +282,7 @@ def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 class _Comparison:
-    """A network with parts of the engine beside the plain one."""
+    """Comparison of a network with parts of the engine against the plain one."""
 
     def __init__(
         self, placement: Placement, input_shape: tuple[int, ...], batch_size: int, read: Callable[[Any], Any]
@@ -298,7 +297,7 @@ class _Comparison:
         self.modes = [(training, seed) for training, seed in MODES if placement.learns or not training]
 
     def choose(self, parts: list[str]) -> list[str]:
-        """Those of the parts that leave what the network computes as it is."""
+        """The parts that do not change the network's results."""
         placement = self.placement
         try:
             plain = copy_network(placement.network)
@@ -319,7 +318,7 @@ class _Comparison:
         if not unsteady and self._difference(parts) is None:
             return parts
         if unsteady or self._difference([]) is not None:
-            reason = "it gives other results from call to call, whatever random numbers are drawn, and is not compared"
+            reason = "its results differ from call to call with the same random numbers, so it cannot be compared"
             for part in parts:
                 if part in REWRITING:
                     placement.leave_out(part, reason)
@@ -361,12 +360,12 @@ class _Comparison:
     def _rounding(self) -> dict[str, float]:
         try:
             values = self._run(copy_network(self.placement.network).to(self.engine.device), autocast=True)
-        except Exception:  # which the part itself will raise again, and be left out for
+        except Exception:  # the part itself will raise it again, and be left out
             return {}
         return self._noise(values)
 
     def _difference(self, parts: Sequence[str]) -> str | None:
-        """What a network with such parts computes otherwise; None if nothing."""
+        """How the results of a network with these parts differ; None if they do not."""
         single = [part for part in parts if part not in ("precision", "weights", "compile")]
         difference = self._difference_in(single, autocast=False) if single or not parts else None
         if difference is None and "precision" in parts:
@@ -377,11 +376,11 @@ class _Comparison:
 
     def _difference_in(self, parts: Sequence[str], *, autocast: bool) -> str | None:
         try:
-            # small features like large ones: rounds have larger batches
+            # also for small features, because rounds have larger batches
             placed = self.placement.arrange(copy_network(self.placement.network), parts, smallest=0)
             with redirect_stderr(io.StringIO()):  # where graphs print what they raise
                 values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last)
-        except Exception as error:  # whatever a network raises that is called in another way
+        except Exception as error:  # a network that is called differently may raise anything
             return f"it raises {type(error).__name__}: {first_line(error)}"
         for name, exact in self.exact.items():
             found = values.get(name)
@@ -465,7 +464,7 @@ class _Comparison:
 
 
 def _scales(values: Values) -> dict[str, float]:
-    """What a deviation is measured by: the value's length, or a thousandth of the longest of its kind, for a gradient
+    """The scale of a deviation: the value's norm, or a thousandth of the largest norm of its kind, because a gradient
     may be nothing but rounding."""
     lengths = {name: _length(value) for name, value in values.items()}
     kinds: dict[str, float] = {}

@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def choose_precision(wanted: Precision, device: torch.device, *, fused: bool) -> Precision:
-    """The precision that is used; ``auto`` is bfloat16 where the hardware has it and ``fused`` is on, else float32.
+    """The precision to use; ``auto`` is bfloat16 if the hardware supports it and ``fused`` is on, else float32.
 
     Raises:
-        ConfigurationError: if the device does not compute it.
+        ConfigurationError: if the device does not support it.
     """
     if wanted == "auto":
         if not fused:
@@ -42,19 +42,19 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """What convolutions and matrix products are given."""
+    """Dtype of the inputs of convolutions and matrix products."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Forward passes in a precision."""
+    """A context for forward passes in a precision."""
     dtype = dtype_of(precision)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """What a GPU computes products of float32 in, for the length of the block."""
+    """Set the precision of a GPU's float32 products for a block."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:

@@ -1,8 +1,8 @@
-"""What torch.fx needs: which networks may be rewritten, and their graphs.
+"""Tracing with torch.fx: which networks may be rewritten, and their graphs.
 
-A network is rewritten only if it is plain: what tracing sees of it is all that it does. Whatever else a forward pass
-may do (call hooks, compute weights, draw numbers, move buffers, count calls, switch gradients off) belongs to modules
-and to Python, of which a graph has nothing.
+A network is rewritten only if it is plain, that is, if its graph represents everything it does. A graph does not
+contain what else modules and Python code may do in a forward pass: call hooks, compute weights, draw random numbers,
+change buffers, count calls or switch gradients off.
 """
 
 import operator
@@ -43,14 +43,14 @@ LAYERS = frozenset(
         *(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     )
 )
-"""PyTorch's modules that a graph calls as they are, by exact type: subclasses are traced through."""
+"""PyTorch's modules that are nodes of a graph, by exact type; subclasses are traced through."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, fx.GraphModule)
 """PyTorch's modules that are traced through."""
 
 
 class NotPlain(ModelError):
-    """Why a network is left as it is."""
+    """The reason why a network must not be rewritten."""
 
 
 @dataclass(frozen=True)
@@ -63,66 +63,66 @@ class Trace:
     network: nn.Module
     graph: fx.Graph
     modes: dict[nn.Module, bool]
-    """Of the modules that were traced through, where the graph depends on them; else empty."""
+    """Modes of the modules that were traced through, if the graph depends on them; else empty."""
     replaceable: frozenset[str]
-    """Names of the layers that are called once, and of which nothing is used elsewhere."""
+    """Names of the layers that are called once and whose parameters are used nowhere else."""
 
     def holds(self) -> bool:
-        """Whether the modules that the graph depends on are in the modes that it was traced in."""
+        """Whether the modules that the graph depends on are in the modes of the trace."""
         return all(module.training == mode for module, mode in self.modes.items())
 
     def takes(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether a call is one that the graph can stand for."""
+        """Whether the graph may replace a call with these arguments."""
         return len(inputs) == 1 and not options and isinstance(inputs[0], Tensor) and self.holds()
 
 
 def trace(network: nn.Module, *, training: bool) -> Trace:
-    """The graph of a plain network's forward pass, its own modules traced through and PyTorch's as nodes.
+    """The graph of a plain network's forward pass: PyTorch's modules are nodes, others are traced through.
 
     Args:
-        network: left as it is; what tracing does happens to a copy that shares its parameters.
+        network: not changed; a copy that shares its parameters is traced.
         training: whether it is traced in training mode.
 
     Raises:
-        NotPlain: if the network does anything that a graph has nothing of.
+        NotPlain: if the network does anything that a graph cannot represent.
     """
     name = type(network).__name__
     if internals.missing():
         names = ", ".join(internals.missing())
-        raise NotPlain(f"{name} is left as it is: PyTorch {torch.__version__} has no {names}, which would show hooks.")
+        raise NotPlain(f"{name} is not rewritten: PyTorch {torch.__version__} has no {names}, which would show hooks.")
     for path, module in ("", network), *network.named_modules():
         against = reason_to_leave(module)
         if against:
-            raise NotPlain(f"{name} is left as it is: {_place(network, path)}{against}.")
+            raise NotPlain(f"{name} is not rewritten: {_place(network, path)}{against}.")
     try:
         scratch = copy_network(network, share_parameters=True)
     except Exception as error:  # whatever a user's attributes raise
-        raise NotPlain(f"{name} is left as it is: it cannot be copied ({_said(error)}).") from error
+        raise NotPlain(f"{name} is not rewritten: it cannot be copied ({_said(error)}).") from error
     with random_state_kept(), torch.enable_grad():
         try:
             with _in_mode(scratch, training):
                 modes = {path: module.training for path, module in scratch.named_modules()}
                 graph = _graph(scratch)
-                with torch.no_grad(), _all_autocast():  # what a part switches on or off shows in one of the two
+                with torch.no_grad(), _all_autocast():  # two traces: a switched global state shows in one of them
                     again = _graph(scratch)
         except _Refusal as reason:
-            raise NotPlain(f"{name} is left as it is: {reason}.") from reason.__cause__
+            raise NotPlain(f"{name} is not rewritten: {reason}.") from reason.__cause__
         try:
             with _in_mode(scratch, not training):
                 other = str(_graph(scratch))
         except _Refusal:
             other = ""
     if str(graph) != str(again):
-        raise NotPlain(f"{name} is left as it is: its forward pass differs from call to call.")
+        raise NotPlain(f"{name} is not rewritten: its forward pass differs from call to call.")
     modules = dict(network.named_modules())
     sensitive = [path for path, module in modules.items() if type(module) not in LAYERS and str(graph) != other]
     return Trace(network, graph, {modules[path]: modes[path] for path in sensitive}, _replaceable(network, graph))
 
 
 def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
-    """The graph of a plain network, or those of the largest parts of another one that are plain themselves and whose
-    calls may be replaced."""
-    if type(network) in LAYERS:  # there is nothing beside it to be computed with it
+    """The graph of a plain network; otherwise the graphs of its largest submodules that are plain and whose calls may
+    be replaced."""
+    if type(network) in LAYERS:  # a single layer has nothing to be fused with
         return
     try:
         yield trace(network, training=training)
@@ -133,7 +133,7 @@ def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
 
 
 def calls_its_children(network: nn.Module) -> bool:
-    """Whether a network that is not plain calls its children as Python does, so that their calls may be replaced."""
+    """Whether a network that is not plain calls its children from Python, so that their calls may be replaced."""
     kind = type(network)
     if calls_are_fixed(network) or hasattr(network, "parametrizations") or replaced_call(network) is not None:
         return False
@@ -142,12 +142,12 @@ def calls_its_children(network: nn.Module) -> bool:
 
 
 def calls_are_fixed(network: nn.Module) -> bool:
-    """Whether a network needs its modules to be called as Python does, for hooks that it registers itself."""
+    """Whether a network registers hooks itself, so that its modules must be called normally."""
     return bool(getattr(network, "calls_are_fixed", False))
 
 
 def reason_to_leave(module: nn.Module) -> str | None:
-    """Why a module, whatever its children, may not be rewritten; None if nothing speaks against it."""
+    """Why a module must not be rewritten, regardless of its children; None if it may."""
     kind = type(module)
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         return "is TorchScript"
@@ -160,7 +160,7 @@ def reason_to_leave(module: nn.Module) -> str | None:
     if calls_are_fixed(module):
         return "registers hooks for each call"
     if "forward" in vars(module) or "__call__" in vars(module):
-        return "has a forward of its own instance"
+        return "has a forward that is set on the instance"
     if replaced_call(module) is not None:
         return "is compiled"
     graph = isinstance(module, fx.GraphModule)
@@ -178,7 +178,7 @@ def reason_to_leave(module: nn.Module) -> str | None:
 
 
 def is_written_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node may overwrite what it is given."""
+    """Whether a node may overwrite its input."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
@@ -202,7 +202,7 @@ def _all_autocast() -> Iterator[None]:
 
 
 class _Refusal(Exception):
-    """What a graph would lose."""
+    """A forward pass does something that its graph would not represent."""
 
 
 def _graph(scratch: nn.Module) -> fx.Graph:
@@ -210,15 +210,15 @@ def _graph(scratch: nn.Module) -> fx.Graph:
     before = _Snapshot.of(scratch)
     try:
         graph = tracer.trace(scratch)
-    except Exception as error:  # tracing runs the user's code on stand-ins, which may fail in any way
+    except Exception as error:  # tracing runs user code on proxies, which may fail in any way
         raise _Refusal(tracer.reason or f"it cannot be traced by torch.fx ({_said(error)})") from error
     reason = tracer.reason or before.difference(_Snapshot.of(scratch))
     if reason:
         raise _Refusal(reason)
     if _context() != tracer.context:
-        raise _Refusal("its forward pass changes how PyTorch computes after it")
+        raise _Refusal("its forward pass changes global settings of PyTorch")
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-        raise _Refusal("its forward pass makes tensors of its own")
+        raise _Refusal("its forward pass creates tensors")
     return graph
 
 
@@ -253,7 +253,7 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _context() -> tuple[Any, ...]:
-    """How PyTorch computes: what a forward pass may change for a part of itself, and a graph has nothing of."""
+    """PyTorch's global computation state, which a forward pass may change temporarily, and a graph does not contain."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -264,12 +264,12 @@ def _context() -> tuple[Any, ...]:
 
 
 class _Tracer(fx.Tracer):
-    """Refuses what a graph would lose."""
+    """Refuses operations that a graph would not represent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reason: str | None = None
-        """Remembered, for a forward pass may catch what is raised."""
+        """Stored, because a forward pass may catch the exception."""
         self.context = _context()
 
     def refuse(self, reason: str) -> None:
@@ -277,14 +277,14 @@ class _Tracer(fx.Tracer):
         raise _Refusal(reason)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        # one stand-in: of others, `is None` would not be what it is in a call
+        # a single proxy: for others, `is None` would give another result than in a call
         return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
     def create_node(self, *args: Any, **options: Any) -> fx.Node:
         if _context() != self.context:
             self.refuse(
-                "a part of its forward pass computes in another way (without gradients, in another precision, in a "
-                "torch.autograd.Function, or with its activations computed again)"
+                "a part of its forward pass turns gradients off, changes the precision, is a torch.autograd.Function, "
+                "or uses activation checkpointing"
             )
         return super().create_node(*args, **options)
 
@@ -296,7 +296,7 @@ class _Tracer(fx.Tracer):
 
 
 class _StandIn(fx.Proxy):
-    """Stands for a value; whoever asks for its type would hear another one than that of the value."""
+    """A proxy that refuses questions for its type, which is not that of the value."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # isinstance asks for it
@@ -304,13 +304,13 @@ class _StandIn(fx.Proxy):
         by_torch = str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
         if not by_torch or frame.f_code.co_name == "is_tensor":
             tracer = object.__getattribute__(self, "tracer")
-            tracer.refuse(f"its forward pass asks for the type of a value (in {frame.f_code.co_name})")
+            tracer.refuse(f"its forward pass tests the type of a value (in {frame.f_code.co_name})")
         return _StandIn
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a forward pass may change beside its result."""
+    """State that a forward pass may change besides its result."""
 
     draws: Any
     attributes: dict[str, Any]
@@ -340,7 +340,7 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Of a module and, as far as they are values, of its class; each as something that can be compared."""
+    """Attributes of a module and values of its class, in a form that can be compared."""
     own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
     classes = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
     shared = {
@@ -355,7 +355,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 class _Same:
-    """A value that is compared by identity; held, so that no other one takes its address."""
+    """A value that is compared by identity; the reference keeps its address from being reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Two networks that do not wait for each other, each on a CUDA stream of its own."""
+"""Two independent networks on two CUDA streams."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,10 +10,10 @@ Other = TypeVar("Other")
 
 
 class TwoStreams:
-    """Runs two works at once, for networks that are too small to fill a GPU.
+    """Runs two functions in parallel, for networks that are too small to fill a GPU.
 
-    The side stream begins after all that was launched before, and everything launched later comes after it. So memory
-    that either work frees is used again only when both have done with it, in a captured graph as well.
+    The side stream starts after everything launched before, and everything launched later runs after it. So memory that
+    either function frees is reused only after both are done, also in a captured graph.
 
     Args:
         device: a CUDA device.
@@ -24,11 +24,11 @@ class TwoStreams:
         self.side = torch.cuda.Stream(device)
 
     def both(self, aside: Callable[[], One], ahead: Callable[[], Other]) -> tuple[One, Other]:
-        """What two works return.
+        """The results of two functions.
 
         Args:
-            aside: on the side stream; nothing in it takes a gradient, whose pass would run there too.
-            ahead: on the current stream.
+            aside: runs on the side stream, without gradients, whose backward pass would run there too.
+            ahead: runs on the current stream.
         """
         current = torch.cuda.current_stream(self.device)
         self.side.wait_stream(current)

@@ -257,7 +257,7 @@ class TestWhatTheMachineAdmits:
 
     def test_devices(self):
         assert choose_device("auto").type in ("cpu", "cuda")
-        for name, message in (("gpu", "no device 'gpu'"), ("meta", "not supported"), ("cuda:99", "not to be had")):
+        for name, message in (("gpu", "no device 'gpu'"), ("meta", "not supported"), ("cuda:99", "not available")):
             with pytest.raises(ConfigurationError, match=message):
                 choose_device(name)
 
@@ -317,7 +317,7 @@ class TestFrozenTeacher:
         with caplog.at_level(logging.INFO, logger="dfad"):
             teacher = FrozenTeacher(Branching(), self.engine(fold_batchnorm="auto"))
         assert teacher(torch.ones(2, *IMAGE_SHAPE)).logits.shape == (2, 4)
-        assert sum("Branching is left as it is: it cannot be traced" in m for m in caplog.messages) == 1
+        assert sum("Branching is not rewritten: it cannot be traced" in m for m in caplog.messages) == 1
         with pytest.raises(ModelError, match="cannot be traced"):
             FrozenTeacher(Branching(), self.engine(fold_batchnorm="on"))
 

@@ -75,7 +75,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(network):
 
 
 def test_a_network_that_cannot_be_traced_is_refused_with_the_way_out():
-    message = r"no module 'add' to tap.*Branching is left as it is: it cannot be traced .* Name modules, or let"
+    message = r"no module 'add' to tap.*Branching is not rewritten: it cannot be traced .* Name modules, or let"
     with pytest.raises(ModelError, match=message):
         with_taps(Branching(), ["add"])
 

@@ -11,10 +11,10 @@ AXES = {
     2: ("tokens", "channels"),
     3: ("channels", "height", "width"),
 }
-"""What the axes of a tap are taken for, by their number without the batch."""
+"""Meaning of a tap's axes, by their number without the batch."""
 
 WITHOUT_TAPS = "set --method.activation.weight and --method.feature_matching.weight to 0"
-"""What a run does that needs no taps, for messages."""
+"""How to run without taps, for messages."""
 
 CHANNELS_LAST = ("height", "width", "channels")
 
@@ -26,8 +26,8 @@ class Connectors(nn.Module):
     a linear layer takes the place of the convolution.
 
     Args:
-        student_taps: taps of a dry forward, ``(B, channels, height, width)`` each unless their channels are last.
-        teacher_taps: the teacher's likewise.
+        student_taps: from a trial forward pass, ``(B, channels, height, width)`` each unless their channels are last.
+        teacher_taps: of the teacher, in the same form.
 
     Raises:
         ModelError: if the taps differ in number, or in more than their channels.
@@ -76,7 +76,7 @@ def _connector(stage: int, student: tuple[int, ...], teacher: tuple[int, ...]) -
 
 
 def _axes(student: tuple[int, ...], teacher: tuple[int, ...]) -> tuple[str, ...]:
-    """Channels come first in a feature map, unless only its last axis differs and the others are a square."""
+    """Channels come first in a feature map, unless only its last axis differs and its other axes are a square."""
     if len(student) == 3 and student[:2] == teacher[:2] and student[0] == student[1]:
         return CHANNELS_LAST
     return AXES[len(student)]

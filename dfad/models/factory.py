@@ -45,9 +45,9 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
 
 
 def path_of(kind: type) -> str | None:
-    """``package.module:Class``, by which :func:`resolve` finds a class again; None where it cannot be imported."""
+    """``package.module:Class``, the path for :func:`resolve`; None if the class cannot be imported."""
     path = f"{kind.__module__}:{kind.__qualname__}"
-    if kind.__module__ == "__main__":  # another program's main module is another one
+    if kind.__module__ == "__main__":  # differs from program to program
         return None
     try:
         return path if resolve(path) is kind else None

@@ -1,4 +1,4 @@
-"""The network that makes images of noise."""
+"""The network that makes images from noise."""
 
 import math
 from typing import Any
@@ -12,12 +12,12 @@ from dfad.errors import ModelError
 
 @fx.wrap
 def _in_format_of(weight: Tensor, features: Tensor) -> Tensor:
-    """Channels-last features in a convolution's memory format. A function of its own, for tracing cannot branch."""
+    """Channels-last features in a convolution's memory format; a separate function, because a trace has no branches."""
     return features if weight.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
 
 
 class UpsampledConv2d(nn.Conv2d):
-    """A 3×3 convolution of nearest-neighbour upsampled features: twice the height and width.
+    """Nearest-neighbour upsampling to twice the height and width, followed by a 3×3 convolution.
 
     Each output pixel sees only 2×2 distinct inputs, so that convolution and upsampling are one transposed convolution
     whose 4×4 kernel sums the weights that meet at an input: 16 products per input pixel and pair of channels instead
@@ -25,8 +25,8 @@ class UpsampledConv2d(nn.Conv2d):
 
     Args:
         in_channels: of the features.
-        out_channels: of what is made of them.
-        merged: compute it so; else as it is written.
+        out_channels: of the result.
+        merged: compute it as one transposed convolution; otherwise as two operations.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, merged: bool) -> None:
@@ -37,14 +37,14 @@ class UpsampledConv2d(nn.Conv2d):
         """``(B, in_channels, height, width)`` to ``(B, out_channels, 2 height, 2 width)``."""
         if not self.merged:
             return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
-        kernel = self.weight.transpose(0, 1).flip(2, 3)  # as a transposed convolution scatters it
+        kernel = self.weight.transpose(0, 1).flip(2, 3)  # the layout of a transposed convolution's kernel
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))  # an input pixel is two columns of the upsampled
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # and two rows
         return F.conv_transpose2d(features, kernel, stride=2, padding=1)
 
 
 def merge_upsampling(generator: nn.Module) -> None:
-    """Let a generator compute each upsampling and the convolution behind it at once."""
+    """Make a generator compute each upsampling and the convolution after it as one operation."""
     for module in generator.modules():
         if isinstance(module, UpsampledConv2d):
             module.merged = True
@@ -61,15 +61,14 @@ class Generator(nn.Module):
     projection does not grow with the image: 3 from 65 pixels on, 4 from 129. What is made of a size that no doubling
     reaches is cropped in the middle, before the last BatchNorm.
 
-    The last BatchNorm has no parameters: images come out with mean 0 and variance 1 per channel, the space of
-    normalised images that the teacher was trained in. Where a BatchNorm follows a convolution, that has no bias,
-    which would be taken away again.
+    The last BatchNorm has no parameters: images have mean 0 and variance 1 per channel, like the normalised images that
+    the teacher was trained on. A convolution before a BatchNorm has no bias, because the BatchNorm would remove it.
 
     Args:
         image_shape: ``(channels, height, width)`` of the images.
         noise_dim: length of a noise vector.
         width: channels before the last convolution; the stages before have twice as many.
-        merge_upsampling: compute each upsampling and the convolution behind it at once.
+        merge_upsampling: compute each upsampling and the convolution after it as one operation.
 
     Raises:
         ModelError: if channels, height or width is not positive.
@@ -108,8 +107,8 @@ class Generator(nn.Module):
         self.add_module(f"bn{last}", nn.BatchNorm2d(channels, affine=False))
 
     def forward(self, noise: Tensor) -> Tensor:
-        """Images ``(B, channels, height, width)`` of noise ``(B, noise_dim)``."""
-        # the projection's units are in channels-last order, so that such a network needs no copy
+        """Images ``(B, channels, height, width)`` from noise ``(B, noise_dim)``."""
+        # the projection's units are in channels-last order, so that a channels-last network needs no copy
         features = self.projection(noise).unflatten(1, self.projected_shape).permute(0, 3, 1, 2)
         first: Any = self.get_submodule("conv1")
         features = self.bn0(_in_format_of(first.weight, features))

@@ -1,4 +1,4 @@
-"""How the networks' weights start."""
+"""Initialization of the networks' weights."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""LeNet-5 and its half, as distilled by DAFL (Chen et al., ICCV 2019) and DFAD."""
+"""LeNet-5 and a version of half its width, as distilled by DAFL (Chen et al., ICCV 2019) and DFAD."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

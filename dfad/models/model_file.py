@@ -1,4 +1,4 @@
-"""Networks as files that explain themselves: weights and a manifest in one safetensors file."""
+"""Self-contained model files: weights and a manifest in one safetensors file."""
 
 import hashlib
 import importlib.metadata
@@ -30,17 +30,17 @@ from dfad.version import version
 
 
 def save_model(path: Path, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write weights and what is known about them, so that the file alone suffices to use the network.
+    """Write weights and a manifest, so that the file alone is sufficient to use the network.
 
     Args:
         path: a ``.safetensors`` file, replaced in one step.
-        state: the network's state dict. A tensor that has several names is stored under the first of them, and the
-            file's metadata lead the others to it, as safetensors' own ``save_model`` does.
+        state: the network's state dict. A tensor with several names is stored under the first of them, and the file's
+            metadata map the other names to it, as safetensors' ``save_model`` does.
         manifest: JSON values; ``architecture`` holds ``factory``, ``kwargs`` and optionally ``taps``. Versions and a
             hash of the weights are added.
 
     Raises:
-        ModelError: if the state holds what such a file cannot.
+        ModelError: if such a file cannot hold the state.
         RunFolderError: if the file cannot be written.
     """
     weights, extra = divided(state)
@@ -60,7 +60,7 @@ def save_model(path: Path, state: Mapping[str, Any], manifest: Mapping[str, Any]
 
 
 def divided(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a state dict, and its extra state that is none.
+    """Split a state dict into its tensors and its other extra state.
 
     Raises:
         ModelError: if extra state is neither a tensor nor JSON.
@@ -77,7 +77,7 @@ def divided(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value comes back from JSON as it was."""
+    """Whether a value is unchanged after a round trip through JSON."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
@@ -103,7 +103,7 @@ def load_model(path: Path, *, taps: Sequence[str] | None = None) -> tuple[nn.Mod
         taps: names for :func:`dfad.models.taps.with_taps`; None takes those of the manifest. They serve training alone.
 
     Raises:
-        ModelError: if the file tells no architecture, or its weights are not those that were written.
+        ModelError: if the file does not name an architecture, or its weights do not match their hash.
     """
     manifest = read_manifest(path)
     architecture = manifest.get("architecture", {})
@@ -137,6 +137,6 @@ def weights_hash(state: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     return {"dfad": version(), "python": platform.python_version(), **packages}

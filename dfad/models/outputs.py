@@ -1,4 +1,4 @@
-"""What a network returns."""
+"""The outputs of a network."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Outputs(NamedTuple):
-    """What every network of this project returns."""
+    """Logits and taps: the outputs of every network of this project."""
 
     logits: Tensor
     """Class scores before softmax, ``(B, classes)``."""
@@ -24,10 +24,10 @@ class Outputs(NamedTuple):
 
 
 def as_outputs(result: Any) -> Outputs:
-    """What a network returned, as :class:`~dfad.models.taps.Outputs`; plain logits have no taps.
+    """Converts what a network returned to :class:`~dfad.models.taps.Outputs`; plain logits have no taps.
 
-    Of a tuple, mapping or object with several entries, see :func:`logits_entry` for which are the logits. Logits of
-    half precision become float32 outside of autocast.
+    In a tuple, mapping or object with several entries, :func:`logits_entry` finds the logits. Logits in half precision
+    become float32 outside of autocast.
 
     Raises:
         ModelError: if it holds no logits.

@@ -1,4 +1,4 @@
-"""What can be found out about a network without data."""
+"""Properties of a network that can be determined without data."""
 
 import copy
 import logging
@@ -16,10 +16,10 @@ from dfad.modes import evaluating
 log = logging.getLogger(__name__)
 
 IMAGE_SIZES = (32, 28, 64, 224, 8, 16, 96, 128, 299)
-"""Heights and widths that a dry forward tries where nothing else is known: the most usual first."""
+"""Heights and widths to try if nothing else is known, the most common first."""
 
 IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
-"""Networks of so many classes are tried with images of this size before all others."""
+"""Image size to try first, by the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def image_shape_of(
 ) -> tuple[int, int, int]:
     """``(channels, height, width)`` of the images that a network takes.
 
-    What is not given is what timm's or Hugging Face's configuration in the network says, or torchvision's attribute;
-    else the first size of a list at which the network runs, with a warning.
+    Missing values come from the network's own configuration (timm, Hugging Face, torchvision); otherwise the first size
+    of a list at which the network runs is taken, with a warning.
 
     Raises:
         ModelError: if no size that was tried gives logits.
@@ -61,7 +61,9 @@ def image_shape_of(
     if channels is None:
         channels = channels_of(network)
         if channels is None:
-            raise ModelError("The teacher has no convolution to tell its channels from. Give --teacher.channels.")
+            raise ModelError(
+                "The teacher has no convolution that shows its number of channels. Give --teacher.channels."
+            )
     given = (image_size, image_size) if isinstance(image_size, int) else image_size
     sizes = [given] if given else [(size, size) for size in _likely_sizes(network)]
     if declared is not None and not given:
@@ -71,16 +73,16 @@ def image_shape_of(
     for size in sizes:
         try:
             dry_forward(network, (channels, *size))
-        except ModelError as error:  # it runs, and returns no logits
+        except ModelError as error:  # it runs, but returns no logits
             unusable = unusable or error
             continue
-        except Exception as error:  # a network may refuse a size in any way, with an assertion for one
+        except Exception as error:  # a network may refuse a size with any error, such as an assertion
             failure = failure or error
             continue
         if given is None and (declared is None or size != declared[1:]):
             log.warning(
-                "The size of the teacher's images is guessed: it takes %d×%d pixels, but nothing says that it was "
-                "trained on them. Give --teacher.image_size where that is wrong.",
+                "The size of the teacher's images is guessed: it takes %d×%d pixels, but may have been "
+                "trained on another size. Give --teacher.image_size if that is wrong.",
                 *size,
             )
         elif given is None:
@@ -101,17 +103,17 @@ def channels_of(network: nn.Module) -> int | None:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """How many numbers a network learns."""
+    """Number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def require_same_classes(network: nn.Module, classes: int, other: str, other_classes: int, remedy: str) -> None:
-    """Refuse a network that was made for other classes.
+    """Check that a network has the right number of classes.
 
     Args:
         network: named in the message.
         classes: of the network.
-        other: the teacher or data set that it goes with.
+        other: the teacher or data set that it is used with.
         other_classes: of that.
         remedy: a sentence on what to do.
 
@@ -133,9 +135,9 @@ def _likely_sizes(network: nn.Module) -> tuple[int, ...]:
 
 
 def _declared_shape(network: nn.Module) -> tuple[int | None, int, int] | None:
-    """Channels, where known, height and width that a network's own configuration tells."""
+    """Channels, if known, height and width from a network's own configuration."""
     for module in network.modules():
-        patches = getattr(module, "patch_embed", None)  # timm: of the network as built, not as published
+        patches = getattr(module, "patch_embed", None)  # timm: the configuration as built, not as published
         cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
         published: Any = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
         published = published if _are_sizes(published, 3) else (None, None)
@@ -161,8 +163,8 @@ def in_float32(network: nn.Module, *, copied: bool) -> nn.Module:
     """A network whose floating-point parameters and buffers are float32, as distilling needs them.
 
     Args:
-        network: returned as it is where they are so already.
-        copied: cast a copy, and leave the network as it is.
+        network: returned unchanged if they already are.
+        copied: cast a copy, and leave the network unchanged.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
     others = {tensor.dtype for _, tensor in tensors if tensor.is_floating_point()} - {torch.float32}
@@ -184,12 +186,12 @@ def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int]) -> A
 
 
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:
-    """What a network returns for two blank images, in eval mode and without a graph; its mode is restored.
+    """The outputs of a network for two blank images, in eval mode and without gradients; its mode is restored.
 
     Args:
         network: any.
         image_shape: ``(channels, height, width)``.
-        announce: write into the log which entry of several are the logits.
+        announce: log which of several entries is taken as the logits.
 
     Raises:
         ModelError: if it returns no logits of two classes or more.
@@ -207,12 +209,12 @@ def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announ
             f"{name} returned {outputs.logits.shape[1]} logits per image; needed are two or more. {BINARY}"
         )
     if announce and not isinstance(result, (Outputs, Tensor)):
-        log.info("%s returns a %s; its entry %r is taken for the logits.", name, type(result).__name__,
+        log.info("%s returns a %s; its entry %r is taken as the logits.", name, type(result).__name__,
                  logits_entry(result)[0])  # fmt: skip
     return outputs
 
 
 BINARY = (
-    "Where one logit z tells two classes apart, return two, whose softmax is the sigmoid of z: "
+    "If a single logit z stands for two classes, return two logits, whose softmax is the sigmoid of z: "
     "torch.cat([torch.zeros_like(z), z], dim=1); in the teacher and in the student."
 )

@@ -11,7 +11,7 @@ from dfad.models.taps import Outputs
 
 
 class SubsamplingShortcut(nn.Module):
-    """Option A of He et al.: every second pixel, and zeros for the channels that are new; no parameters."""
+    """Option A of He et al.: every second pixel, and zeros for the additional channels; no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class SubsamplingShortcut(nn.Module):
         self.padding = (0, 0, 0, 0, before, out_channels - in_channels - before)
 
     def forward(self, features: Tensor) -> Tensor:
-        # the gradient of a slice would not be channels-last, and slow down all that it is added to
+        # the gradient of a slice would not be channels-last, and would slow down every addition to it
         return F.pad(F.avg_pool2d(features, kernel_size=1, stride=2), self.padding)
 
 
@@ -34,8 +34,8 @@ def _projection_shortcut(in_channels: int, out_channels: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut, from pre-activation to pre-activation.
 
-    The ReLU that is usually drawn at a block's end is at its beginning here: the function is the same, and
-    what a stage returns is its tap.
+    The ReLU that usually ends a block is at its beginning here: the network computes the same, and the output of a
+    stage is its tap.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: nn.Module) -> None:

@@ -1,8 +1,6 @@
-"""How taps are taken: as outputs of a traced graph where the network is plain, else by
-hooks that are there for the length of a call.
+"""Taps: outputs of a traced graph if the network is plain, otherwise taken by hooks that exist only during a call.
 
-A graph has no hidden state, which would have to be kept apart from CUDA graphs and compilation by hand; hooks leave a
-network as it is, whatever it does.
+A graph has no hidden state that could interfere with CUDA graphs and compilation; hooks work with any network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +17,16 @@ from dfad.modes import BatchNorm
 
 
 def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A network that returns :class:`Outputs` with taps, made of one that returns logits alone.
+    """A network that returns :class:`Outputs` with taps, made from one that returns only logits.
 
     Args:
-        network: left as it is; parameters and buffers are shared with the result.
-        names: input side first. Each is a module (``layer1.2.bn2``; of a container, the last operation inside it
-            counts; of one that is called more than once, the last call) or, where the network is plain
+        network: not changed; shares its parameters and buffers with the result.
+        names: input side first. Each is a module (``layer1.2.bn2``; for a container, the last operation inside it; for
+            a module that is called more than once, the last call) or, if the network is plain
             (:mod:`dfad.engine.tracing`), a node of the traced graph (``layer1_2_add``: an addition is no module).
 
     Raises:
-        ModelError: if a name does not exist, or is a node of a network that may not be traced.
+        ModelError: if a name does not exist, or is a node of a network that cannot be traced.
     """
     modules = dict(network.named_modules())
     try:
@@ -40,7 +38,7 @@ def with_taps(network: nn.Module, names: Sequence[str]) -> nn.Module:
         if unknown:
             raise ModelError(
                 f"{type(network).__name__} has no module {unknown[0]!r} to tap.{nearest(unknown[0], modules)} Nodes of "
-                f"a traced graph can be tapped in plain networks alone, and {reason} Name modules, or let its forward "
+                f"a traced graph can be tapped only in plain networks, and {reason} Name modules, or let its forward "
                 "return dfad.models.taps.Outputs(logits, taps)."
             ) from reason
         return _HookedTaps(network, names)
@@ -72,7 +70,7 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
     output = _output(graph)
     taps = []
     for name in names:
-        # a copy, for what comes after pre-activations is often a ReLU in place
+        # a copy, because an in-place ReLU often follows a pre-activation
         with graph.inserting_after(last_nodes[name]):
             taps.append(graph.call_method("clone", (last_nodes[name],)))
     with graph.inserting_before(output):
@@ -82,13 +80,13 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
 
 
 class _TracedTaps(SameNetwork):
-    """A plain network that computes otherwise in training mode than in eval mode.
+    """A plain network whose graphs in training and eval mode differ.
 
     Args:
-        network: whose layers are called.
+        network: provides the layers.
         names: of its taps.
         train: its graph with taps in training mode.
-        evaluation: and in eval mode.
+        evaluation: its graph in eval mode.
     """
 
     def __init__(
@@ -107,10 +105,10 @@ class _TracedTaps(SameNetwork):
 
 
 class _HookedTaps(SameNetwork):
-    """Any network, with hooks on the modules that are tapped.
+    """Any network, with hooks on the tapped modules.
 
     Args:
-        network: called as it is.
+        network: called unchanged.
         names: of the modules.
     """
 
@@ -130,7 +128,7 @@ class _HookedTaps(SameNetwork):
                         f"The tap {name!r} of {type(self.network).__name__} is a {type(output).__name__}; a tap must "
                         "be a module that returns one tensor."
                     )
-                found[name] = output.clone()  # what comes after pre-activations is often a ReLU in place
+                found[name] = output.clone()  # an in-place ReLU often follows a pre-activation
 
             return hook
 
@@ -162,13 +160,13 @@ def _hooks(modules: Sequence[nn.Module], register: str, hooks: Sequence[Callable
 
 
 class BatchNormTaps(nn.Module):
-    """A network whose BatchNorms' inputs are outputs as well.
+    """A network that also returns the inputs of its BatchNorms.
 
-    Every call of a BatchNorm counts, and what a forward pass does not call is left out.
+    A BatchNorm counts once per call, and one that the forward pass does not call is ignored.
 
     Args:
-        network: in eval mode; called as it is, by its graph where it is plain.
-        traced: take the graph where there is one; else hooks.
+        network: in eval mode; called by its graph if it is plain, else unchanged.
+        traced: use the graph if there is one; otherwise hooks.
     """
 
     def __init__(self, network: nn.Module, *, traced: bool = True) -> None:
@@ -201,14 +199,14 @@ class BatchNormTaps(nn.Module):
         return fx.GraphModule(network, graph, type(network).__name__)
 
     def forward(self, images: Tensor) -> tuple[object, tuple[Tensor, ...]]:
-        """What the network returns, and the features that reached each of its BatchNorms."""
+        """The network's outputs, and the input of each of its BatchNorms."""
         if not self.calls_are_fixed:
             return self.network(images)
         found: list[tuple[BatchNorm, Tensor]] = []
 
         def keep(norm: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             assert isinstance(norm, BatchNorm)
-            # a copy, for a later operation in place would change it
+            # a copy, because a later in-place operation would change it
             found.append((norm, (inputs[0] if inputs else options["input"]).clone()))
 
         def register(norm: nn.Module) -> Any:

@@ -22,19 +22,19 @@ from dfad.models.exported import is_exported
 log = logging.getLogger(__name__)
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
-"""Put before every name by DataParallel, torch.compile and common trainers."""
+"""Prefixes that DataParallel, torch.compile and common trainers add to every name."""
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "net", "network")
-"""Where trainers keep the state dict inside a larger checkpoint."""
+"""Keys under which trainers store the state dict in a larger checkpoint."""
 
 JUNK = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$|^(criterion|loss|loss_fn)\.")
-"""What profilers, averages of weights and trainers leave beside a network's own weights."""
+"""Names that profilers, weight averages and trainers add to a network's own weights."""
 
 EXTRA_STATE = "_extra_state"
-"""Last part of the name of what a module's ``get_extra_state`` returned; it need not be a tensor."""
+"""Last part of the name of a module's extra state, which need not be a tensor."""
 
 MANIFEST, EXTRA = "manifest", "extra_state"
-"""Among a safetensors file's metadata: what is known of the network, and extra state that is no tensor, both JSON."""
+"""Keys of a safetensors file's metadata: the manifest, and extra state that is no tensor, both as JSON."""
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
@@ -46,8 +46,8 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Any]:
         path: safetensors, or what ``torch.save`` wrote of a state dict (possibly inside a larger checkpoint); the
             content decides which, not the name. Pickles are read with ``weights_only=True``: one that holds code is
             refused, not run.
-        key: where in a larger checkpoint the state dict is, with dots between the levels; or what stands before the
-            names of its tensors. Without one, it is looked for.
+        key: path to the state dict in a larger checkpoint, with dots between the levels; or a prefix of the names of
+            its tensors. By default it is detected.
 
     Raises:
         ModelError: if it is missing, truncated, unsafe or holds no tensors, or several state dicts to choose from.
@@ -62,16 +62,16 @@ def read_weights(path: Path, key: str | None = None) -> dict[str, Any]:
         content = _read_safetensors(path) if is_safetensors(path) else _read_pickle(path)
     if not isinstance(content, Mapping):
         raise ModelError(
-            f"The checkpoint {path} holds a {type(content).__name__} without tensors; needed is a state dict."
+            f"The checkpoint {path} holds a {type(content).__name__} without tensors; a state dict is needed."
         )
     return _of_state(_below(content, key, path) if key else _found(content, path))
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path that is no file of weights, with what is there instead.
+    """Check that a path is a file of weights; the error says what it is instead.
 
     Raises:
-        ModelError: if it does not exist, is a folder, or holds something that is often taken for weights.
+        ModelError: if it does not exist, is a folder, or holds something that is often mistaken for weights.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(WEIGHT_FILES))
@@ -85,7 +85,7 @@ def require_file(path: Path) -> None:
             hint = f"Name a file in it: {', '.join(map(str, files[:5]))}."
         else:
             hint = f"No file in it ends in {', '.join(WEIGHT_FILES)}."
-        raise ModelError(f"The checkpoint {path} is a folder; needed is a file of weights. {hint}")
+        raise ModelError(f"The checkpoint {path} is a folder; a file of weights is needed. {hint}")
     if not path.is_file():
         raise ModelError(f"The checkpoint {path} does not exist. Name a safetensors file or a torch.save state dict.")
     with reading(path), path.open("rb") as file:
@@ -101,8 +101,8 @@ def require_file(path: Path) -> None:
         raise ModelError(f"The checkpoint {path} is empty. Copy or download it again.")
     if zipfile.is_zipfile(path) and _is_torchscript(path):
         raise ModelError(
-            f"The checkpoint {path} is a TorchScript archive, which holds code. Where you trust it, save its weights "
-            f"alone: torch.save(torch.jit.load({str(path)!r}).state_dict(), file)."
+            f"The checkpoint {path} is a TorchScript archive, which holds code. If you trust it, save its weights: "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), file)."
         )
 
 
@@ -134,13 +134,13 @@ def _is_torchscript(path: Path) -> bool:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a damaged or foreign file of weights raises into a ModelError that names it."""
+    """Turns errors of a damaged or unknown file of weights into a ModelError that names it."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"The checkpoint {path} is a pickle that holds more than tensors, or is damaged, and was not loaded: "
-            "running its code would not be safe. Where you trust it, save its state dict alone: "
+            "running its code would not be safe. If you trust it, save only its state dict: "
             f"torch.save(network.state_dict(), file).{_what_else(error)}"
         ) from None
     except (
@@ -154,19 +154,19 @@ def reading(path: Path) -> Iterator[None]:
     ) as error:
         size = f" ({path.stat().st_size} bytes)" if path.exists() else ""
         raise ModelError(
-            f"The checkpoint {path}{size} cannot be read; it is truncated or of another format: {first_line(error)}. "
-            "Needed is a safetensors file or a state dict written by torch.save."
+            f"The checkpoint {path}{size} cannot be read; it is truncated or in another format: {first_line(error)}. "
+            "A safetensors file or a state dict written by torch.save is needed."
         ) from None
 
 
 def _what_else(error: Exception) -> str:
-    """Of PyTorch's long advice, what it is that the pickle holds."""
+    """The object in the pickle, taken from PyTorch's long message."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" It holds {found[1]}." if found else ""
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors by its content; a damaged one, by its name."""
+    """Whether a file is safetensors, by its content; by its name if it is damaged."""
     with path.open("rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -176,7 +176,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors."""
+    """The metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 
@@ -184,18 +184,18 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = load_file(path)
     metadata = read_metadata(path)
-    # as safetensors' own save_model does it: a name that shares another's tensor leads to that name
+    # like safetensors' save_model: names of a shared tensor map to its first name
     state |= {name: state[kept] for name, kept in metadata.items() if name not in state and kept in state}
     return state | json.loads(metadata.get(EXTRA, "{}"))
 
 
 def _read_pickle(path: Path) -> Any:
-    with path.open("rb") as file:  # of a path, PyTorch would read the format off the name
+    with path.open("rb") as file:  # given a path, PyTorch would guess the format from the name
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _found(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
-    """The state dict in a checkpoint, where there is no doubt which it is."""
+    """The state dict in a checkpoint, if it is unambiguous."""
     inner = dict(_state_dicts(content))
     usual = next((key for key in STATE_DICT_KEYS if key in inner), None)
     if usual is None and _tensors(content) > max(map(_tensors, inner.values()), default=0):
@@ -207,7 +207,7 @@ def _found(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
         others = [key for key in inner if key != usual]
         if others:
             log.info(
-                "The weights in %s are those under %r; it also holds %s, which checkpoint_key would choose.",
+                "The weights in %s are those under %r; it also holds %s; choose with checkpoint_key.",
                 path,
                 usual,
                 ", ".join(map(repr, others)),
@@ -219,7 +219,7 @@ def _found(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
             "--teacher.checkpoint_key, --student.checkpoint_key or, of dfad.evaluate, --checkpoint_key."
         )
     keys = ", ".join(str(key) for key in list(content)[:12]) or "nothing"
-    raise ModelError(f"The checkpoint {path} is without tensors; it holds {keys}. Needed is a state dict.")
+    raise ModelError(f"The checkpoint {path} has no tensors; it holds {keys}. A state dict is needed.")
 
 
 def _below(content: Mapping[Any, Any], key: str, path: Path) -> Mapping[Any, Any]:
@@ -243,7 +243,7 @@ def _starts(name: Any, prefix: str) -> bool:
 
 
 def _state_dicts(content: Mapping[Any, Any], depth: int = 3) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """State dicts inside a checkpoint, by their keys; not the moments of an optimizer, whose keys are numbers."""
+    """State dicts in a checkpoint, by their keys; without those of optimizers, whose keys are numbers."""
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Mapping) or not depth:
             continue
@@ -254,7 +254,7 @@ def _state_dicts(content: Mapping[Any, Any], depth: int = 3) -> Iterator[tuple[s
 
 
 def _tensors(state: Mapping[Any, Any]) -> int:
-    """How many a mapping holds by name."""
+    """Number of tensors in a mapping with names as keys."""
     return sum(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
 
 
@@ -285,12 +285,12 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
 
     Args:
         network: the network, written in place.
-        weights: its state dict. What stands before every name of the network is stripped, and what there is beside
-            them is left out with a line in the log.
+        weights: its state dict. Prefixes before all names are removed, and further entries are
+            skipped with a line in the log.
         path: the file, for messages.
 
     Raises:
-        ModelError: if they are of another architecture; names the first missing, unexpected and mis-shaped entries.
+        ModelError: if they belong to another architecture; names the first missing, unexpected and mis-shaped entries.
     """
     wanted = network.state_dict()
     given = _without_prefix(weights, wanted, path)
@@ -309,7 +309,7 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
     ]
     if missing or unexpected or misshaped:
         raise ModelError(
-            f"The checkpoint {path} is of another architecture than {type(network).__name__}. "
+            f"The checkpoint {path} belongs to another architecture than {type(network).__name__}. "
             + _count_and_first("missing", missing)
             + _count_and_first("unexpected", unexpected)
             + _count_and_first("mis-shaped", misshaped)
@@ -330,7 +330,7 @@ def _other_classes(given: Mapping[str, Any], wanted: Mapping[str, Any], misshape
 
 
 def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The weights under the names of the network; others beside them are left out where all of these are there."""
+    """The weights under the names of the network; further entries are skipped if all of these exist."""
     needed = [name for name in wanted if not _dispensable(name)]
     if not needed or given.keys() & wanted.keys():
         return given
@@ -346,7 +346,7 @@ def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: P
         prefix = whole[0]
         _log_skipped(path, [name for name in given if not name.startswith(prefix)])
         return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
-    # of another architecture: without what wrappers put before all names, the differences can be read
+    # another architecture: without the wrappers' prefixes, the differences are readable
     while not given.keys() & wanted.keys() and (prefix := _common_prefix(given)):
         given = {name.removeprefix(prefix): value for name, value in given.items()}
     return given
@@ -354,16 +354,16 @@ def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: P
 
 def _log_skipped(path: Path, names: list[str]) -> None:
     if names:
-        log.info("%s: %d entries beside the network's weights were skipped, first %s.", path, len(names), names[0])
+        log.info("%s: %d entries besides the network's weights were skipped, first %s.", path, len(names), names[0])
 
 
 def _dispensable(name: str) -> bool:
-    # counters that old files lack and inference does not use; state that its module can do without
+    # counters that old files lack and inference does not use; optional extra state
     return name.endswith("num_batches_tracked") or name.rpartition(".")[2] == EXTRA_STATE
 
 
 def shared_tensors(state: Mapping[str, Any]) -> dict[str, str]:
-    """For every name of a tensor the first name that this very tensor has; tied weights have several."""
+    """Maps every name of a tensor to its first name; tied weights have several."""
     first: dict[tuple[Any, ...], str] = {}
     return {
         name: first.setdefault(_place(value), name)

@@ -26,7 +26,7 @@ class WideBlock(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and its input as its first ReLU sees it."""
+        """The block's output, and the input of its first ReLU."""
         normalized = self.bn1(features)
         activation = F.relu(normalized)
         residual = self.conv2(F.relu(self.bn2(self.conv1(activation)), inplace=True))
@@ -34,7 +34,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """Blocks of one width, of which the first takes the strides."""
+    """Blocks of one width; the first one has the stride."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, depth: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class WideStage(nn.Module):
         self.others = nn.ModuleList(WideBlock(out_channels, out_channels, 1) for _ in range(depth - 1))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The stage's output, and its input as its first ReLU sees it."""
+        """The stage's output, and the input of its first ReLU."""
         features, normalized = self.first(features)
         for block in self.others:
             features, _ = block(features)
@@ -52,8 +52,7 @@ class WideStage(nn.Module):
 class WideResNet(nn.Module):
     """Three stages of wide blocks; one tap per stage.
 
-    A block begins with its BatchNorm, so a stage's pre-activation map comes out of the BatchNorm that opens the
-    next stage.
+    A block begins with a BatchNorm, so a stage's tap is the output of the first BatchNorm of the next stage.
 
     Args:
         depth: 6 n + 4 layers, for n blocks a stage.

@@ -112,7 +112,7 @@ def test_missing_and_truncated_files_are_refused(tmp_path):
     for kind in ("safetensors", "torch.save"):
         path = save_as(kind, Plain(), tmp_path / "w.pt")
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ModelError, match="truncated or of another format"):
+        with pytest.raises(ModelError, match="truncated or in another format"):
             weights.read_weights(path)
 
 
@@ -125,7 +125,7 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(write, tmp_path):
 
 def test_a_whole_module_is_refused_too(tmp_path):
     torch.save(Plain(), tmp_path / "module.pt")
-    with pytest.raises(ModelError, match=rf"save its state dict alone.* It holds {Plain.__module__}\.Plain\.$"):
+    with pytest.raises(ModelError, match=rf"save only its state dict.* It holds {Plain.__module__}\.Plain\.$"):
         weights.read_weights(tmp_path / "module.pt")
 
 
@@ -256,7 +256,7 @@ class TestLargerCheckpoints:
         content = {f"backbone.{name}": value for name, value in network.state_dict().items()}
         content |= {"criterion.weight": torch.ones(4), "neck.0.weight": torch.ones(2)}
         assert self.loads(network, {"state_dict": content, "epoch": 3}, tmp_path, key)
-        assert key or "2 entries beside the network's weights were skipped, first criterion.weight" in caplog.text
+        assert key or "2 entries besides the network's weights were skipped, first criterion.weight" in caplog.text
 
     def test_of_several_networks_in_one_state_dict_one_must_be_chosen(self, network, tmp_path):
         content = {f"teacher.{name}": value for name, value in network.state_dict().items()}
@@ -273,8 +273,8 @@ class TestLargerCheckpoints:
         content |= {f"{prefix}conv.total_ops": torch.zeros(1), f"{prefix}total_params": torch.zeros(1)}
         content |= {"n_averaged": torch.tensor(7), "criterion.weight": torch.ones(4)}
         assert self.loads(network, content, tmp_path)
-        assert "2 entries beside the network's weights were skipped" in caplog.text or not prefix
-        assert "entries beside the network's weights were skipped, first conv.total_ops" in caplog.text
+        assert "2 entries besides the network's weights were skipped" in caplog.text or not prefix
+        assert "entries besides the network's weights were skipped, first conv.total_ops" in caplog.text
 
     def test_what_is_no_junk_is_still_another_architecture(self, network, tmp_path):
         with pytest.raises(ModelError, match=r"1 unexpected, first head2\.weight"):
@@ -453,7 +453,7 @@ class TestOutputs:
         caplog.set_level("INFO")
         probing.dry_forward(Several(), (3, 8, 8), announce=True)
         probing.dry_forward(Several(), (3, 8, 8))
-        assert caplog.messages == ["Several returns a dict; its entry 'scores' is taken for the logits."]
+        assert caplog.messages == ["Several returns a dict; its entry 'scores' is taken as the logits."]
 
     @pytest.mark.parametrize("squeezed", [True, False])
     def test_one_logit_is_refused_with_the_way_out(self, squeezed):

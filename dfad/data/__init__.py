@@ -1,4 +1,4 @@
-"""Data sets for training teachers and for measuring; the trainer that distils never imports this package."""
+"""Data sets for training teachers and for measuring; distillation never imports this package."""
 
 from dfad.data.backends import BatchSource, batch_source
 from dfad.data.catalog import open_dataset

@@ -1,4 +1,4 @@
-"""Which backend makes batches of a split."""
+"""The choice of a backend for the batches of a split."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ from dfad.errors import DataError
 log = logging.getLogger(__name__)
 
 RESIDENT_FRACTION = 0.25
-"""Of the memory where the network is, that ``auto`` lets the images of a split take."""
+"""Fraction of the device's memory that ``auto`` allows for the images of a split."""
 
 
 class BatchSource(Protocol):
-    """Carries plans out."""
+    """Carries out plans."""
 
     name: str
 
@@ -34,20 +34,20 @@ class BatchSource(Protocol):
 
 
 def batch_source(dataset: Dataset, split: Split, backend: Backend, device: torch.device) -> BatchSource:
-    """What makes batches of a split of a data set.
+    """The backend for the batches of a split.
 
     Args:
-        dataset: tells the normalisation.
+        dataset: provides the normalisation.
         split: of that data set.
-        backend: ``auto`` keeps images resident that are small for the device, and leaves others to DALI.
-        device: where the batches are to be.
+        backend: ``auto`` keeps images on the device if they fit well, and otherwise uses DALI.
+        device: of the batches.
 
     Raises:
-        DataError: if DALI is asked for and cannot be used.
+        DataError: if DALI is requested and cannot be used.
     """
     if isinstance(split, DecodedSplit) and backend == "dali":
         raise DataError(
-            f"DALI decodes image files, and {dataset.name} comes as pixels. Use --data.backend native or auto."
+            f"DALI decodes image files, and {dataset.name} is stored as pixels. Use --data.backend native or auto."
         )
     if backend == "auto":
         backend, reason = _choose(split, device)
@@ -65,12 +65,12 @@ def _choose(split: Split, device: torch.device) -> tuple[Backend, str]:
     if split.decoded_bytes <= RESIDENT_FRACTION * usable_memory(device):
         return "native", f"{size}, which {device} holds"
     if dali_installed():
-        return "dali", f"{size}, too much to be kept on {device}"
-    return "native", f"{size}; the extra dali would save them"
+        return "dali", f"{size}, too much to keep on {device}"
+    return "native", f"{size}; DALI, which would not keep them, is not installed (extra dali)"
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU; all of the machine for a CPU, whose free memory is mostly lent to file caches."""
+    """Free bytes of a GPU; for a CPU the total, because file caches use most of the free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[DataConfig], Dataset]] = {
     "torchvision": read_torchvision,
     "huggingface": read_huggingface,
 }
-"""By what stands before the first slash of a name."""
+"""Readers by the part of a name before the first slash."""
 
 
 def open_dataset(config: DataConfig) -> Dataset:

@@ -1,4 +1,4 @@
-"""Which data set, from where, and how it is read."""
+"""The choice of a data set, its location, and how it is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ Backend = Literal["auto", "native", "dali"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set for training a teacher or for measuring; distilling never sees one."""
+    """A data set for training a teacher or for measuring; distillation never uses it."""
 
     name: str = "digits"
     """One of digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder, webdataset, torchvision/…, huggingface/…"""
@@ -20,25 +20,25 @@ class DataConfig:
     """Folder or archive that holds it."""
 
     download: bool = False
-    """Fetch it into root where it is not there yet."""
+    """Download it into root if it is not there yet."""
 
     backend: Backend = "auto"
-    """Images resident on the device (native), decoded as they are needed (dali), or whichever suits their size."""
+    """native keeps images on the device, dali decodes them when needed, auto chooses by their size."""
 
     image_size: int | None = None
-    """Height and width in pixels that image files are resized to; without it, all must be of one size."""
+    """Height and width in pixels that image files are resized to; by default all must have the same size."""
 
     channels: Literal[1, 3] | None = None
-    """Channels that image files are converted to; without it, all must be of one kind."""
+    """Channels that image files are converted to; by default all must have the same number."""
 
     bits: int | None = None
-    """Significant bits per channel of image files with more than 8, such as 12; by the file where not given."""
+    """Significant bits per channel of image files with more than 8, such as 12; by default as the file says."""
 
     test_fraction: float = 0.2
-    """Part that is held out of an image folder or shards that have no test split."""
+    """Fraction to hold out of an image folder or shards without a test split."""
 
     skip_corrupt: bool = False
-    """Leave out image files that do not decode or do not fit the rest, and list them, instead of stopping."""
+    """Skip image files that cannot be decoded or do not fit the rest, and list them, instead of stopping."""
 
     def __post_init__(self) -> None:
         require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1")

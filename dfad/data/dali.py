@@ -1,4 +1,4 @@
-"""The backend that decodes as images are needed, with NVIDIA DALI (extra ``dali``)."""
+"""The backend that decodes images when they are needed, with NVIDIA DALI (extra ``dali``)."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -13,21 +13,21 @@ from dfad.data.plan import Plan
 from dfad.errors import DataError, not_installed
 
 THREADS = 4
-"""That decode on the CPU."""
+"""Number of threads that decode on the CPU."""
 
 
 class DaliBackend:
-    """Image files decoded, moved, mirrored, normalised and cut by a DALI pipeline.
+    """Image files decoded, shifted, mirrored, normalised and cut out by a DALI pipeline.
 
-    A pipeline is fed from outside with what a plan names, batch by batch. So order and random numbers are those of
-    every other backend, and the last batch of an epoch is as long as what is left: none of the padding and repeating
-    of DALI's own readers, which would count images twice in an evaluation.
+    The pipeline is fed from outside with the images of a plan, batch by batch. So order and random numbers are the same
+    as in every other backend, and the last batch of an epoch is shorter, without the padding and repeating of DALI's
+    own readers, which would count images twice in an evaluation.
 
     Args:
         split: the image files; never decoded as a whole.
         mean: per channel, of pixels in 0–1.
         std: likewise.
-        device: where the batches are to be; on a GPU, JPEGs are decoded there.
+        device: of the batches; on a GPU, JPEGs are decoded there.
 
     Raises:
         DataError: if DALI is not installed.
@@ -59,7 +59,7 @@ class DaliBackend:
                 yield self._inputs(part)
 
         pipeline = self._pipeline(feed, batch_size, plan.hole_size)
-        # without a stream of ours, a GPU's memory could be written again before it is read
+        # without this stream, a GPU's memory could be overwritten before it is read
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         while True:
             try:
@@ -97,7 +97,7 @@ class DaliBackend:
             num_threads=THREADS,
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=2,
-            exec_dynamic=True,  # leaves a batch its memory for as long as somebody holds it
+            exec_dynamic=True,  # keeps the memory of a batch as long as it is referenced
         )
         def carry_out() -> Any:
             files, shifts, flips, *holes = fn.external_source(
@@ -109,8 +109,8 @@ class DaliBackend:
                 files,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.GRAY if channels == 1 else types.RGB,
-                adjust_orientation=False,  # nor does the native backend turn images
-                jpeg_fancy_upsampling=True,  # as libjpeg does by default, and so the native backend
+                adjust_orientation=False,  # the native backend does not rotate images either
+                jpeg_fancy_upsampling=True,  # like libjpeg by default, and therefore the native backend
             )
             if self.split.resized:
                 images = fn.resize(images, size=[height, width], interp_type=types.INTERP_TRIANGULAR)
@@ -131,7 +131,7 @@ class DaliBackend:
         return pipeline
 
     def _explain(self, error: RuntimeError, fed: list[Plan]) -> DataError:
-        """DALI does not tell which file it failed at; the other decoder does."""
+        """Find the file at which DALI failed, which it does not report, with the other decoder."""
         for part in fed:
             for index in part.indices.tolist():
                 try:
@@ -146,8 +146,8 @@ class DaliBackend:
 
 
 def dali_installed() -> bool:
-    """Whether DALI is there to be imported."""
+    """Whether DALI can be imported."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # nor is anything else of NVIDIA's
+    except ModuleNotFoundError:  # the package nvidia itself is missing
         return False

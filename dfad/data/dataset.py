@@ -1,4 +1,4 @@
-"""What every data set is once it is opened, whatever files it came from."""
+"""Data sets in memory, independent of the format of their files."""
 
 import hashlib
 import logging
@@ -17,12 +17,12 @@ from dfad.errors import DataError, not_installed
 log = logging.getLogger(__name__)
 
 STATISTICS_SAMPLE = 10_000
-"""Images, evenly spaced, that mean and standard deviation are taken over where nobody has published them."""
+"""Number of evenly spaced images for mean and standard deviation, if these are not published."""
 
 SplitT = TypeVar("SplitT", DecodedSplit, EncodedSplit)
 
 Split = DecodedSplit | EncodedSplit
-"""What is trained on, or what is measured on."""
+"""The images and labels for training or for measuring."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Dataset:
     name: str
     classes: tuple[str, ...]
     mean: tuple[float, ...]
-    """Per channel, of pixels in 0–1, over the train split."""
+    """Mean per channel over the train split, for pixels in 0–1."""
     std: tuple[float, ...]
     train: Split
     test: Split
     skipped: tuple[str, ...] = ()
-    """Why each image file that is left out does not decode or does not fit; only where that was asked for."""
+    """For each skipped image file, why it cannot be decoded or does not fit; empty unless skipping was requested."""
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("test", self.test)):
@@ -61,17 +61,17 @@ class Dataset:
 
 
 def check_labels(labels: Tensor, classes: int, source: str) -> None:
-    """Refuse labels outside ``range(classes)``.
+    """Check that labels are in ``range(classes)``.
 
     Raises:
-        DataError: naming the first such label and its place.
+        DataError: naming the first invalid label and its position.
     """
     wrong = ((labels < 0) | (labels >= classes)).nonzero()
     if len(wrong):
         index = int(wrong[0])
         raise DataError(
             f"{source}: label {int(labels[index])} of image {index} is out of range; there are {classes} classes, "
-            f"0 to {classes - 1}. The file is damaged, or of another data set."
+            f"0 to {classes - 1}. The file is damaged, or belongs to another data set."
         )
 
 
@@ -80,12 +80,12 @@ def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     step = -(-len(split) // STATISTICS_SAMPLE)
     images = split.subset(range(0, len(split), step)).decoded().images.double() / 255
     mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3), correction=0)
-    # a constant channel carries nothing; dividing by its zero would make NaN of it
+    # a constant channel carries no information; dividing by its deviation of zero would give NaN
     return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
 
 
 def from_encoded(config: DataConfig, classes: tuple[str, ...], train: EncodedSplit, test: EncodedSplit) -> Dataset:
-    """A data set of image files; without those that do not decode, where that is asked for."""
+    """A data set of image files, without those that cannot be decoded if skipping was requested."""
     skipped: tuple[str, ...] = ()
     if config.skip_corrupt:
         train, train_skipped = train.without_corrupt()
@@ -98,7 +98,7 @@ def from_encoded(config: DataConfig, classes: tuple[str, ...], train: EncodedSpl
 
 
 def divide(split: SplitT, test_fraction: float, source: str) -> tuple[SplitT, SplitT]:
-    """A fixed stratified division of one split into train and test.
+    """A fixed, stratified division of the images into train and test.
 
     Raises:
         DataError: if a class has too few images to be in both, or scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""Images that are pixels already."""
+"""Images that are already decoded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class DecodedSplit:
     """``int64 (N,)``."""
 
     source: str = ""
-    """The files that it was read from, for messages."""
+    """Source files, for messages."""
 
     def __len__(self) -> int:
         return len(self.labels)

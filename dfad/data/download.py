@@ -1,4 +1,4 @@
-"""Fetching data sets, where that is asked for."""
+"""Downloads of data sets, if requested."""
 
 import hashlib
 import logging
@@ -13,7 +13,7 @@ from dfad.errors import DataError
 log = logging.getLogger(__name__)
 
 TIMEOUT = 60.0
-"""Seconds without a byte."""
+"""Timeout in seconds without a byte."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Remote:
 
     url: str
     md5: str
-    """As published with it: it tells a damaged transfer, not an attack."""
+    """MD5 as published; it detects a damaged transfer, not an attack."""
 
     @property
     def name(self) -> str:
@@ -37,15 +37,15 @@ def require_root(config: DataConfig) -> Path:
         DataError: if none is given.
     """
     if config.root is None:
-        raise DataError(f"The data set {config.name} is read from files: say where with --data.root FOLDER.")
+        raise DataError(f"The data set {config.name} is read from files: give their folder with --data.root FOLDER.")
     return config.root
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
-    """A published file, downloaded unless it is there already; it appears in the folder whole or not at all.
+    """A published file, downloaded unless it exists; it appears in the folder whole or not at all.
 
     Raises:
-        DataError: if it cannot be had, or is not the file that was published.
+        DataError: if it cannot be downloaded, or is not the published file.
     """
     path = folder / remote.name
     if path.exists():
@@ -59,11 +59,11 @@ def fetch(remote: Remote, folder: Path) -> Path:
         found = _md5(temporary)
         if found != remote.md5:
             raise DataError(
-                f"{remote.url} gave another file than the one published: MD5 {found}, needed is {remote.md5}. Nothing "
+                f"{remote.url} is not the published file: its MD5 is {found}, not {remote.md5}. Nothing "
                 f"was kept. Try again, or put the file into {folder} yourself."
             )
         temporary.replace(path)
-    except OSError as error:  # URLError is one
+    except OSError as error:  # includes URLError
         raise DataError(
             f"{remote.url} cannot be downloaded: {error}. Nothing was kept. Put the file into {folder} yourself, or "
             "try again."
@@ -74,18 +74,18 @@ def fetch(remote: Remote, folder: Path) -> Path:
 
 
 def published(remote: Remote, folder: Path) -> Path:
-    """A file in a folder that is byte for byte the published one: for formats whose parsers do not survive damage.
+    """A file in a folder, checked to be the published one: for formats whose parsers do not handle damage.
 
     Raises:
         DataError: if it is missing, damaged or another file.
     """
     path = folder / remote.name
     if not path.is_file():
-        raise DataError(f"There is no {path}. Point --data.root at its folder, or let --data.download fetch it there.")
+        raise DataError(f"There is no {path}. Point --data.root at its folder, or download it with --data.download.")
     found = _md5(path)
     if found != remote.md5:
         raise DataError(
-            f"{path} ({path.stat().st_size} bytes) is damaged or not the official file: its MD5 is {found}, needed is "
+            f"{path} ({path.stat().st_size} bytes) is damaged or not the official file: its MD5 is {found}, not "
             f"{remote.md5}. Delete it and download it again with --data.download, or from {remote.url}."
         )
     return path

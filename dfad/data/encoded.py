@@ -1,4 +1,4 @@
-"""Images that are still JPEG, PNG or the like."""
+"""Encoded images: JPEG, PNG and the like."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE = 16
-"""Images, evenly spaced, that are looked at for what a header does not tell."""
+"""Number of evenly spaced images that are decoded for what headers do not contain."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class EncodedSplit:
     """``int64 (N,)``."""
 
     image_shape: tuple[int, int, int]
-    """``(channels, height, width)`` after decoding and, where asked for, resizing."""
+    """``(channels, height, width)`` after decoding and optional resizing."""
 
     resized: bool = False
-    """Resize to :attr:`image_shape` instead of demanding that size of every file."""
+    """Resize to :attr:`image_shape` instead of requiring that size."""
 
     converted: bool = False
-    """Convert to the channels of :attr:`image_shape` instead of demanding them of every file."""
+    """Convert to the channels of :attr:`image_shape` instead of requiring them."""
 
     bits: int | None = None
-    """Significant ones per channel, of images with more than eight; each file's own figure where not given."""
+    """Significant bits per channel of images with more than eight; by default as each file says."""
 
     def __len__(self) -> int:
         return len(self.blobs)
@@ -68,7 +68,7 @@ class EncodedSplit:
         """One image, ``uint8 (channels, height, width)``.
 
         Raises:
-            DataError: if it does not decode, or is of another size or kind than the rest.
+            DataError: if it cannot be decoded, or differs in size or kind from the rest.
         """
         data = blob.read()
         channels, height, width = self.image_shape
@@ -81,10 +81,10 @@ class EncodedSplit:
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
     def plain(self, blob: Blob, data: bytes) -> bytes | None:
-        """An image as PNG that every decoder reads alike; None where it is one as it is, and is not decoded.
+        """An image as a PNG that every decoder reads in the same way; None if the file itself is such an image.
 
         Raises:
-            DataError: naming the file, if its header shows another size or kind than the rest.
+            DataError: naming the file, if its size or kind differs from the rest.
         """
         with _opened(blob, data) as image:
             self._check(blob, image)
@@ -96,14 +96,14 @@ class EncodedSplit:
 
     @property
     def decoded_bytes(self) -> int:
-        """That all images would take in memory."""
+        """Bytes of all images when decoded."""
         return len(self) * math.prod(self.image_shape)
 
     def _check(self, blob: Blob, image: "Image.Image") -> None:
         channels, height, width = self.image_shape
         if not self.resized and image.size != (width, height):
             raise DataError(
-                f"{blob} is of {image.size[0]}×{image.size[1]} pixels, others are of {width}×{height}. Give "
+                f"{blob} has {image.size[0]}×{image.size[1]} pixels, others have {width}×{height}. Give "
                 "--data.image_size to resize all."
             )
         grey = is_grey(image)
@@ -115,7 +115,7 @@ class EncodedSplit:
             )
 
     def without_corrupt(self) -> tuple["EncodedSplit", tuple[str, ...]]:
-        """The split without the files that :meth:`decode` refuses, and what is wrong with each of those."""
+        """The split without the files that :meth:`decode` refuses, and the reason for each of those."""
         kept, skipped = [], []
         for index, blob in enumerate(self.blobs):
             try:
@@ -142,10 +142,10 @@ def encoded_split(
 
     Args:
         blobs: the files.
-        labels: of each.
-        config: size and channels, where all are to be brought to the same.
-        like: the split whose size and channels the images must have where that is not asked for; without one, those
-            of the first image that can be read.
+        labels: of the files.
+        config: size and channels, if images are to be resized or converted.
+        like: the split whose size and channels the images must have otherwise; by default those of the first image that
+            can be read.
     """
     if like is not None:
         return dataclasses.replace(like, blobs=tuple(blobs), labels=torch.tensor(labels))
@@ -165,7 +165,7 @@ def encoded_split(
 
 
 def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
-    """Refuse images of too few significant bits; say where an orientation is not applied."""
+    """Check for images with too few significant bits; log that orientations are not applied."""
     deep, turned = [], []
     for blob in blobs[:: -(-len(blobs) // SAMPLE)]:
         with suppress(DataError), _opened(blob, blob.read()) as image:
@@ -177,14 +177,14 @@ def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
         require_bright(deep, config.root or config.name)
     if turned:
         log.warning(
-            "%s asks to be turned when shown (EXIF orientation), and so may others. That is not done: pixels are taken "
-            "as they lie in the file, as torchvision and timm take them.",
+            "%s has an EXIF orientation, and others may have one. It is not applied: pixels are taken "
+            "in the order of the file, as torchvision and timm do.",
             turned[0],
         )
 
 
 def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], bool]:
-    failure = DataError("There are no images to tell a size from.")
+    failure = DataError("There are no images to determine a size from.")
     for index, blob in enumerate(blobs):
         try:
             data = blob.read()
@@ -205,14 +205,14 @@ def _opened(blob: Blob, data: bytes) -> Iterator["Image.Image"]:
 
 @contextmanager
 def decoding(blob: Blob, data: bytes) -> Iterator[None]:
-    """Turns what a decoder raises into a DataError that names the file."""
+    """Turns errors of a decoder into a DataError that names the file."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # of a damaged file, a decoder may raise anything
+    except Exception as error:  # a decoder may raise anything for a damaged file
         reason = str(error).partition("<")[0].strip().rstrip(".")
         raise DataError(
-            f"{blob} ({len(data)} bytes) does not decode as an image: {reason}. Replace or remove it, or leave such "
-            "files out with --data.skip_corrupt."
+            f"{blob} ({len(data)} bytes) cannot be decoded as an image: {reason}. Replace or remove it, or skip such "
+            "files with --data.skip_corrupt."
         ) from None

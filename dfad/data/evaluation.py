@@ -1,4 +1,4 @@
-"""How good a classifier is on a data set."""
+"""Accuracy of a classifier on a data set."""
 
 import logging
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class Evaluator:
 
     Args:
         config: the data set, opened at once.
-        device: where the networks to be measured are.
-        normalisation: mean and standard deviation per channel that their images are normalised with, of pixels in
-            0–1; the data set's own where not given.
+        device: of the networks to be measured.
+        normalisation: mean and standard deviation per channel of the networks' images, for pixels in 0–1; the data
+            set's own by default.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Evaluator:
         self.source = batch_source(self.dataset, self.dataset.test, config.backend, device)
 
     def require_fitting(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        """Refuse a network that could not be measured on these images.
+        """Check that a network can be measured on these images.
 
         Args:
-            network: which is to be measured.
+            network: to be measured.
             image_shape: ``(channels, height, width)`` of the images that it was trained on.
 
         Raises:
-            ModelError: if it does not take them, or has other classes.
+            ModelError: if it does not take them, or has another number of classes.
         """
         name, given = self.dataset.name, self.dataset.image_shape
         if given[0] != image_shape[0]:
@@ -77,7 +77,7 @@ class Evaluator:
             )
         try:
             classes = dry_forward(network, given).logits.shape[1]
-        except Exception as error:  # a network may refuse a size in any way
+        except Exception as error:  # a network may refuse a size with any error
             raise ModelError(
                 f"{type(network).__name__} does not take the images of {name}, {given} (channels, height, width): "
                 f"{type(error).__name__}: {first_line(error)}. {OTHER_DATA} Image files are resized by "
@@ -86,12 +86,12 @@ class Evaluator:
         require_same_classes(network, classes, name, len(self.dataset.classes), OTHER_DATA)
         if given != tuple(image_shape):
             log.warning(
-                "The accuracy is that on images of %d×%d pixels, the size of %s; the teacher's own are of %d×%d.",
+                "The accuracy is measured on images of %d×%d pixels, the size of %s; the teacher's images are %d×%d.",
                 *given[1:], name, *image_shape[1:],
             )  # fmt: skip
 
     def __call__(self, network: nn.Module) -> float:
-        """Fraction of the test images that a network classifies right."""
+        """Fraction of the test images that a network classifies correctly."""
         return top_k_accuracy(*self.predict(network))
 
     def predict(self, network: nn.Module) -> tuple[Tensor, Tensor]:

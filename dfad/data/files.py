@@ -1,6 +1,6 @@
-"""Files where they lie: in folders or in archives, read without unpacking.
+"""Files in folders or in archives, read without unpacking.
 
-Nothing is ever written, so an archive cannot place a file anywhere; one that tries to is refused all the same.
+Nothing is ever written, so an archive cannot place a file anywhere; one that tries is refused nevertheless.
 """
 
 import logging
@@ -22,7 +22,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 @dataclass(frozen=True)
 class Blob:
-    """A run of bytes: a file, or a member of an archive."""
+    """A range of bytes: a file, or a member of an archive."""
 
     path: Path
     """The file or the archive."""
@@ -33,16 +33,16 @@ class Blob:
     offset: int = 0
     size: int | None = None
     content: bytes | None = field(default=None, repr=False)
-    """The bytes themselves, where the archive is compressed and has no random access."""
+    """The bytes themselves, if the archive is compressed and has no random access."""
 
     def __str__(self) -> str:
         return f"{self.path}, member {self.member}" if self.member else str(self.path)
 
     def read(self) -> bytes:
-        """All of it.
+        """All bytes.
 
         Raises:
-            DataError: if it cannot be read, or ends early.
+            DataError: if the file cannot be read or is too short.
         """
         if self.content is not None:
             return self.content
@@ -54,7 +54,7 @@ class Blob:
             raise DataError(f"{self} cannot be read: {error.strerror}.") from None
         if self.size is not None and len(data) < self.size:
             raise DataError(
-                f"{self} is truncated: {len(data)} of {self.size} bytes are there from offset {self.offset} on. "
+                f"{self} is truncated: {len(data)} of {self.size} bytes exist from offset {self.offset} on. "
                 "Get the archive anew."
             )
         return data
@@ -62,11 +62,11 @@ class Blob:
 
 @dataclass(frozen=True)
 class Tree:
-    """Files and folders, by their path from the root with forward slashes."""
+    """Files and folders, by their path relative to the root, with forward slashes."""
 
     root: Path
     files: dict[str, Blob]
-    """Of a folder, sorted; of an archive, in its order."""
+    """The files: of a folder, sorted; of an archive, in its order."""
     folders: set[str]
 
 
@@ -76,7 +76,7 @@ def is_archive(path: Path) -> bool:
 
 
 def read_tree(root: Path) -> Tree:
-    """What lies below a folder or in a tar archive. Of a folder, links are followed.
+    """The files below a folder or in a tar archive. In a folder, links are followed.
 
     Raises:
         DataError: if there is no such folder or archive, or the archive is damaged, or a member is a link, a device, or
@@ -86,7 +86,7 @@ def read_tree(root: Path) -> Tree:
         paths = sorted(_below(root))
         return Tree(
             root,
-            # a link that leads nowhere is a file that cannot be read
+            # a broken link counts as a file that cannot be read
             {path.relative_to(root).as_posix(): Blob(path) for path in paths if path.is_file() or not path.exists()},
             {path.relative_to(root).as_posix() for path in paths if path.is_dir()},
         )
@@ -106,15 +106,15 @@ def read_tree(root: Path) -> Tree:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path below a root is, or lies in, what file managers hide or leave behind."""
+    """Whether a path below a root is, or is in, something that file managers hide or create."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _below(folder: Path, around: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Files and folders, at any depth; a link to a folder around it is not followed."""
+    """Files and folders, at any depth; a link to a parent folder is not followed."""
     here = os.path.realpath(folder)
     if here in around:
-        log.warning("%s is a link to a folder around it; it is not followed.", folder)
+        log.warning("%s is a link to a parent folder; it is not followed.", folder)
         return
     try:
         entries = list(os.scandir(folder))
@@ -152,16 +152,16 @@ def _check_member(archive: Path, info: tarfile.TarInfo) -> None:
     else:
         return
     raise DataError(
-        f"{archive}: member {info.name} {fault}. A data set holds plain files alone; nothing of the archive was used."
+        f"{archive}: member {info.name} {fault}. A data set holds only plain files; nothing of the archive was used."
     )
 
 
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turns what a damaged or truncated archive or compressed file raises into a DataError that names it."""
+    """Turns errors of a damaged or truncated archive or compressed file into a DataError that names it."""
     try:
         yield
     except EOFError as error:
-        raise DataError(f"{path} ({path.stat().st_size} bytes) is truncated: {error} Get the file anew.") from None
+        raise DataError(f"{path} ({path.stat().st_size} bytes) is truncated: {error} Download it again.") from None
     except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise DataError(f"{path} cannot be read, it may be damaged: {error}. Get the file anew.") from None
+        raise DataError(f"{path} cannot be read, it may be damaged: {error}. Download it again.") from None

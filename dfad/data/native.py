@@ -1,4 +1,4 @@
-"""The backend that decodes once and keeps all images where the network is."""
+"""The backend that decodes all images once and keeps them on the network's device."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from dfad.data.plan import Plan
 
 
 class NativeBackend:
-    """Images resident on the device as bytes; moved, mirrored, normalised and cut a batch at a time there.
+    """Images as bytes on the device; shifted, mirrored, normalised and cut out there, batch by batch.
 
     Args:
-        split: decoded at once.
+        split: decoded at construction.
         mean: per channel, of pixels in 0–1.
         std: likewise.
-        device: where the batches are to be.
+        device: of the batches.
     """
 
     name = "native"
@@ -42,7 +42,7 @@ class NativeBackend:
 
 
 def _moved(images: Tensor, part: Plan) -> Tensor:
-    """Each image moved and mirrored: one gather over its pixels, black where it has none."""
+    """Shift and mirror each image by one gather; pixels from outside are black."""
     height, width = images.shape[2:]
     rows = part.shifts[:, :1] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(len(part), -1)

@@ -1,4 +1,4 @@
-"""Images of every kind as greyscale or RGB of eight bits per channel: scaled right, or refused."""
+"""Conversion of images to greyscale or RGB with 8 bits per channel: correctly scaled, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORIENTATION = 274
 
 MANY_BITS = 16
 DARK = 2**14
-"""Brightest pixel below which images of 16 bits seem to have fewer significant ones."""
+"""Brightest pixel below which 16-bit images seem to have fewer significant bits."""
 
 
 def pillow() -> Any:
@@ -37,35 +37,35 @@ def pillow() -> Any:
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has one channel beside its transparency."""
+    """Whether an image that is not loaded yet has one channel besides its transparency."""
     return image.mode in ("1", "L", "LA", "La", "I", "F") or is_deep(image) or _raw_mode(image).startswith("LA")
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet is greyscale of more than eight bits."""
+    """Whether an image that is not loaded yet is greyscale with more than 8 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether any decoder gives the same pixels of an image that is not loaded yet."""
+    """Whether all decoders give the same pixels for an image that is not loaded yet."""
     return image.mode in ("L", "RGB") and ";" not in _raw_mode(image) and "transparency" not in image.info
 
 
 def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> Image.Image:
-    """An image in mode L or RGB. An orientation that EXIF asks for is not applied.
+    """An image in mode L or RGB. Its EXIF orientation is not applied.
 
     Args:
-        image: not loaded yet, where it is of a file.
+        image: not loaded yet, if it comes from a file.
         source: its name, for messages.
-        bits: significant ones per channel of images with more than eight; the file's own figure where not given.
+        bits: significant bits per channel of images with more than 8; by default as the file says.
 
     Raises:
-        DataError: if the value of white is not known, or pixels are brighter than it; or if pixels are transparent.
+        DataError: if the value of white is unknown, pixels are brighter than white, or pixels are transparent.
     """
     if image.mode == "F" or (image.mode == "I" and not is_deep(image)):
         kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
         raise DataError(
-            f"{source} holds {kind} (mode {image.mode}), and nothing says which of them is white. Convert it to 8 or "
+            f"{source} holds {kind} (mode {image.mode}), and the value of white is unknown. Convert it to 8 or "
             "16 bits per channel."
         )
     grey, transparent = is_grey(image), image.info.get("transparency")
@@ -96,13 +96,13 @@ def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> I
 
 def _transparency(source: object) -> DataError:
     return DataError(
-        f"{source} has transparent pixels, and what is behind them is not known. Flatten it onto a background, or "
-        "leave such files out with --data.skip_corrupt."
+        f"{source} has transparent pixels, and their background is unknown. Flatten it onto a background, or "
+        "skip such files with --data.skip_corrupt."
     )
 
 
 def brightest(image: Image.Image) -> int | None:
-    """The highest value in an image with 16 bits per channel that does not say how many of them are significant."""
+    """The largest value in an image with 16 bits per channel that does not state its significant bits."""
     if is_deep(image):
         declared = _white(image, None) != 2**MANY_BITS - 1 or _scaled_by_pillow(image)
         return None if declared else int(np.asarray(image).max(initial=0))
@@ -113,11 +113,11 @@ def brightest(image: Image.Image) -> int | None:
 
 
 def require_bright(values: Sequence[int], source: object) -> None:
-    """Refuse images of 16 bits of which none comes near white: as they are, they would be all but black.
+    """Check that 16-bit images are not all dark, which happens if fewer bits are significant.
 
     Args:
-        values: the brightest of each of some images, as :func:`brightest` returns it.
-        source: where they are from.
+        values: the largest value of each of some images, see :func:`brightest`.
+        source: of the images, for messages.
 
     Raises:
         DataError: with the number of bits that seem significant.
@@ -126,8 +126,8 @@ def require_bright(values: Sequence[int], source: object) -> None:
         return
     bits = next(bits for bits in (8, 10, 12, 14) if max(values) < 2**bits)
     raise DataError(
-        f"{source}: the brightest pixel of {len(values)} images with 16 bits per channel is {max(values)}. It seems "
-        f"that {bits} bits are significant: give --data.bits {bits}. Where the images are as dark as that, give "
+        f"{source}: the brightest pixel of {len(values)} images with 16 bits per channel is {max(values)}. Probably "
+        f"only {bits} bits are significant: give --data.bits {bits}. If the images really are that dark, give "
         "--data.bits 16."
     )
 
@@ -155,7 +155,7 @@ def _tags(image: Image.Image) -> Any:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How pixels lie in the file; empty where there is no file, or it is loaded."""
+    """Layout of the pixels in the file; empty if there is no file, or it is loaded."""
     arguments = _decoder_arguments(image)
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 

@@ -1,7 +1,6 @@
-"""What happens to each image of an epoch, decided before any backend touches one.
+"""Order and augmentation of an epoch's images, decided before a backend reads any of them.
 
-Backends only carry a plan out, so they agree on order and augmentation, and a resumed run repeats what it would have
-drawn.
+Backends only carry out a plan, so they agree on order and augmentation, and a resumed run draws the same numbers.
 """
 
 import dataclasses
@@ -16,16 +15,16 @@ from dfad.seeds import stream_seed
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of training images."""
+    """Augmentation of training images."""
 
     flip: bool = False
-    """Mirror every second image, left to right."""
+    """Mirror half of the images, left to right."""
 
     translate: int = 0
-    """Move by up to so many pixels in both directions; black comes in at the border."""
+    """Shift by up to this many pixels in each direction; the border is black."""
 
     cutout: int = 0
-    """Side in pixels of a square that is set to the mean colour."""
+    """Side in pixels of a square that is set to the mean colour; 0 is off."""
 
     def __post_init__(self) -> None:
         for name in ("translate", "cutout"):
@@ -35,29 +34,29 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images, in which order, and how each is changed; one entry per image."""
+    """Selection, order and augmentation of images; one entry per image."""
 
     indices: Tensor
-    """Place in the split."""
+    """Indices into the split."""
 
     shifts: Tensor
     """``(N, 2)``: pixels down and right from which the image is taken."""
 
     flips: Tensor
-    """Whether it is mirrored."""
+    """Whether each image is mirrored."""
 
     holes: Tensor
     """``(N, 2)``: row and column of the cut-out square's upper left corner."""
 
     hole_size: int
-    """Side of that square; 0 for none."""
+    """Side of the square; 0 for none."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def changes(self) -> bool:
-        """Whether any image is moved or mirrored."""
+        """Whether any image is shifted or mirrored."""
         return bool(self.flips.any() or self.shifts.any())
 
     def to(self, device: torch.device) -> "Plan":
@@ -72,7 +71,7 @@ class Plan:
 
         Args:
             batch_size: length of a part.
-            drop_last: leave out a last part that is shorter.
+            drop_last: omit a shorter last part.
         """
         stop = len(self) // batch_size * batch_size if drop_last else len(self)
         for start in range(0, stop, batch_size):
@@ -92,14 +91,14 @@ def in_order(count: int) -> Plan:
 
 
 def shuffled(count: int, image_shape: tuple[int, int, int], augment: AugmentConfig, *, seed: int, epoch: int) -> Plan:
-    """Every image once, in random order, changed at random; the same for the same seed and epoch."""
-    # a hash of both: the generator of the CPU looks at 32 bits of its seed alone
+    """Every image once, in random order with random augmentation; determined by seed and epoch."""
+    # a hash of both, because the CPU's generator uses only 32 bits of a seed
     stream = torch.Generator().manual_seed(stream_seed(seed, epoch))
     _, height, width = image_shape
     indices = torch.randperm(count, generator=stream)
     shifts = torch.randint(-augment.translate, augment.translate + 1, (count, 2), generator=stream)
     flips = torch.rand(count, generator=stream) < 0.5 if augment.flip else torch.zeros(count, dtype=torch.bool)
-    # the square's centre is anywhere in the image, so that borders are cut as often as the middle
+    # the square's centre may be anywhere in the image, so that borders are cut as often as the middle
     rows = torch.randint(0, height, (count,), generator=stream) - augment.cutout // 2
     columns = torch.randint(0, width, (count,), generator=stream) - augment.cutout // 2
     return Plan(indices, shifts, flips, torch.stack([rows, columns], dim=1), augment.cutout)

@@ -136,10 +136,10 @@ def test_dali_sees_every_image_once_in_every_epoch(dataset):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (picture(0)[:-40], "does not decode"),
-        (b"hello", "does not decode"),
+        (picture(0)[:-40], "cannot be decoded"),
+        (b"hello", "cannot be decoded"),
         (picture(0, mode="L"), "is greyscale"),
-        (picture(0, size=(9, 9)), "is of 9×9 pixels"),
+        (picture(0, size=(9, 9)), "has 9×9 pixels"),
     ],
 )
 def test_dali_names_a_bad_file(tmp_path, content, message):
@@ -169,7 +169,7 @@ def test_auto_leaves_large_data_to_dali_where_it_is_installed(dataset, monkeypat
     source = batch_source(dataset, dataset.train, "auto", CPU)
     assert source.name == ("dali" if installed else "native")
     assert f"Data backend: {source.name}" in caplog.text
-    assert ("the extra dali would save them" in caplog.text) == (not installed)
+    assert ("not installed (extra dali)" in caplog.text) == (not installed)
 
 
 def test_auto_keeps_pixels_and_says_so(tmp_path, caplog):
@@ -187,7 +187,7 @@ def test_dali_missing_is_an_error_where_it_is_asked_for(dataset, monkeypatch):
 
 def test_dali_is_not_for_pixels(tmp_path):
     dataset = open_dataset(DataConfig(name="mnist", root=write(tmp_path, mnist_files())))
-    with pytest.raises(DataError, match="mnist comes as pixels"):
+    with pytest.raises(DataError, match="mnist is stored as pixels"):
         batch_source(dataset, dataset.train, "dali", CPU)
 
 

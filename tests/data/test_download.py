@@ -53,7 +53,7 @@ def test_downloads_a_data_set_once_and_only_when_asked(server, tmp_path, monkeyp
 def test_another_file_than_the_published_is_not_kept(server, tmp_path):
     (remote,) = publish(server, {"file.gz": b"right"})
     write(server.folder, {"file.gz": b"wrong"})
-    with pytest.raises(DataError, match=rf"file\.gz gave another file .* needed is {remote.md5}"):
+    with pytest.raises(DataError, match=rf"file\.gz is not the published file: .* not {remote.md5}"):
         fetch(remote, tmp_path / "root")
     assert not any((tmp_path / "root").iterdir())
 

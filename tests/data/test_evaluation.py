@@ -29,7 +29,7 @@ def test_what_fits_is_measured(evaluator, caplog):
 
 def test_other_sizes_are_measured_and_said(evaluator, caplog):
     evaluator.require_fitting(network(), (1, 28, 28))
-    assert "images of 8×8 pixels, the size of digits; the teacher's own are of 28×28" in caplog.text
+    assert "images of 8×8 pixels, the size of digits; the teacher's images are 28×28" in caplog.text
 
 
 @pytest.mark.parametrize(

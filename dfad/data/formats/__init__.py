@@ -1,1 +1,1 @@
-"""Data sets as they lie on disk; one file per format."""
+"""Data set formats; one file per format."""

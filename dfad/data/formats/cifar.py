@@ -22,7 +22,7 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class _Version:
-    """Names of the files of one version."""
+    """File names of one version."""
 
     train: str
     """A glob pattern."""
@@ -39,7 +39,7 @@ class _Family:
     python_labels: bytes
     python_names: str
     label_bytes: int
-    """At the start of a binary record; the last of them is the class."""
+    """Number of label bytes at the start of a binary record; the last one is the class."""
     remote: Remote
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -66,7 +66,7 @@ FAMILIES = {
 
 
 def read_cifar(config: DataConfig) -> Dataset:
-    """CIFAR-10 or CIFAR-100; as many of the train batches as are there."""
+    """CIFAR-10 or CIFAR-100, with all train batches that exist."""
     family = FAMILIES[config.name]
     root = require_root(config)
     if config.download:
@@ -100,7 +100,7 @@ def _locate(config: DataConfig, root: Path, family: _Family) -> tuple[dict[str, 
                 return files, version
     names = [name for version in versions for name in (version.folder, version.archive + ".tar.gz")]
     raise DataError(
-        f"{root} does not hold {config.name}: found was none of {', '.join(names)}, nor their files. Point --data.root "
+        f"{root} does not hold {config.name}: there is none of {', '.join(names)}, nor their files. Point --data.root "
         "at one of these or at the folder that holds it, or let --data.download fetch it there."
     )
 
@@ -120,7 +120,7 @@ def _read_records(blob: Blob, family: _Family) -> DecodedSplit:
     if not content or len(content) % record:
         raise DataError(
             f"{blob} ends at offset {len(content)}, inside record {len(content) // record} of {record} bytes. It is "
-            "truncated, or of another data set; get it anew."
+            "truncated, or belongs to another data set; download it again."
         )
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, record)
     images = records[:, family.label_bytes :].reshape(-1, *SHAPE)
@@ -151,24 +151,24 @@ def _joined(splits: list[DecodedSplit]) -> DecodedSplit:
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype`` in a pickle."""
+    """Replaces ``numpy.dtype`` in a pickle."""
 
     def __init__(self, name: bytes | str, *_: object) -> None:
         self.is_byte = name in (b"u1", "u1")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment mean nothing to bytes."""
+        """Ignores byte order and alignment, which bytes do not have."""
 
 
 class _Array:
-    """Stands for ``numpy.ndarray`` in a pickle: NumPy itself would crash the process on a damaged state."""
+    """Replaces ``numpy.ndarray`` in a pickle: NumPy itself would crash the process on a damaged state."""
 
     values: np.ndarray | None = None
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
         _, shape, dtype, in_columns, content = state
         if not dtype.is_byte or in_columns:
-            raise pickle.UnpicklingError("it holds an array of another kind than rows of unsigned bytes")
+            raise pickle.UnpicklingError("it holds an array that is not rows of unsigned bytes")
         self.values = np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -182,11 +182,11 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
 }
-"""Everything that a CIFAR pickle may name, and what stands for it; before NumPy 2 the module was ``numpy.core``."""
+"""Names that a CIFAR pickle may contain, with their replacements; before NumPy 2 the module was ``numpy.core``."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits only what the official files hold: numbers, bytes, lists, dictionaries and arrays of bytes."""
+    """Accepts only what the official files hold: numbers, bytes, lists, dictionaries and arrays of bytes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:
@@ -205,6 +205,6 @@ def _unpickle(blob: Blob) -> dict[bytes, Any]:
         ) from None
     if not isinstance(content, dict):
         raise DataError(
-            f"{blob} holds a {type(content).__name__}, needed is a dictionary; it is not the official file."
+            f"{blob} holds a {type(content).__name__} instead of a dictionary; it is not the official file."
         )
     return content

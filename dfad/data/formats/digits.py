@@ -11,7 +11,7 @@ TEST_FRACTION = 0.2
 
 
 def read_digits(config: DataConfig) -> Dataset:
-    """1,797 grey images of 8×8 pixels; a fixed stratified fifth of them is held out.
+    """1,797 greyscale images of 8×8 pixels; a fixed, stratified fifth of them is held out.
 
     Raises:
         DataError: if scikit-learn is not installed.
@@ -22,7 +22,7 @@ def read_digits(config: DataConfig) -> Dataset:
         need = not_installed("scikit-learn", "demo")
         raise DataError(f"The data set digits is part of scikit-learn. {need}") from None
     bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # the source counts 0 to 16
+    pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # pixel values are 0 to 16
     everything = DecodedSplit(pixels[:, None], torch.from_numpy(bunch.target).long())
     train, test = divide(everything, TEST_FRACTION, "digits")
     mean, std = statistics(train)

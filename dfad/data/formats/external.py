@@ -1,4 +1,4 @@
-"""Data sets of torchvision and of Hugging Face, where those packages are installed."""
+"""Data sets of torchvision and Hugging Face, if those packages are installed."""
 
 import importlib
 import inspect
@@ -39,7 +39,7 @@ def read_torchvision(config: DataConfig) -> Dataset:
         choices = [{**choice, "download": config.download} for choice in choices]
     try:
         sources = [kind(str(root), **choice) for choice in choices]
-    except Exception as error:  # torchvision raises RuntimeError and others for missing and damaged files
+    except Exception as error:  # torchvision raises RuntimeError and other errors for missing and damaged files
         raise DataError(f"torchvision cannot open {name} in {root}: {error}") from None
     splits = [_decode(source, f"{config.name} in {root}", config.bits) for source in sources]
     train, test = splits if len(splits) == 2 else divide(splits[0], config.test_fraction, config.name)
@@ -50,7 +50,7 @@ def read_torchvision(config: DataConfig) -> Dataset:
 def read_huggingface(config: DataConfig) -> Dataset:
     """``huggingface/PATH``: a data set of the Hub; or, with a root, one that ``save_to_disk`` wrote there."""
     if not config.download:
-        # read when the package is imported; the package's own option for local files asks the Hub all the same
+        # must be set before the import; the package's option for local files still contacts the Hub
         os.environ["HF_HUB_OFFLINE"] = "1"
     datasets = _import("datasets", config)
     if not (config.download or config.root or datasets.config.HF_HUB_OFFLINE):
@@ -61,7 +61,7 @@ def read_huggingface(config: DataConfig) -> Dataset:
     path = config.name.partition("/")[2]
     try:
         loaded = datasets.load_from_disk(str(config.root)) if config.root else datasets.load_dataset(path)
-    except Exception as error:  # of many kinds: missing files, no network, damaged tables
+    except Exception as error:  # many kinds of errors: missing files, no network, damaged tables
         raise DataError(
             f"Hugging Face cannot open {config.root or path}: {error} Without --data.download only its cache is used."
         ) from None
@@ -88,7 +88,7 @@ def _import(module: str, config: DataConfig) -> ModuleType:
         package = module.partition(".")[0]
         raise DataError(
             f"The data set {config.name} needs the package {package}, which cannot be imported ({error}). Install it, "
-            "or use one of the data sets that are read without it."
+            "or use a data set that does not need it."
         ) from None
 
 
@@ -111,7 +111,7 @@ def _decode(samples: Iterable[tuple[Any, int]], source: str, bits: int | None) -
         array = np.asarray(image)
         if arrays and array.shape != arrays[0].shape:
             raise DataError(
-                f"{source}: image {index} is of shape {array.shape}, image 0 of {arrays[0].shape}; all must be alike."
+                f"{source}: image {index} has shape {array.shape}, image 0 {arrays[0].shape}; all must have the same."
             )
         arrays.append(array)
         labels.append(int(label))
@@ -119,7 +119,7 @@ def _decode(samples: Iterable[tuple[Any, int]], source: str, bits: int | None) -
         raise DataError(f"{source} holds no images.")
     require_bright(deep, source)
     if arrays[0].dtype != np.uint8 or arrays[0].ndim not in (2, 3):
-        raise DataError(f"{source} holds arrays of {arrays[0].dtype}, {arrays[0].shape}; needed are images of bytes.")
+        raise DataError(f"{source} holds arrays of {arrays[0].dtype}, {arrays[0].shape}; images of bytes are needed.")
     images = torch.from_numpy(np.stack(arrays))
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return DecodedSplit(images, torch.tensor(labels), source=source)

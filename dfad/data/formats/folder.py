@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 TEST_NAMES = ("test", "val", "valid", "validation")
-"""What a folder or shards of test images are called."""
+"""Names of folders or shards of test images."""
 
 
 def read_folder(config: DataConfig) -> Dataset:
-    """``train/CLASS/*`` and ``test/CLASS/*``; or ``CLASS/*`` alone, of which a fixed part is held out."""
+    """``train/CLASS/*`` and ``test/CLASS/*``; or only ``CLASS/*``, of which a fixed fraction is held out."""
     tree = _below_single_folder(_visible(read_tree(require_root(config))))
     top = {PurePosixPath(name).parts[0] for name in tree.folders}
     test_name = next((name for name in TEST_NAMES if name in top), None)
@@ -40,13 +40,13 @@ def read_folder(config: DataConfig) -> Dataset:
 
 
 def _visible(tree: Tree) -> Tree:
-    """Without what is hidden: previews, versions of before, and the like are no images of a class."""
+    """Files that are not hidden: previews, old versions and the like are not images of a class."""
     files = {name: blob for name, blob in tree.files.items() if not is_hidden(name)}
     return Tree(tree.root, files, {name for name in tree.folders if not is_hidden(name)})
 
 
 def _below_single_folder(tree: Tree) -> Tree:
-    """An archive often wraps everything in one folder; a folder of one class is none of that."""
+    """Skip the single folder that often contains everything in an archive; not a folder of a single class."""
     tops = {PurePosixPath(name).parts[0] for name in [*tree.files, *tree.folders]}
     if len(tops) != 1 or not any(name.count("/") >= 1 for name in tree.folders):
         return tree
@@ -80,7 +80,7 @@ def _split(
         else:
             others += 1
     if others:
-        log.info("%s: %d files that are no images by their name were left out.", tree.root, others)
+        log.info("%s: %d files without the name of an image were skipped.", tree.root, others)
     present = classes if like is None else [name for name in classes if f"{prefix}{name}" in tree.folders]
     for name in present:
         if not by_class[name]:

@@ -16,7 +16,7 @@ from dfad.data.files import damage_reported
 from dfad.errors import DataError
 
 UNSIGNED_BYTE = 0x08
-"""Type code of IDX; the only one that images and labels come in."""
+"""Type code of unsigned bytes, the only one for images and labels."""
 
 SIDE = 28
 
@@ -48,11 +48,11 @@ CLASSES = {
 }  # fmt: skip
 
 STATISTICS = {"mnist": ((0.1307,), (0.3081,)), "fashion-mnist": ((0.2860,), (0.3530,))}
-"""Mean and standard deviation that the field normalises with."""
+"""Mean and standard deviation commonly used in the field."""
 
 
 def read_mnist(config: DataConfig) -> Dataset:
-    """MNIST, or Fashion-MNIST in the same form; files as they are or gzipped."""
+    """MNIST, or Fashion-MNIST in the same format; gzipped or not."""
     root = require_root(config)
     if config.download:
         for remote in REMOTES[config.name]:
@@ -67,7 +67,7 @@ def _read_split(config: DataConfig, root: Path, prefix: str) -> DecodedSplit:
     label_path = _find(config, root, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
     if images.shape[1:] != (SIDE, SIDE):
-        raise DataError(f"{image_path} holds images of {images.shape[1]}×{images.shape[2]} pixels, needed are 28×28.")
+        raise DataError(f"{image_path} holds images of {images.shape[1]}×{images.shape[2]} pixels; 28×28 are needed.")
     if len(images) != len(labels):
         raise DataError(f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels.")
     return DecodedSplit(images[:, None], labels.long(), source=str(label_path))
@@ -80,7 +80,7 @@ def _find(config: DataConfig, root: Path, name: str) -> Path:
                 return path
     raise DataError(
         f"{root} holds neither {name} nor {name}.gz. Point --data.root at the folder of the four IDX files of "
-        f"{config.name}, or let --data.download fetch them there."
+        f"{config.name}, or download them with --data.download."
     )
 
 
@@ -88,11 +88,11 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     """An array of unsigned bytes.
 
     Args:
-        path: an IDX file; gzipped if its name ends so.
-        dimensions: that it must have.
+        path: an IDX file; gzipped if its name ends in .gz.
+        dimensions: required number.
 
     Raises:
-        DataError: if it is damaged, truncated, longer than it says, or of another kind.
+        DataError: if it is damaged, truncated, longer than its header says, or in another format.
     """
     with damage_reported(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
@@ -100,15 +100,17 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     header = len(magic) + 4 * dimensions
     if content[: len(magic)] != magic:
         raise DataError(
-            f"{path} begins with the bytes {content[: len(magic)].hex(' ') or '(none)'} at offset 0, needed are "
-            f"{magic.hex(' ')}: an IDX file of unsigned bytes in {dimensions} dimensions. It is of another format."
+            f"{path} begins with the bytes {content[: len(magic)].hex(' ') or '(none)'} at offset 0, but needs "
+            f"{magic.hex(' ')}: an IDX file of unsigned bytes in {dimensions} dimensions. It has another format."
         )
     if len(content) < header:
-        raise DataError(f"{path} ends at offset {len(content)}, inside its header of {header} bytes. Get it anew.")
+        raise DataError(
+            f"{path} ends at offset {len(content)}, inside its header of {header} bytes. Download it again."
+        )
     shape = struct.unpack_from(f">{dimensions}I", content, len(magic))
     if len(content) != header + math.prod(shape):
         raise DataError(
             f"{path} announces {shape} bytes, {header + math.prod(shape)} with its header, but its content ends at "
-            f"offset {len(content)}. Get the file anew."
+            f"offset {len(content)}. Download it again."
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)

@@ -13,7 +13,7 @@ from dfad.data.formats.folder import IMAGES, TEST_NAMES
 from dfad.errors import DataError
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
-"""Names of the classes, one a line, beside the shards; without it, numbers are their names."""
+"""File beside the shards with the names of the classes, one per line; without it, names are numbers."""
 
 
 def read_webdataset(config: DataConfig) -> Dataset:
@@ -70,7 +70,7 @@ def _label(blob: Blob) -> int:
     try:
         return int(text)
     except ValueError:
-        raise DataError(f"{blob} holds {text[:40]!r}; needed is the number of a class.") from None
+        raise DataError(f"{blob} holds {text[:40]!r}; the number of a class is needed.") from None
 
 
 def _classes(root: Path, labels: Sequence[int]) -> tuple[str, ...]:

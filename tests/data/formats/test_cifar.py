@@ -65,9 +65,18 @@ BAD_PICKLES = {
     "empty": (b"", "Ran out of input"),
     "no dictionary": (pickle.dumps([1]), "holds a list"),
     "no data": (pickle.dumps({b"labels": [1]}), "no array 'data'"),
-    "data of another type": (pickle.dumps({b"data": pixels().astype(float), b"labels": [1] * 7}), "of another kind"),
-    "objects as data": (pickle.dumps({b"data": np.array([["x"] * 3072], object), b"labels": [1]}), "of another kind"),
-    "data in columns": (pickle.dumps({b"data": np.asfortranarray(pixels()), b"labels": [1] * 7}), "of another kind"),
+    "data of another type": (
+        pickle.dumps({b"data": pixels().astype(float), b"labels": [1] * 7}),
+        "not rows of unsigned bytes",
+    ),
+    "objects as data": (
+        pickle.dumps({b"data": np.array([["x"] * 3072], object), b"labels": [1]}),
+        "not rows of unsigned bytes",
+    ),
+    "data in columns": (
+        pickle.dumps({b"data": np.asfortranarray(pixels()), b"labels": [1] * 7}),
+        "not rows of unsigned bytes",
+    ),
     "data of another shape": (pickle.dumps({b"data": pixels().T.copy(), b"labels": [1] * 7}), "no array 'data'"),
     "fewer labels": (pickle.dumps({b"data": pixels(), b"labels": [1] * 6}), "no list 'labels' of 7"),
     "text as labels": (pickle.dumps({b"data": pixels(), b"labels": ["1"] * 7}), "no list 'labels' of 7"),

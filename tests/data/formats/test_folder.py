@@ -60,11 +60,11 @@ def test_size_and_channels_can_be_asked_for(tmp_path):
 
 
 BAD_FILES = {
-    "cut": (picture(9)[:-100], "does not decode as an image"),
-    "no image": (b"hello", r"\(5 bytes\) does not decode as an image: cannot identify image file"),
-    "empty": (b"", r"\(0 bytes\) does not decode"),
+    "cut": (picture(9)[:-100], "cannot be decoded as an image"),
+    "no image": (b"hello", r"\(5 bytes\) cannot be decoded as an image: cannot identify image file"),
+    "empty": (b"", r"\(0 bytes\) cannot be decoded"),
     "greyscale among RGB": (picture(9, mode="L"), "is greyscale .mode L., others are in colour.*--data.channels"),
-    "other size": (picture(9, size=(9, 9)), "is of 9×9 pixels, others are of 8×6.*--data.image_size"),
+    "other size": (picture(9, size=(9, 9)), "has 9×9 pixels, others have 8×6.*--data.image_size"),
 }
 
 
@@ -112,7 +112,7 @@ def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path, caplog):
     dataset = open_dataset(config(root))
     # each of dog and eel holds the other's images as well, but not its own a second time
     assert torch.bincount(torch.cat([dataset.train.labels, dataset.test.labels])).tolist() == [5, 10, 10]
-    assert caplog.text.count("is a link to a folder around it; it is not followed") == 3
+    assert caplog.text.count("is a link to a parent folder; it is not followed") == 3
     assert f"{root / 'cat' / 'again'} is a link" in caplog.text
 
 
@@ -155,7 +155,7 @@ def test_other_files_are_left_out(tmp_path, caplog):
     caplog.set_level("INFO")
     dataset = open_dataset(config(write(tmp_path, {**SPLIT_FILES, "train/cat/Thumbs.db": b"x"})))
     assert len(dataset.train) == 15
-    assert "1 files that are no images" in caplog.text
+    assert "1 files without the name of an image" in caplog.text
 
 
 def test_a_folder_without_classes_is_named(tmp_path):

@@ -47,7 +47,7 @@ DAMAGES = {
     "labels for images": (
         "train-images-idx3-ubyte.gz",
         lambda _: gzip.compress(idx(np.zeros(20, np.uint8))),
-        "bytes 00 00 08 01 at offset 0, needed are 00 00 08 03",
+        "bytes 00 00 08 01 at offset 0, but needs 00 00 08 03",
     ),
     "empty": ("train-labels-idx1-ubyte.gz", lambda _: gzip.compress(b""), r"bytes \(none\) at offset 0"),
     "cut in the header": (
@@ -68,7 +68,7 @@ DAMAGES = {
     "other size": (
         "train-images-idx3-ubyte.gz",
         lambda _: gzip.compress(idx(np.zeros((20, 32, 32), np.uint8))),
-        "32×32 pixels, needed are 28×28",
+        "32×32 pixels; 28×28 are needed",
     ),
     "fewer labels": (
         "train-labels-idx1-ubyte.gz",

@@ -1,6 +1,6 @@
 """Fused losses and normalisations as PyTorch operators: C++ kernels on CPUs, Triton kernels on GPUs.
 
-Beside each stands its reference in PyTorch's operations.
+Each has a reference made of PyTorch's operations.
 """
 
 from dfad_kernels.activation_boundary_loss import activation_boundary_loss

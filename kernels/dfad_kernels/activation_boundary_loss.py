@@ -1,4 +1,4 @@
-"""Does the student's pre-activation lie on the teacher's side of zero, and far enough from it?"""
+"""The activation-boundary loss: the student's pre-activations on the teacher's side of zero, at a distance."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Batch normalisation together with what follows it in a network: the addition of a shortcut, and a (leaky) ReLU.
 
-PyTorch walks memory once for each of the three, and more than once for the first.
+PyTorch passes through memory once for each of the three, and more than once for the first.
 """
 
 from typing import Any
@@ -34,21 +34,21 @@ def batch_norm(
     negative_slope: float = 1.0,
     kernels: str | None = None,
 ) -> Tensor:
-    r"""Activation of features that are normalised by their own statistics.
+    r"""Normalise features by their own statistics, add a residual, and apply a (leaky) ReLU.
 
     .. math:: y = \varphi\Bigl(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta + r\Bigr), \quad
         \varphi(v) = v \text{ where } v > 0, \text{ else } a v
 
     Ioffe and Szegedy, "Batch Normalization", ICML 2015, in training mode, with the addition and the ReLU of He et al.,
-    CVPR 2016, in the same walks through memory.
+    CVPR 2016, in the same passes through memory.
 
     Args:
-        x: features ``(B, channels, ...)``; channels last in memory, or they are copied so.
-        running_mean: ``(channels,)``, moved towards the batch's mean; stays where it is if None.
-        running_variance: likewise, towards the unbiased variance.
-        weight: γ, ``(channels,)``; 1 if None. It, β and the statistics are float32, of float64 features float64.
-        bias: β, likewise; 0 if None.
-        residual: r, of x's shape and dtype; nothing is added if None.
+        x: features ``(B, channels, ...)``; copied unless they are channels-last in memory.
+        running_mean: ``(channels,)``, updated with the batch's mean; nothing is updated if None.
+        running_variance: updated with the unbiased variance, or None.
+        weight: γ, ``(channels,)``; 1 if None. Like β and the statistics it is float32; float64 for float64 features.
+        bias: β, ``(channels,)``; 0 if None.
+        residual: r, with x's shape and dtype; nothing is added if None.
         momentum: the batch's share in the running statistics.
         epsilon: added to the variance.
         negative_slope: a, not negative. 1 is no activation, 0 is ReLU.
@@ -100,7 +100,7 @@ def _check(
     check_features(x)
     if x.numel() <= x.shape[1]:
         raise ValueError(
-            f"The features' shape is {tuple(x.shape)}; it must have two values a channel or more: of fewer there is "
+            f"The features' shape is {tuple(x.shape)}; it needs at least two values per channel: for fewer there is "
             "no variance."
         )
     check_residual(residual, x)
@@ -145,7 +145,7 @@ def _backward(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Which of the gradients are asked for."""
+    """The gradients that are needed."""
 
     @staticmethod
     def forward(
@@ -166,7 +166,7 @@ class _BatchNorm(torch.autograd.Function):
         numbers = momentum, epsilon, negative_slope
         y: Tensor
         y, statistics = _forward(kernels, x, running_mean, running_variance, weight, bias, residual, *numbers)
-        # where nothing was added or no activation follows y is not needed, and may be written by an addition in place
+        # without a residual or an activation y is not needed, and an in-place addition may write it
         y_needed = residual is not None and negative_slope != 1
         ctx.save_for_backward(x, y if y_needed else None, statistics, weight, bias)
         ctx.numbers = epsilon, negative_slope
@@ -180,7 +180,7 @@ class _BatchNorm(torch.autograd.Function):
         needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         y_gradient = channels_last(y_gradient)
         of_x, of_weight, of_bias, of_residual = _backward(ctx.kernels, x, y_gradient, y, *others, *ctx.numbers)
-        passed_on = y_gradient if y is None else of_residual  # as it came, where there is no activation
+        passed_on = y_gradient if y is None else of_residual  # the incoming gradient, if there is no activation
         return (
             *(of_x if needs_x else None, None, None),
             *(of_weight if needs_weight else None, of_bias if needs_bias else None),

@@ -1,4 +1,4 @@
-"""How far the statistics of a batch are from those that a BatchNorm holds."""
+"""Distance between the statistics of a batch and those of a BatchNorm."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from dfad_kernels.registration import compute_dtype
 def batchnorm_distance(
     features: Tensor, running_mean: Tensor, running_var: Tensor, *, kernels: str | None = None
 ) -> Tensor:
-    r"""Distance between the statistics of a batch and those that a BatchNorm holds.
+    r"""Distance between the statistics of a batch and the running ones of a BatchNorm.
 
     .. math:: \lVert \mu(x) - \mu \rVert_2 + \lVert \sigma^2(x) - \sigma^2 \rVert_2
 
-    Yin et al., "Dreaming to Distill" (DeepInversion), CVPR 2020; the batch's variance is the biased one. Where a norm
-    is zero, so is its gradient.
+    Yin et al., "Dreaming to Distill" (DeepInversion), CVPR 2020; the batch's variance is the biased one. The
+    gradient of a norm that is zero is zero.
 
     Args:
-        features: what reaches the BatchNorm, ``(B, channels, ...)``; it alone gets a gradient.
-        running_mean: μ, ``(channels,)``, float32; of float64 features float64.
-        running_var: σ², likewise.
+        features: input of the BatchNorm, ``(B, channels, ...)``; only it gets a gradient.
+        running_mean: μ, ``(channels,)``, float32; float64 for float64 features.
+        running_var: σ², in the same form.
         kernels: those of the features' device if None, else as :func:`dfad_kernels.registration.load_kernels` names
             them.
 
     Returns:
-        A scalar, float32; of float64 features float64.
+        A scalar, float32; float64 for float64 features.
 
     Raises:
         ValueError: if shapes or devices do not fit, there are no features, or a statistic requires a gradient.
@@ -36,7 +36,7 @@ def batchnorm_distance(
     """
     check_features(features)
     if features.numel() == 0:
-        raise ValueError(f"The features' shape is {tuple(features.shape)}; of nothing there are no statistics.")
+        raise ValueError(f"The features' shape is {tuple(features.shape)}; without values there are no statistics.")
     check_channels(features, running_mean=running_mean, running_var=running_var)
     if running_mean.requires_grad or running_var.requires_grad:
         raise ValueError("A running statistic requires a gradient, which this operator does not give; `.detach()` it.")
@@ -53,7 +53,7 @@ def reference(features: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
 
 @feature_operator("batchnorm_distance", "forward")
 def _forward(features: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance, and what its gradient is made of: the batch's mean, tilt and level, ``(3, channels)``."""
+    """The distance, and what its gradient needs: the batch's mean, tilt and level, ``(3, channels)``."""
     return running_mean.new_empty(()), running_mean.new_empty((3, features.shape[1]))
 
 

@@ -1,4 +1,4 @@
-"""What every loss asks of its arguments. Messages quote what was given and say how to mend it."""
+"""Checks of the arguments of losses. Messages quote what was given and say what to do."""
 
 import math
 

@@ -1,7 +1,8 @@
-"""Operators over features, channels last in memory: what kernels are given, how they are chosen, what callers may give.
+"""Operators over channels-last features: the arguments of kernels, their choice, and checks of what callers pass.
 
 Unlike losses they have any number of tensors and results. Each direction is an operator of PyTorch's dispatcher; an
-``autograd.Function`` connects them, as an operator that moves running statistics may have no registered derivative.
+``autograd.Function`` connects them, because an operator that writes running statistics cannot have a registered
+derivative.
 """
 
 import functools
@@ -25,13 +26,13 @@ from dfad_kernels.registration import (
 class FeatureOperator:
     """One direction of an operator over features: it allocates its results, and kernels fill them.
 
-    Kernels are given the features, the operator's first argument, as a matrix ``(rows, channels)``, then the results
-    and the other arguments but flags, which say what is allocated. Of those the C++ kernels take addresses alone, null
-    for a tensor without elements: to ask a tensor for its shape would take longer than to normalise many a map.
+    Kernels get the features, the operator's first argument, as a matrix ``(rows, channels)``, then the results and the
+    other arguments except flags, which decide what is allocated. Of these tensors the C++ kernels take only addresses,
+    null for a tensor without elements: reading a tensor's shape would take longer than normalising a small feature map.
 
     Args:
-        allocate: from the operator's arguments to what is to be filled; its signature becomes the schema.
-        operator: whose kernels they are.
+        allocate: returns the tensors to be filled for the operator's arguments; its signature becomes the schema.
+        operator: name of the operator with the kernels.
         direction: ``forward`` or ``backward``.
         mutates: the arguments that kernels write.
     """
@@ -51,7 +52,7 @@ class FeatureOperator:
         self._dispatch = getattr(torch.ops.dfad_kernels, name).default
 
     def __call__(self, kernels: str | None, *arguments: Any) -> Any:
-        """By the kernels of the features' device, or by those of that name."""
+        """Run the kernels of the features' device, or those of the given name."""
         return self._dispatch(*arguments) if kernels is None else self.run(kernels, *arguments)
 
     def run(self, kernels: str, features: Tensor, *others: Any) -> Any:
@@ -79,12 +80,12 @@ def _launcher(kernels: str, operator: str, direction: str) -> Callable[..., None
 
 
 def address(argument: Any) -> Any:
-    """Where a tensor's numbers begin; anything else is itself."""
+    """The address of a tensor's data; other values unchanged."""
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def channels_last(features: Tensor) -> Tensor:
-    """Dense features, channels last in memory; copied only if they are not."""
+    """Features that are dense and channels-last in memory; copied only if necessary."""
     if features.ndim == 4:
         return features.contiguous(memory_format=torch.channels_last)
     return features.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -105,19 +106,19 @@ def check_features(features: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, features: Tensor) -> None:
-    """Raises unless what is added is of the features' kind."""
+    """Raises unless the residual has the features' shape, dtype and device."""
     if residual is None or (
         residual.shape == features.shape and residual.dtype == features.dtype and residual.device == features.device
     ):
         return
     raise ValueError(
-        f"What is added is {tuple(residual.shape)}, {residual.dtype}, on {residual.device}, the features are "
-        f"{tuple(features.shape)}, {features.dtype}, on {features.device}; make them alike."
+        f"The residual is {tuple(residual.shape)}, {residual.dtype}, on {residual.device}, the features are "
+        f"{tuple(features.shape)}, {features.dtype}, on {features.device}; give both the same shape, dtype and device."
     )
 
 
 def check_channels(features: Tensor, **values: Tensor | None) -> None:
-    """Raises unless each is a number for each channel, in the dtype that the features are computed in."""
+    """Raises unless each has one number per channel, in the dtype that the features are computed in."""
     for name, value in values.items():
         if value is None:
             continue
@@ -133,7 +134,7 @@ def check_channels(features: Tensor, **values: Tensor | None) -> None:
 
 
 def check_normalisation(epsilon: float, negative_slope: float) -> None:
-    """Raises unless both are in their range."""
+    """Raises unless epsilon is positive and the slope is not negative."""
     if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}; it must be positive.")
     if not negative_slope >= 0:

@@ -1,5 +1,5 @@
-"""What follows a convolution in a network that does not learn: BatchNorm by given statistics or a bias, the addition of
-a shortcut, and a (leaky) ReLU."""
+"""What follows a convolution in a frozen network: BatchNorm with given statistics or a bias, the addition of a
+shortcut, and a (leaky) ReLU."""
 
 from typing import Any
 
@@ -31,20 +31,20 @@ def frozen_batch_norm(
     negative_slope: float = 1.0,
     kernels: str | None = None,
 ) -> Tensor:
-    r"""Activation of features that are normalised by given statistics, in one walk through memory.
+    r"""Normalise features by given statistics, add a residual, and apply a (leaky) ReLU, in one pass through memory.
 
     .. math:: y = \varphi\Bigl(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta + r\Bigr), \quad
         \varphi(v) = v \text{ where } v > 0, \text{ else } a v
 
-    Ioffe and Szegedy, "Batch Normalization", ICML 2015, in eval mode. Gradients flow to x and r alone.
+    Ioffe and Szegedy, "Batch Normalization", ICML 2015, in eval mode. Only x and r get gradients.
 
     Args:
-        x: features ``(B, channels, ...)``; channels last in memory, or they are copied so.
-        mean: μ, ``(channels,)``; given with the variance, or neither: then nothing is subtracted nor divided by.
-        variance: σ², likewise.
-        weight: γ, likewise; 1 if None. All of these are float32, of float64 features float64.
-        bias: β, likewise; 0 if None.
-        residual: r, of x's shape and dtype; nothing is added if None.
+        x: features ``(B, channels, ...)``; copied unless they are channels-last in memory.
+        mean: μ, ``(channels,)``; given together with the variance, or both None for no normalisation.
+        variance: σ², in the same form.
+        weight: γ, in the same form; 1 if None. All of these are float32; float64 for float64 features.
+        bias: β, in the same form; 0 if None.
+        residual: r, with x's shape and dtype; nothing is added if None.
         epsilon: added to the variance.
         negative_slope: a, not negative. 1 is no activation, 0 is ReLU.
         kernels: those of the features' device if None, else as :func:`dfad_kernels.registration.load_kernels` names
@@ -121,12 +121,12 @@ def _backward(
     epsilon: float,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, where it is passed on, of the residual; else the latter is empty."""
+    """Gradients of x and, if it is a separate tensor, of the residual; otherwise the latter is empty."""
     return torch.empty_like(y_gradient), torch.empty_like(y_gradient) if passes_on else y_gradient.new_empty(0)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
-    """Which of the gradients are asked for, and which are the same."""
+    """The gradients that are needed, and which of them are the same tensor."""
 
     @staticmethod
     def forward(
@@ -144,7 +144,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         residual = None if residual is None else channels_last(residual)
         others = mean, variance, weight, bias, residual, epsilon, negative_slope
         y: Tensor = _forward(kernels, channels_last(x), *others)
-        # without an activation y is not needed, and may be written by an operation in place
+        # without an activation y is not needed, and an in-place operation may write it
         ctx.save_for_backward(y if negative_slope != 1 else None, variance, weight)
         ctx.numbers = epsilon, negative_slope
         ctx.kernels = kernels
@@ -159,7 +159,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         activates, scales = y is not None, variance is not None or weight is not None
         of_x = of_residual = y_gradient
         if (activates and (needs_x or needs_residual)) or (scales and needs_x):
-            # where nothing is multiplied by, both are one; without an activation the residual's is the incoming one
+            # without a factor both are one tensor; without an activation the residual's gradient is the incoming one
             passes_on = activates and scales and needs_residual
             of_x, passed_on = _backward(ctx.kernels, y_gradient, passes_on, y, variance, weight, *ctx.numbers)
             of_residual = passed_on if passes_on else of_x if activates else y_gradient

@@ -10,7 +10,7 @@ from dfad_kernels.checks import check_pair, check_positive, check_reduction
 from dfad_kernels.registration import compute_dtype, fused_loss, reduce, rows_classes_sites
 
 RESIDENT_CLASSES = 4096
-"""So many classes of a row a GPU program holds at once without spilling; rows of more are walked in chunks."""
+"""Largest number of classes that a GPU program holds at once without spilling; longer rows are read in chunks."""
 
 
 def _prepare(
@@ -71,10 +71,10 @@ def _check_partner(partner: Tensor, logits: Tensor) -> None:
 
 
 def _statistics(kernels: str, student_logits: Tensor) -> tuple[int, ...]:
-    """What is kept of each row, a site of a sample.
+    """Shape of the statistics that are saved per row, that is, per site of a sample.
 
     The C++ kernels keep four numbers: largest logit and inverse of the softmax's denominator, of student and teacher.
-    The Triton kernels keep six of rows that they walk in chunks; what fits is cheaper to find out again.
+    The Triton kernels keep six for rows that they read in chunks; for shorter rows, computing them again is faster.
     """
     samples, classes, *sites = student_logits.shape
     if kernels == "triton" and classes <= RESIDENT_CLASSES:

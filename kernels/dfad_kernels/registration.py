@@ -1,4 +1,4 @@
-"""From an equation to a PyTorch operator: schema, fake, autograd and kernels per device, once for all losses.
+"""Makes a PyTorch operator of an equation: schema, fake, autograd and kernels per device, in one place for all losses.
 
 PyTorch's dispatcher is the only dispatcher: the device of the tensors decides which kernels run.
 """
@@ -18,20 +18,20 @@ from torch.utils.dlpack import to_dlpack
 P = ParamSpec("P")
 NAMESPACE = "dfad_kernels"
 KERNELS = {"cpu": "cpp", "cuda": "triton"}
-"""Which kernels run on which type of device."""
+"""Kernels by type of device."""
 
 
 class Kernels(NamedTuple):
-    """How one operator is computed somewhere. Both fill the tensors that they are given first.
+    """The forward and backward kernels of an operator. Both fill the tensors that are their first arguments.
 
-    ``saved`` is what the forward kernels leave for the backward ones, of the shape that :class:`FusedLoss` is told.
+    ``saved`` passes results of the forward to the backward kernels; :class:`FusedLoss` knows its shape.
     """
 
     forward: Callable[..., None]
     """``(loss, *arguments, scale, saved=)``; a loss without dimensions is the scaled sum, else the scaled terms."""
 
     backward: Callable[..., None]
-    """``(*gradients, loss_gradient, *arguments, scale, saved=)``; a gradient that nobody needs is None."""
+    """``(*gradients, loss_gradient, *arguments, scale, saved=)``; a gradient that is not needed is None."""
 
 
 def _nothing(kernels: str, student: Tensor) -> tuple[int, ...]:
@@ -39,18 +39,18 @@ def _nothing(kernels: str, student: Tensor) -> tuple[int, ...]:
 
 
 class FusedLoss(Generic[P]):
-    """A loss between a student's tensor and a teacher's that is one operator with its own kernels.
+    """A loss between a student's and a teacher's tensor as one operator with its own kernels.
 
     Its first parameters are the student's and the teacher's tensor, its last one is the reduction. It is called like
-    the equation that it was made from; :attr:`reference` is that equation, in float32 at least.
+    its equation; :attr:`reference` is that equation, computed in float32 at least.
 
     Args:
         equation: the loss in PyTorch, over arguments as ``prepare`` returns them; its signature becomes the schema, so
             it has no defaults: the dispatcher leaves out arguments that equal them.
         prepare: checks what a caller gives, and returns the operator's arguments.
-        differentiable: how many of the leading tensors get a gradient.
+        differentiable: number of leading tensors that get a gradient.
         view: a dense tensor as the kernels see it.
-        saved: the shape of what the kernels of that name keep between forward and backward pass.
+        saved: shape of the tensor that the kernels of a name keep between forward and backward pass.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class FusedLoss(Generic[P]):
         return loss
 
     def __reduce__(self) -> str:
-        return self.__name__  # pickled as the function that it stands for: by its module and name
+        return self.__name__  # pickled like the function that it replaces: by module and name
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        """The loss by its equation, each step a PyTorch operation."""
+        """The loss by its equation, as PyTorch operations."""
         arguments = self.prepare(*args, **kwargs)
         dtype = compute_dtype(arguments[0])
         return self._equation(*(x.to(dtype) if _is_floating(x) else x for x in arguments))
@@ -129,7 +129,7 @@ class FusedLoss(Generic[P]):
         if student.numel() == 0:
             return gradients
         memory_format = agreed_format(arguments[0], arguments[1])
-        # kernels write in the agreed layout; a gradient of another layout is copied from there
+        # kernels write in the common layout; a gradient in another layout is copied from that
         written = [
             g if g.is_contiguous(memory_format=memory_format) else torch.empty_like(g, memory_format=memory_format)
             for g in gradients
@@ -148,7 +148,7 @@ class FusedLoss(Generic[P]):
         return gradients
 
     def _views(self, arguments: tuple[Any, ...], memory_format: torch.memory_format) -> list[Any]:
-        """What the kernels get of the arguments: the pair agreed on one layout, no reduction."""
+        """The arguments of the kernels: the pair in one layout, without the reduction."""
         student, teacher, *rest, _ = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
         pair = (self._view(x.contiguous(memory_format=memory_format)) for x in (student, teacher))
         return [*pair, *rest]
@@ -224,8 +224,8 @@ def kernel_name(device: torch.device | str) -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the C++ kernels were compiled for and this processor runs; the last one is used. None where there are
-    no such kernels, which a GPU does not need."""
+    """Instruction sets that the C++ kernels were compiled for and this processor supports; the last one is used. Empty
+    without C++ kernels, which a GPU does not need."""
     try:
         return list(_extension().isa)
     except RuntimeError:
@@ -257,17 +257,17 @@ def cpp_functions(kernels: str, operator: str) -> tuple[Callable[..., None], Cal
 
 
 def _passed(argument: Any) -> Any:
-    """A tensor as what the extension would ask it for, in a tenth of the time."""
+    """A tensor's properties, read in a tenth of the time that the extension would need."""
     return to_dlpack(argument) if isinstance(argument, Tensor) else argument
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a tensor's loss is computed in and returned as: float32, for float64 itself."""
+    """Dtype in which a loss is computed and returned: float64 for float64, otherwise float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def agreed_format(student: Tensor, teacher: Tensor) -> torch.memory_format:
-    """The layout in which both are walked: the student's if it is dense, else the teacher's, else contiguous."""
+    """Both tensors in one layout: the student's if it is dense, else the teacher's, else contiguous."""
     return _format(student) or _format(teacher) or torch.contiguous_format
 
 
@@ -282,7 +282,7 @@ def rows_classes_sites(tensor: Tensor) -> Tensor:
 
 
 def reduce(terms: Tensor, reduction: str) -> Tensor:
-    """The terms of a loss reduced as torch does."""
+    """The terms of a loss, reduced as in PyTorch."""
     match reduction:
         case "mean":
             return terms.mean()
@@ -295,7 +295,7 @@ def reduce(terms: Tensor, reduction: str) -> Tensor:
 
 def _scale(reduction: str, student: Tensor) -> float:
     divisor = {"mean": student.numel(), "batchmean": student.shape[0]}.get(reduction, 1)
-    return 1 / divisor if divisor else math.inf  # torch's mean over nothing is NaN: 0 · ∞
+    return 1 / divisor if divisor else math.inf  # PyTorch's mean of an empty tensor is NaN: 0 · ∞
 
 
 def _format(tensor: Tensor) -> torch.memory_format | None:
@@ -316,7 +316,7 @@ def _is_floating(x: object) -> bool:
 
 
 def current_device(device: torch.device) -> Any:
-    """Triton launches on the current device, whatever its tensors are on."""
+    """Make the tensors' device current, because Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -337,7 +337,7 @@ def _extension() -> Any:
         return importlib.import_module("dfad_kernels._cpu")
     except ImportError as error:
         raise RuntimeError(
-            f"The C++ kernels cannot be loaded: {error}. Install the project with a C++ compiler at hand "
+            f"The C++ kernels cannot be loaded: {error}. Install the project where there is a C++ compiler "
             "(`pip install -e .`), or use the reference (fused=False, --no-fused)."
         ) from error
 

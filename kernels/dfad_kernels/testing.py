@@ -1,4 +1,4 @@
-"""The operators' cases: what tests and benchmarks run them on, and how exact they must be."""
+"""Cases of the operators for tests and benchmarks: inputs and tolerances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from dfad_kernels import activation_boundary_loss, interpolated_kl_div
 from dfad_kernels.registration import FusedLoss, compute_dtype
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
-"""Largest error of a gradient, relative to its largest element; half of the dtype's last place is in it."""
+"""Largest error of a gradient, relative to its largest element; includes half a unit in the last place."""
 
 LOSS_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6, torch.float64: 1e-13}
-"""The same of a loss, which is computed in float32 from any narrower dtype."""
+"""Largest relative error of a loss, which is computed in float32 for every narrower dtype."""
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BadCall:
-    """A call that must be refused, and words of the message that tells why."""
+    """A call that must raise an error, and words of its message."""
 
     arguments: tuple[Any, ...]
     error: type[Exception]
@@ -42,17 +42,17 @@ class OpCase:
     """Keyword arguments other than the reduction, for a batch of that size."""
 
     gradients: tuple[str, ...]
-    """The inputs that get one."""
+    """Names of the inputs that get a gradient."""
 
     unit: Callable[..., float]
-    """Size of a gradient's terms before they cancel, for the settings and an incoming gradient of 1; a loss has its
-    square."""
+    """Magnitude of a gradient's terms before they cancel, for the settings and an incoming gradient of 1; that of a
+    loss is its square."""
 
     bad_calls: tuple[BadCall, ...]
 
     @property
     def name(self) -> str:
-        """The operator's."""
+        """Name of the operator."""
         return self.op.__name__
 
     def pair(self, shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class OpCase:
         return student.to(dtype), teacher.to(dtype)
 
     def bytes_moved(self, student: Tensor, gradients: int) -> tuple[int, int]:
-        """What forward and backward pass have to read and write: each input once, each gradient once."""
+        """Bytes that forward and backward pass must read and write: each input once, each gradient once."""
         size = student.numel() * student.element_size()
         return 2 * size, (2 + gradients) * size
 
@@ -76,7 +76,7 @@ def relative_error(actual: Tensor, exact: Tensor, floor: float = 0.0) -> float:
 
 
 def upstream_like(loss: Tensor, student: Tensor, reduction: str, generator: Generator) -> Tensor:
-    """An incoming gradient that is not 1, of the size that a scaler gives it: no float16 gradient underflows."""
+    """An incoming gradient that is not 1, as large as with a loss scaler: no float16 gradient underflows."""
     factor = {"mean": student.numel(), "batchmean": student.shape[0]}.get(reduction, 1)
     random = torch.rand(loss.shape, generator=generator, dtype=torch.float64) + 0.5
     return (random * factor).to(compute_dtype(student)).to(loss.device)
@@ -156,4 +156,4 @@ CASES = (
         ),
     ),
 )
-"""One for each operator: a test fails where one is missing."""
+"""One case per operator; a test fails if one is missing."""

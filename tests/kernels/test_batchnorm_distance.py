@@ -173,7 +173,7 @@ ONES, NUMBERS = torch.ones(3, 2), torch.ones(2)
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((ONES[:0], NUMBERS, NUMBERS), ValueError, r"shape is \(0, 2\); of nothing"),
+        ((ONES[:0], NUMBERS, NUMBERS), ValueError, r"shape is \(0, 2\); without values"),
         ((ONES, torch.ones(3), NUMBERS), ValueError, r"running_mean has shape \(3,\)"),
         ((ONES, NUMBERS, NUMBERS.double()), TypeError, "running_var is torch.float64"),
         ((ONES, NUMBERS, NUMBERS.clone().requires_grad_()), ValueError, "requires a gradient.*detach"),

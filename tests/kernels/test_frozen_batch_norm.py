@@ -225,7 +225,7 @@ ONES, NUMBERS = torch.ones(3, 2), torch.ones(2)
         ({"weight": torch.ones(3)}, ValueError, r"weight has shape \(3,\).*must be \(2,\)"),
         ({"bias": NUMBERS.double()}, TypeError, "bias is torch.float64"),
         ({"bias": NUMBERS.clone().requires_grad_()}, ValueError, "bias requires a gradient.*detach"),
-        ({"residual": torch.ones(3, 1)}, ValueError, r"added is \(3, 1\)"),
+        ({"residual": torch.ones(3, 1)}, ValueError, r"residual is \(3, 1\)"),
         ({"negative_slope": -0.5}, ValueError, "negative_slope is -0.5"),
         ({"epsilon": 0.0}, ValueError, "epsilon is 0.0"),
     ],

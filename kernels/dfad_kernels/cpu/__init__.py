@@ -1,1 +1,1 @@
-"""Kernels for CPUs alone, each with its reference beside it."""
+"""Kernels for CPUs only, each with its reference."""

@@ -1,8 +1,8 @@
 """Chains of 3×3 convolutions, each with the BatchNorm, the addition and the activation that follow it.
 
-On CPUs that multiply bfloat16 by tiles (Intel AMX). A chain is one node of autograd's graph: between its links nothing
-is dispatched, and where gradients meet in it they are added as they are read. It is no operator of PyTorch's
-dispatcher: how many tensors it takes depends on its links, and what it has checked once it does not check again.
+For CPUs with bfloat16 tiles (Intel AMX). A chain is one node of autograd's graph: nothing is dispatched between its
+links, and gradients that meet in it are added as they are read. It is no operator of PyTorch's dispatcher, because its
+number of tensors depends on its links, and because it does not repeat checks.
 """
 
 import functools
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from dfad_kernels.features import address, channels_last
 
 TILES = "x86_64_amx"
-"""The instruction set that has tiles in hardware; the other one computes the same, slowly."""
+"""The instruction set with tiles in hardware; the other one computes the same, slowly."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Link:
     """a, not negative; 0 is ReLU."""
 
     keeps_pre: bool = False
-    """Whether pre is a value that anybody uses."""
+    """Whether pre is used."""
 
     keeps_post: bool = True
-    """Likewise post."""
+    """Whether post is used."""
 
     normalises: bool = True
-    """Whether there is a BatchNorm; without one pre is y + β + r, and nothing of it learns."""
+    """Whether there is a BatchNorm; without one pre is y + β + r, and the link is frozen."""
 
     def result(self, source: Sequence[int], kernel: Tensor) -> tuple[int, int, int, int]:
-        """The shape of y, of the source's."""
+        """The shape of y for a source of this shape."""
         batch, _, height, width = source
         return batch, kernel.shape[0], -(-height // self.stride), -(-width // self.stride)
 
     def flops(self, source: Sequence[int], kernel: Tensor) -> int:
-        """Of the convolution, and of each of its gradients; a multiplication and an addition count as two."""
+        """FLOPs of the convolution, and of each of its gradients; a multiplication and an addition count as two."""
         batch, _, height, width = self.result(source, kernel)
         return 2 * batch * height * width * kernel.numel()
 
@@ -75,10 +75,10 @@ class Layer(NamedTuple):
     """γ, ``(out,)``; 1 if None."""
 
     bias: Tensor | None = None
-    """β, likewise; 0 if None."""
+    """β, ``(out,)``; 0 if None."""
 
     running_mean: Tensor | None = None
-    """``(out,)``, moved towards the batch's; stays where it is if None."""
+    """``(out,)``, updated with the batch's mean; not updated if None."""
 
     running_variance: Tensor | None = None
     momentum: float = 0.1
@@ -86,11 +86,11 @@ class Layer(NamedTuple):
 
 
 class Misfit(ValueError):
-    """What a chain was given is nothing that it can compute, and nothing of it was computed."""
+    """A chain cannot compute its inputs; nothing was computed."""
 
 
 def unavailable() -> str | None:
-    """Why chains are no gain here; None if they are one."""
+    """Why chains are not used on this machine; None if they are."""
     try:
         extension = _extension()
     except ImportError as error:
@@ -99,7 +99,7 @@ def unavailable() -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the kernels were compiled for and this processor runs; the last one is used."""
+    """Instruction sets that the kernels were compiled for and this processor supports; the last one is used."""
     return list(_extension().isa)
 
 
@@ -114,7 +114,7 @@ def _kernels(instruction_set: str | None) -> Any:
 
 
 def admits(kernel: Tensor) -> bool:
-    """Whether a convolution's kernel has a shape and layout that a link can have."""
+    """Whether a link supports the shape and layout of a convolution's kernel."""
     out_channels, in_channels, *size = kernel.shape
     return (
         size == [3, 3]
@@ -127,23 +127,23 @@ def admits(kernel: Tensor) -> bool:
 
 
 class ConvolutionChain:
-    """Links that are computed together, in training mode where they normalise.
+    """Links that are computed together; their BatchNorms are in training mode.
 
     Args:
-        links: each one's source and residual are inputs or values of links before it.
-        inputs: how many.
-        outputs: numbers of the values that it returns.
+        links: the source and residual of each are inputs or values of earlier links.
+        inputs: number of inputs.
+        outputs: indices of the returned values.
     """
 
     flops: ClassVar[int] = 0
-    """Of all chains that were computed in this process, forward and backward."""
+    """FLOPs of all chains in this process, forward and backward."""
 
     def __init__(self, links: Sequence[Link], inputs: int, outputs: Sequence[int]) -> None:
         self.links = tuple(links)
         self.inputs = inputs
         self.outputs = tuple(outputs)
         self.unwritten = self._find_unwritten()
-        """Of each link whether post is never written: a single convolution reads it, and normalises as it reads."""
+        """For each link, whether post is never written: a single convolution reads it, and normalises on reading."""
         self.makers: dict[int, int] = {inputs + 2 * i + 1: i for i, unwritten in enumerate(self.unwritten) if unwritten}
         """The links of these values."""
         self.last_reader = {i: number for number, link in enumerate(links) for i in (link.source, link.residual)}
@@ -155,7 +155,7 @@ class ConvolutionChain:
     def __call__(
         self, layers: Sequence[Layer], inputs: Sequence[Tensor], *, instruction_set: str | None = None
     ) -> tuple[Tensor, ...]:
-        """The values asked for: bfloat16 features, channels last in memory.
+        """The outputs: bfloat16 features, channels-last in memory.
 
         Args:
             layers: one for each link.
@@ -173,7 +173,7 @@ class ConvolutionChain:
                     "in torch.bfloat16 on a CPU, and hold something."
                 )
         tensors = [tensor for layer in layers for tensor in layer[:5]]
-        # what is the same as the last time was looked at then
+        # what is unchanged since the last call was checked then
         known = [x.shape for x in inputs], tensors, [0 if t is None else t.data_ptr() for t in tensors]
         last = self._known
         if last is None or (known[0], known[2]) != (last[0], last[2]) or any(map(operator.is_not, tensors, last[1])):
@@ -186,7 +186,7 @@ class ConvolutionChain:
         return results
 
     def reference(self, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same by the equations, each step a PyTorch operation in the inputs' dtype.
+        """The reference: the equations as PyTorch operations in the inputs' dtype.
 
         Values are rounded to bfloat16 where the kernels round them, and gradients are not.
         """
@@ -214,7 +214,7 @@ class ConvolutionChain:
 
         Args:
             inputs: the first values.
-            compute: pre and post, or what of them is kept, of a link's number, source and residual.
+            compute: returns pre and post, or those that are kept, for a link's number, source and residual.
         """
         values: list[Tensor | None] = list(inputs)
         for number, link in enumerate(self.links):
@@ -230,7 +230,7 @@ class ConvolutionChain:
         by_frozen = {link.source for link in self.links if not link.normalises}
         return [
             link.normalises
-            and link.residual is None  # or what the convolution gave would not tell where the activation passed
+            and link.residual is None  # with one, y does not show where the ReLU is active
             and not link.keeps_pre
             and read[number] == 1
             and number not in elsewhere | by_frozen

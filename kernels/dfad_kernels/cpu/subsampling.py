@@ -1,6 +1,6 @@
 """The shortcut without parameters of thin residual networks.
 
-It stands between chains of convolutions alone, which are no operators of PyTorch's dispatcher either, on CPUs alone.
+It is used only between chains of convolutions on CPUs; like these it is no operator of PyTorch's dispatcher.
 """
 
 from typing import Any
@@ -14,20 +14,20 @@ from dfad_kernels.registration import cpp_functions
 
 
 def subsample(features: Tensor, stride: int, before: int, after: int, *, kernels: str = "cpp") -> Tensor:
-    """Every stride-th pixel, between channels of zeros: option A of He et al., CVPR 2016, on a CPU in one walk.
+    """Every stride-th pixel, padded with channels of zeros: option A of He et al., CVPR 2016, in one pass on a CPU.
 
     Args:
-        features: ``(B, channels, height, width)``; channels last in memory, or they are copied so.
+        features: ``(B, channels, height, width)``; copied unless they are channels-last in memory.
         stride: in both directions.
-        before: how many channels of zeros come before the features' own.
-        after: how many come after them.
-        kernels: which to run, as :func:`dfad_kernels.registration.load_kernels` names them.
+        before: number of channels of zeros before the features' channels.
+        after: number of channels of zeros after them.
+        kernels: name for :func:`dfad_kernels.registration.load_kernels`.
 
     Returns:
         ``(B, before + channels + after, ...)``, channels last in memory.
 
     Raises:
-        ValueError: if the features are not on a CPU, have not four dimensions, or a number is out of its range.
+        ValueError: if the features are not on a CPU, do not have four dimensions, or a number is out of range.
     """
     if features.device.type != "cpu" or features.ndim != 4:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Triton kernels, one module for each operator; imported when an operator first meets a GPU."""
+"""Triton kernels, one module for each operator; imported when an operator is first called on a GPU."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from dfad_kernels.gpu.common import compute_type
 
 BLOCK = 2048
-"""Elements that a program reads of each tensor: four 128-bit loads of float32 in each of 128 threads."""
+"""Number of elements that a program reads from each tensor: four 128-bit loads of float32 in each of 128 threads."""
 
 
 @triton.jit

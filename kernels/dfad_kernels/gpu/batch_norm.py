@@ -1,7 +1,7 @@
 """Triton kernels of BatchNorm with an addition and a (leaky) ReLU, over a matrix (rows, channels).
 
-In the equations x, y and r are what the operator is given, returns and adds, g the gradient that comes in, h the one
-behind the activation.
+In the equations x is the input, y the result, r the residual, g the incoming gradient, and h the gradient before the
+activation.
 """
 
 import triton
@@ -24,7 +24,7 @@ from dfad_kernels.gpu.common import compute_type
 
 @triton.jit
 def _behind(g_ptr, y_ptr, offsets, inside, x, mean, scale, shift, slope, ACTIVATES: tl.constexpr, DTYPE: tl.constexpr):
-    """h, by the side of zero of y, or of what is computed again."""
+    """h, by the sign of y, or of the pre-activation computed again."""
     g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     if ACTIVATES:
         if y_ptr is not None:
@@ -41,7 +41,7 @@ def _gradient_sums_kernel(
     epsilon: tl.float64, slope: tl.float64,
     ACTIVATES: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Σ h (x − μ) and Σ h of a stretch, (stretches, 2, channels); h is the gradient of what was added."""
+    """Σ h (x − μ) and Σ h of a stretch, (stretches, 2, channels); h is the gradient of the residual."""
     channel = channels_of(tl.program_id(1), CHANNELS)
     known = channel < channels
     mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
@@ -133,7 +133,7 @@ def backward(
     epsilon: float,
     negative_slope: float,
 ) -> None:
-    """Fills the gradients, the residual's where y is given: see :func:`dfad_kernels.batch_norm`."""
+    """Fills the gradients, with the residual's if y is given: see :func:`dfad_kernels.batch_norm`."""
     rows, channels = x.shape
     dtype = compute_type(x)
     of_channels = *statistics.unbind(), weight, bias

@@ -8,14 +8,14 @@ from dfad_kernels.gpu.channels import batch_statistics, channels_of, offsets_of,
 from dfad_kernels.gpu.common import compute_type
 
 MEASURED_CHANNELS = 1024
-"""Of so many at a time a program sums the squares of what they are away."""
+"""Number of channels whose squared differences a program sums at a time."""
 
 
 @triton.jit
 def _distance_kernel(
     loss_ptr, saved_ptr, mean_ptr, variance_ptr, rows, channels, DTYPE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The two norms, by one program; the batch's variance gives way to what the gradient is made of."""
+    """The two norms, in one program; overwrites the batch's variance with what the gradient needs."""
     means = tl.zeros((CHANNELS,), tl.float64)
     variances = tl.zeros((CHANNELS,), tl.float64)
     for first in range(0, channels, CHANNELS):

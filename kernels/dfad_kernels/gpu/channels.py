@@ -1,4 +1,4 @@
-"""Sums over the rows of a matrix (rows, channels), and what channels are multiplied by, for kernels over features.
+"""Sums over the rows of a matrix (rows, channels), and factors of channels, for kernels over features.
 
 A program sums a stretch of rows; a second kernel combines the stretches in float64. Nothing is added atomically, so two
 runs give the same bits.
@@ -11,22 +11,22 @@ from torch import Tensor
 from dfad_kernels.gpu.common import Tiling, compute_type, tile
 
 SUMMED = 4096
-"""Elements of each tensor that a program holds while it sums a single one, in 128 threads."""
+"""Number of elements that a program holds while it sums a single tensor, in 128 threads."""
 
 SUMMED_OF_SEVERAL = 2048
-"""The same of up to three."""
+"""Number of elements of each while it sums up to three tensors."""
 
 SUMMED_CHANNELS = 64
 """Channels of a program that sums: 128 bytes of bfloat16, a whole line of the cache."""
 
 WALKED_BYTES = 8192
-"""Of each tensor a program that keeps nothing takes so many: four 128-bit accesses in each of 128 threads."""
+"""Number of elements of each tensor in a program without sums: four 128-bit accesses in each of 128 threads."""
 
 WALKED_CHANNELS = 1024
-"""Channels of such a program; as long as they are all of them a tile is one piece of memory."""
+"""Channels of such a program; if these are all channels, a tile is contiguous."""
 
 PROGRAMS, STRETCHES = 1024, 512
-"""Programs that sum, enough for every multiprocessor to wait for several; and stretches that are combined at once."""
+"""Number of programs that sum, several per multiprocessor; also the number of stretches that are combined at once."""
 
 COMBINED_CHANNELS = 8
 """Channels of a program that combines stretches: 32 bytes of each, a sector of memory."""
@@ -34,7 +34,7 @@ COMBINED_CHANNELS = 8
 
 @triton.jit
 def offsets_of(start, channel, channels, ROWS: tl.constexpr):
-    """Of a tile's elements, and the number of each row; int64 both."""
+    """Offsets of a tile's elements, and the row of each; both int64."""
     row = start + tl.arange(0, ROWS).to(tl.int64)
     return row[:, None] * channels + channel[None, :], row
 
@@ -74,7 +74,7 @@ def _moments_kernel(
     known = channel < channels
     start = tl.program_id(0).to(tl.int64) * stretch
     end = tl.minimum(start + stretch, rows)
-    # sums about the first row: a mean that dwarfs the deviation cancels before anything is squared
+    # sums around the first row: a mean far larger than the deviation cancels before anything is squared
     centre = tl.load(x_ptr + start * channels + channel, mask=known, other=0.0).to(DTYPE)
     sums = tl.zeros((ROWS, CHANNELS), DTYPE)
     squares = tl.zeros((ROWS, CHANNELS), DTYPE)
@@ -97,7 +97,7 @@ def _combine_moments_kernel(
     statistics_ptr, running_mean_ptr, running_variance_ptr, partial_ptr, rows, channels, stretches, stretch,
     momentum: tl.float64, DTYPE: tl.constexpr, STRETCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance, (2, channels), towards which the running ones are moved where there are any."""
+    """Mean and biased variance, (2, channels); updates the running statistics if there are any."""
     channel = channels_of(tl.program_id(0), CHANNELS)
     known = channel < channels
     number = tl.arange(0, STRETCHES).to(tl.int64)
@@ -139,12 +139,12 @@ def _normalise_kernel(
 
 
 def walk(x: Tensor) -> Tiling:
-    """Of a matrix that is read once and kept nothing of."""
+    """The walk over a matrix that is read once, without sums."""
     return tile(x, WALKED_BYTES // x.element_size(), WALKED_CHANNELS)
 
 
 def stretches_for(x: Tensor, elements: int) -> Tiling:
-    """Of a matrix whose rows are summed."""
+    """The walk over a matrix whose rows are summed."""
     columns = triton.cdiv(x.shape[1], SUMMED_CHANNELS)
     return tile(x, elements, SUMMED_CHANNELS, min(STRETCHES, max(PROGRAMS // columns, 1)))
 
@@ -156,7 +156,7 @@ def batch_statistics(
     running_variance: Tensor | None = None,
     momentum: float = 0.0,
 ) -> None:
-    """Fills mean and biased variance of the columns of a matrix, and moves the running ones."""
+    """Fills mean and biased variance of the columns of a matrix, and updates the running statistics."""
     rows, channels = x.shape
     tiling = stretches_for(x, SUMMED)
     dtype = compute_type(x)

@@ -1,4 +1,4 @@
-"""What the Triton modules share on the host."""
+"""Host code that the Triton modules share."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def compute_type(tensor: Tensor) -> tl.dtype:
-    """What a tensor is computed in."""
+    """Dtype in which a tensor is computed."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
@@ -19,22 +19,22 @@ def warp_size() -> int:
 
 
 class Tiling(NamedTuple):
-    """How a matrix ``(rows, channels)`` is walked: a program has a tile at a time."""
+    """The division of a matrix ``(rows, channels)`` into tiles, of which a program has one at a time."""
 
     rows: int
     """Of a tile."""
     channels: int
     """Of a tile, as many as the matrix has where that is allowed."""
     columns: int
-    """Tiles that are needed beside each other."""
+    """Number of tiles side by side."""
     stretches: int
-    """Into so many the rows are divided, a program for each."""
+    """Number of stretches of rows, each with a program."""
     stretch: int
-    """Rows of each, all but the last: whole tiles."""
+    """Rows of each stretch but the last: whole tiles."""
 
 
 def tile(features: Tensor, elements: int, most_channels: int, stretches: int | None = None) -> Tiling:
-    """Tiles of so many elements, one for each stretch of rows unless there are to be fewer stretches."""
+    """Tiles with this number of elements, one per stretch of rows unless fewer stretches are wanted."""
     rows, channels = features.shape
     width = min(triton.next_power_of_2(channels), most_channels)
     height = elements // width

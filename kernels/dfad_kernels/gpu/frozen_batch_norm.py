@@ -22,7 +22,7 @@ def _frozen_gradient_kernel(
         g = tl.where(y > 0, g, tl.full((), slope, DTYPE) * g)
     if dr_ptr is not None:
         tl.store(dr_ptr + offsets, g, mask=inside)
-    # the mean is of no consequence: it is the variance's place that matters
+    # the mean has no effect here: only the position of the variance matters
     _, _, scale, _ = affine_of(variance_ptr, variance_ptr, w_ptr, None, channel, channels, epsilon, DTYPE)
     tl.store(dx_ptr + offsets, scale[None, :] * g, mask=inside)
 

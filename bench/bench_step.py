@@ -1,7 +1,7 @@
-"""Whole rounds: rounds and images per second, peak memory, and how far each contender is from the floor.
+"""Whole rounds: rounds and images per second, peak memory, and the distance of each contender from the floor.
 
-Below them, choices of how a round is built against their alternatives: mixed images apart from the others, BatchNorm
-statistics taken before the folding, BatchNorms computed with what follows them, and with the convolutions before them.
+Further, choices of how a round is built, against their alternatives: mixed images in a separate batch, BatchNorm
+statistics of the unfolded teacher, BatchNorms computed with what follows them, and with the convolutions before them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,7 @@ RUNNABLE = [pytest.param(case, id=case.name) for case in CASES if ON_GPU or not 
 
 
 def peak_memory(round_: Callable[[], object]) -> dict[str, Any]:
-    """Bytes: allocated on a GPU, by a round that is not replayed, whose memory is the graph's; on a CPU of the tensors
-    that a round makes."""
+    """Bytes: allocated on a GPU, by a round without a graph; on a CPU, of the tensors that a round creates."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         round_()
@@ -43,7 +42,7 @@ def peak_memory(round_: Callable[[], object]) -> dict[str, Any]:
 
 RULES = Rules(
     rounds=lambda seconds: 40 if ON_GPU else 10,
-    # the memory of a GPU does not hold all contenders at once
+    # all contenders at once do not fit into a GPU's memory
     turns=1 if ON_GPU else 5,
     warm_up=2,
 )
@@ -52,7 +51,7 @@ torch.compiler.config.recompile_limit = 64  # several contenders compile the sam
 
 @pytest.mark.parametrize("case", RUNNABLE)
 def test_round(case: Case, race: Callable[..., None], request: pytest.FixtureRequest) -> None:
-    """Whole rounds; on a GPU they are captured in the warm-up or, without one, launched as they are."""
+    """Whole rounds; on a GPU they are captured in the warm-up, or launched without a graph."""
     makers = contenders(DEVICE)
     names: Sequence[str] = list(makers)
     if not request.config.getoption("--full"):
@@ -75,7 +74,7 @@ def test_round(case: Case, race: Callable[..., None], request: pytest.FixtureReq
 @pytest.mark.full
 @pytest.mark.parametrize("case", RUNNABLE)
 def test_mixed_images_in_two_batches_or_one(case: Case, race: Callable[..., None]) -> None:
-    """The student forward and backward on images and mixed images; one batch would share BatchNorm statistics."""
+    """Student forward and backward on images and mixed images; in one batch they would share BatchNorm statistics."""
 
     def enter(name: str) -> Callable[[], object]:
         distiller = make_distiller(case, DEVICE)
@@ -99,9 +98,9 @@ def test_mixed_images_in_two_batches_or_one(case: Case, race: Callable[..., None
 @pytest.mark.full
 @pytest.mark.parametrize("case", [c for c in RUNNABLE if c.id != "mnist-lenet5"])
 def test_batchnorm_statistics(case: Case, race: Callable[..., None]) -> None:
-    """The teacher forward and backward to the images, with the statistics of what reaches each BatchNorm.
+    """Teacher forward, and backward to the images, with the statistics of each BatchNorm's input.
 
-    Of the folded network they are taken of what its convolutions return; a loss would still have to divide them by the
+    For the folded network they are those of its convolutions' outputs; a loss would still have to divide them by the
     BatchNorms' scales.
     """
 
@@ -136,7 +135,7 @@ def test_batchnorm_statistics(case: Case, race: Callable[..., None]) -> None:
 def test_batchnorm_and_what_follows(
     channels: int, dtype: torch.dtype, residual: bool, race: Callable[..., None]
 ) -> None:
-    """Forward and backward of a BatchNorm, an addition where there is one, and a ReLU; as a CUDA graph on a GPU."""
+    """Forward and backward of a BatchNorm, an optional addition, and a ReLU; as a CUDA graph on a GPU."""
     shape = (512 if ON_GPU else 64, channels, 32, 32)
     features, added, upstream = (
         torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
@@ -170,7 +169,7 @@ def test_batchnorm_and_what_follows(
 @pytest.mark.full
 @pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
 def test_residual_blocks(channels: int, size: int, race: Callable[..., None]) -> None:
-    """Forward and backward of a stage of ResNet-20 in bfloat16: three blocks; what is fused names the contender."""
+    """Forward and backward of a stage of ResNet-20 in bfloat16: three blocks; the contender names the fusion."""
     x = torch.randn(64, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     upstream = torch.randn_like(x)
 

@@ -1,7 +1,7 @@
-"""What all benchmarks share: races between contenders, the table of ratios, the record.
+"""Shared code of all benchmarks: races between contenders, the table of ratios, the record.
 
-``pytest bench`` runs a telling part in minutes, ``pytest bench --full`` everything. Races are timed here; what
-pytest-benchmark times of a single thing stands in the same record.
+``pytest bench`` runs a representative part in minutes, ``pytest bench --full`` everything. Races are timed here;
+results of pytest-benchmark are added to the same record.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ COLUMNS = {
     "compiled": ("torch.compile", "repaired + torch.compile"),
     "least": ("floor", "copy"),
 }
-"""Of the last table, and the contenders whose fastest stands there."""
+"""Columns of the last table, each with the contenders whose fastest is shown."""
 
 MEASURED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -31,13 +31,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run every benchmark and contender, not a telling part")
-    parser.addoption("--contenders", default="", help="names of contenders, with semicolons between; all others rest")
-    parser.addoption("--seconds", type=float, default=0.5, help="how long each operator is measured")
+    parser.addoption("--full", action="store_true", help="run every benchmark and contender, not a representative part")
+    parser.addoption("--contenders", default="", help="names of the contenders to run, separated by semicolons")
+    parser.addoption("--seconds", type=float, default=0.5, help="seconds for which each operator is measured")
     parser.addoption("--record", action="store_true", help=f"write to {records.RESULTS.relative_to(ROOT)}")
-    parser.addoption(
-        "--results", type=Path, help="folder of the JSON that is written; runs/bench by default, see --record"
-    )
+    parser.addoption("--results", type=Path, help="folder for the JSON; by default runs/bench, see --record")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,7 +57,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Holds a race and records it; fails where a contender did, when the others are through."""
+    """Runs a race and records it; fails at its end if a contender failed."""
 
     def run(
         group: str,
@@ -82,7 +80,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """All times, and last one table of ratios."""
+    """All times, followed by one table of ratios."""
     session = getattr(config, "_benchmarksession", None)
     alone = [entry(benchmark) for benchmark in session.benchmarks if benchmark] if session else []
     measured = config.stash[MEASURED] + alone
@@ -97,7 +95,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def entry(benchmark: Any) -> dict[str, Any]:
-    """What pytest-benchmark has timed, as it is recorded; times in seconds."""
+    """Results of pytest-benchmark in the form of the record; times in seconds."""
     stats = benchmark.stats
     return {
         "group": benchmark.group,
@@ -128,10 +126,10 @@ def times(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 
 def ratios(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """One line for each task that something of this project does."""
-    yield "How long others take for the same work, as multiples of ours: above 1, ours is faster. 'published' is what"
-    yield "papers print; 'by hand' plain PyTorch, with care; 'compiled' the same through torch.compile; 'least' what no"
-    yield "program can do without: a round's convolutions and matrix products alone, or a copy of as many bytes."
+    """One line for each task with a contender of this project."""
+    yield "Time of others for the same work, as multiples of ours: above 1, ours is faster. 'published' is what"
+    yield "papers publish; 'by hand' careful plain PyTorch; 'compiled' the same with torch.compile; 'least' what every"
+    yield "program needs: only a round's convolutions and matrix products, or a copy of as many bytes."
     yield f"{'task':<66}{'ours, ms':>10}" + "".join(f"{column:>11}" for column in COLUMNS)
     for group, rows in by_group(measured).items():
         if OURS not in rows:

@@ -1,4 +1,4 @@
-"""The device that is measured, and the time that it takes for something."""
+"""The measured device, and the time of a function on it."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 CACHE = 1 << 28
-"""Bytes that no GPU's cache holds."""
+"""Bytes, more than any GPU's cache holds."""
 
 
 def wait() -> None:
@@ -19,8 +19,8 @@ def wait() -> None:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Of one run: on a GPU between two events on the device, which the host's own work does not prolong unless the
-    device waits for it."""
+    """Seconds of one run; on a GPU between two events on the device, so that the host's work counts only if the device
+    waits for it."""
     if not ON_GPU:
         started = time.perf_counter()
         run()
@@ -34,7 +34,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The function as a CUDA graph; as it is where there is no GPU."""
+    """The function as a CUDA graph; unchanged without a GPU."""
     if not ON_GPU:
         return function
     stream = torch.cuda.Stream()
@@ -50,7 +50,7 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def cold_cache() -> Callable[[], object]:
-    """What empties a GPU's cache, so that a run finds its tensors in memory."""
+    """A function that clears a GPU's cache, so that a run reads its tensors from memory."""
     if not ON_GPU:
         return lambda: None
     return torch.empty(CACHE, dtype=torch.uint8, device=DEVICE).zero_

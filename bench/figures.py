@@ -10,7 +10,7 @@ from bench.records import Record
 
 
 def save(record: Record, path: Path) -> None:
-    """Write the plots of what a record holds."""
+    """Write the plots of a record."""
     panels = [(draw, found) for draw, find in PANELS.items() if (found := find(record))]
     rows = max((len(found) for _, found in panels), default=0)
     figure = Figure(figsize=(5.4 * max(1, len(panels)), max(4.2, 0.22 * rows)), layout="constrained")
@@ -31,7 +31,7 @@ def round_times(record: Record) -> dict[str, dict[str, float]]:
 
 
 def loss_shares(record: Record) -> dict[str, float]:
-    """Share of a copy's bandwidth that each loss reaches forward and backward; as a CUDA graph where that is known."""
+    """Bandwidth of each loss, forward and backward, as a share of a copy's; as a CUDA graph if that was measured."""
     shares: dict[str, dict[str, float]] = {}
     for group in report.groups({"": record}):
         match = report.LOSS_GROUP.fullmatch(group.name)
@@ -42,12 +42,12 @@ def loss_shares(record: Record) -> dict[str, float]:
 
 
 def curves(record: Record) -> list[dict[str, Any]]:
-    """Students that were looked at on the way."""
+    """Students with accuracies measured during their run."""
     return [student for student in record.get("students", []) if student.get("curve")]
 
 
 def draw_rounds(axes: Any, times: dict[str, dict[str, float]]) -> None:
-    """Multiples of our time; at ours stands the time itself."""
+    """Multiples of our time; our own bar shows the time."""
     names = list(dict.fromkeys(name for contenders in times.values() for name in contenders))
     height = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -68,7 +68,7 @@ def draw_rounds(axes: Any, times: dict[str, dict[str, float]]) -> None:
 
 
 def draw_losses(axes: Any, shares: dict[str, float]) -> None:
-    """One bar each."""
+    """One bar per entry."""
     bars = axes.barh(list(shares), list(shares.values()))
     axes.bar_label(bars, [f"{share:.0%}" for share in shares.values()], fontsize=7, padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -91,4 +91,4 @@ def draw_curves(axes: Any, students: list[dict[str, Any]]) -> None:
 
 
 PANELS = {draw_rounds: round_times, draw_losses: loss_shares, draw_curves: curves}
-"""How each is drawn, and of what."""
+"""The plots: a drawing function and its data for each."""

@@ -1,4 +1,4 @@
-"""The floor of a round: its convolutions and matrix products alone, and the bytes of its optimizer updates."""
+"""The floor of a round: only its convolutions, matrix products and the memory traffic of its optimizers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dfad.models.probing import parameter_count
 aten = torch.ops.aten
 COUNTED = {aten.convolution, aten.convolution_backward, aten.addmm, aten.mm}
 ACCESSES = {"sgd": 5, "adam": 7, "adamw": 7}
-"""Reads and writes per parameter of one update: gradient, parameter and each moment read, the latter two written."""
+"""Reads and writes per parameter in one update: gradient, parameter and moments are read, the last two written."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -35,7 +35,7 @@ class _Recorder(TorchDispatchMode):
 
 def _signature(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        # which factor of a product is transposed decides its speed; of images the format is chosen below
+        # the speed of a product depends on which factor is transposed; the format of images is chosen below
         transposed = argument.ndim == 2 and not argument.is_contiguous()
         return ("tensor", tuple(argument.shape), argument.dtype, transposed)
     return tuple(argument) if isinstance(argument, list) else argument
@@ -52,11 +52,11 @@ def _argument(signature: Any, device: torch.device, memory_format: torch.memory_
 
 
 class Floor:
-    """Runs what a round cannot do without: every convolution and matrix product of it, each in the faster of the two
+    """Runs the indispensable part of a round: each of its convolutions and matrix products in the faster of the two
     memory formats, and copies of as many bytes as the optimizers move.
 
     Args:
-        distiller: whose round is recorded.
+        distiller: its round is recorded.
     """
 
     def __init__(self, distiller: Distiller) -> None:

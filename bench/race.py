@@ -1,4 +1,4 @@
-"""Contenders timed in turns: what slows a machine down for a while slows all of them, and leaves their ratios alone."""
+"""Contenders timed in turns, so that a temporary slowdown of the machine affects all of them, and not their ratios."""
 
 import gc
 import statistics
@@ -14,35 +14,35 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do a task."""
+    """One implementation of a task."""
 
     run: Run
 
     running: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What it changes in the process for as long as it runs."""
+    """Context with its changes to the process, active while it runs."""
 
     details: Callable[[], Mapping[str, Any]] = dict
-    """What is known about it when it has run."""
+    """Further facts, known after it has run."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a race is held."""
+    """The rules of a race."""
 
     rounds: Callable[[float], int]
-    """How often a contender is timed, of the seconds that one more run takes before."""
+    """Number of timed runs, from the seconds of a previous run."""
 
     turns: int
-    """How often the contenders alternate; with one turn each leaves its memory to the next."""
+    """Number of turns of each contender; with a single turn, its memory is freed for the next one."""
 
     warm_up: int
-    """Untimed runs before the first turn, inspection aside. Before each further turn there is one."""
+    """Number of untimed runs before the first turn, without inspection; one before each further turn."""
 
     prepare: Run = lambda: None
-    """What precedes each run, untimed."""
+    """Called before each run, untimed."""
 
     inspect: Callable[[Run], Mapping[str, Any]] | None = None
-    """Runs a contender once after its first run, in which its state is allocated, and tells something about it."""
+    """Runs a contender once after its first run, which allocates its state, and returns facts about it."""
 
     clock: Callable[[Run], float] = seconds_of
     """Seconds of one run."""
@@ -50,7 +50,7 @@ class Rules:
 
 @dataclass
 class Outcome:
-    """What became of a contender."""
+    """The result of a contender."""
 
     seconds: list[float] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -58,22 +58,22 @@ class Outcome:
 
     @property
     def fastest(self) -> float:
-        """Seconds of the run that nothing disturbed."""
+        """Seconds of the fastest run, which was disturbed least."""
         return min(self.seconds)
 
     def row(self, group: str, contender: str) -> dict[str, Any]:
-        """As it is recorded; times in seconds."""
+        """The result as a row of a record; times in seconds."""
         median = statistics.median(self.seconds)
         row = {"group": group, "contender": contender, "seconds": self.fastest, "median": median}
         return {**row, "rounds": len(self.seconds), **self.details}
 
 
 def hold(entrants: Mapping[str, Callable[[], Contender | Run]], rules: Rules) -> dict[str, Outcome]:
-    """Time contenders; one that cannot enter, or fails, is out of the race.
+    """Time contenders; one that cannot start, or fails, is left out.
 
     Args:
-        entrants: by name, what builds and checks each.
-        rules: how they are timed.
+        entrants: by name, functions that build and check a contender.
+        rules: of the race.
     """
     lanes = {name: _Lane(enter, rules) for name, enter in entrants.items()}
     together = [list(lanes.values())] if rules.turns > 1 else [[lane] for lane in lanes.values()]
@@ -120,7 +120,7 @@ class _Lane:
             if turn == 0:
                 self.warm_up(contender)
             else:
-                contender.run()  # the others have emptied the caches
+                contender.run()  # the others have replaced the content of the caches
             for _ in range(self.rounds * turn // rules.turns, self.rounds * (turn + 1) // rules.turns):
                 rules.prepare()
                 self.outcome.seconds.append(rules.clock(contender.run))

@@ -23,7 +23,7 @@ def load(path: Path) -> Record:
 
 
 def save(path: Path, content: Record) -> None:
-    """Write what :func:`load` gives."""
+    """Write a record that :func:`load` returned."""
     machines: list[Any] = []
     rows = []
     for row in content.get("benchmarks", []):

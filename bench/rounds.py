@@ -1,4 +1,4 @@
-"""Contenders for whole rounds: the loop as published, the same repaired, and this project's, a part at a time."""
+"""Contenders for whole rounds: the loop as published, the same repaired, and this project's with ever more parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ CASES = [
 
 
 def repaired_engine(device: torch.device) -> EngineConfig:
-    """What a careful user switches on by hand: channels-last and autocast."""
+    """What a careful user turns on by hand: channels-last and autocast."""
     precision = "bfloat16" if has_bfloat16(device) else "float32"
     return EngineConfig(
         precision=precision,
@@ -116,8 +116,8 @@ class PublishedRound:
     keeps a graph in every step, unfused optimizers and losses.
 
     Args:
-        case: what to run.
-        device: where.
+        case: networks and batch.
+        device: to run on.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -203,14 +203,14 @@ def contender(distiller: Distiller) -> Contender:
 
 
 def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distiller:
-    """The case's with all parts of the engine but the graph, and but for those that are named."""
+    """The case's distiller with all parts of the engine except the graph and the named ones."""
     teacher, student = case.networks()
     config = case.config(device, engine=EngineConfig(cuda_graph="off", **parts))
     return Distiller(teacher, student, config, image_shape=case.image_shape)
 
 
 def floor(case: Case, device: torch.device) -> Contender:
-    """The floor of our round, as a CUDA graph where there is a GPU."""
+    """The floor of our round; on a GPU, as a CUDA graph."""
     distiller = make_distiller(case, device, fuse_convolutions="off")
     with distiller.engine.running():
         replay = captured(Floor(distiller))
@@ -218,7 +218,7 @@ def floor(case: Case, device: torch.device) -> Contender:
 
 
 def published(case: Case, device: torch.device, *, with_tf32: bool) -> Contender:
-    """The loop as published; whether products are of TF32 is nothing that it decides."""
+    """The loop as published, which leaves TF32 as PyTorch sets it."""
     precision: Literal["tf32", "ieee"] = "tf32" if with_tf32 else "ieee"
     return Contender(
         PublishedRound(case, device), partial(float32_products, precision), lambda: {"products": precision}
@@ -241,7 +241,7 @@ def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> C
 
 
 def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
-    """Makers of rounds, from the slowest idea to the fastest; and the floor of the fastest."""
+    """Functions that build rounds, from the slowest to the fastest idea, and the floor of the fastest."""
     on_gpu = device.type == "cuda"
     repaired = repaired_engine(device)
     with_folding = replace(repaired, fold_batchnorm="on")
@@ -274,4 +274,4 @@ def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
 
 
 TELLING = ("published", "published, TF32", "repaired", "ours", "ours without the graph", "floor")
-"""Contenders of a telling part, which compile nothing."""
+"""Contenders without --full, which compile nothing."""

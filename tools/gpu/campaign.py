@@ -1,8 +1,8 @@
 """``python -m tools.gpu.campaign``: CIFAR-10 on a GPU, each network within a given time.
 
-``teacher`` trains a ResNet-34 on an archive of JPEGs; ``student`` distils it, or a network that others trained, by one
-of the arms. How many epochs and rounds fit the time is measured first. A run that is stopped continues when it is
-called again.
+``teacher`` trains a ResNet-34 on an archive of JPEGs; ``student`` distils it, or another trained network, by one of the
+arms. The number of epochs or rounds that fit into the time is measured first. A stopped run continues when the command
+is called again.
 """
 
 import argparse
@@ -43,26 +43,26 @@ from dfad.supervised.trainer import SupervisedTrainer
 from dfad.terminal import configure_logging
 
 PROBE_BATCHES = 30
-"""Steps of the teacher that are timed to tell how long an epoch takes."""
+"""Number of timed steps of the teacher, to estimate the time of an epoch."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is trained: the real thing, or a rehearsal of it for seconds on a CPU."""
+    """What is trained: the real networks, or a rehearsal of seconds on a CPU."""
 
     recipe: Recipe
     base: TrainConfig
-    """Of the students, by the recipe."""
+    """Settings of the students, by the recipe."""
 
     thin: TrainConfig
-    """Of the student of a ResNet-20 that others trained."""
+    """Settings of the student of a trained ResNet-20."""
 
     looks: int
-    """At a student's accuracy, over its run."""
+    """Number of measurements of a student's accuracy over its run."""
 
 
 def _rehearsed(base: TrainConfig) -> TrainConfig:
-    """The same in small."""
+    """The rehearsal: the same with small networks."""
     return replace(
         base,
         generator=GeneratorConfig(noise_dim=16, width=4),
@@ -117,7 +117,7 @@ class Stopwatch:
         self.facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
 
     def time(self, run: Callable[[], Any]) -> Any:
-        """Run, and keep the time even if it is stopped."""
+        """Run, and save the time even if the run is stopped."""
         started = time.perf_counter()
         try:
             return run()
@@ -127,12 +127,12 @@ class Stopwatch:
 
 
 def teacher_file(kept: Path) -> Path:
-    """Of the trained teacher."""
+    """File of the trained teacher."""
     return kept / "teacher.safetensors"
 
 
 def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
-    """Train it, round its larger weights to bfloat16, which halves its file, and measure what is left."""
+    """Train it, round its larger weights to bfloat16, which halves its file, and measure the result."""
     folder = command.work / "teacher"
     stopwatch = Stopwatch(command.work / "teacher.json")
     recipe = replace(SCALES[command.scale].recipe, data=DataConfig("folder", command.data))
@@ -162,10 +162,10 @@ def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
 
 
 def fitting_epochs(recipe: Recipe, dataset: Dataset, seconds: float) -> int:
-    """As many of the recipe's epochs as fit the time, at least one."""
+    """Number of the recipe's epochs that fit into the time, at least one."""
     count = min(len(dataset.train), PROBE_BATCHES * recipe.batch_size)
     probe = SupervisedTrainer(recipe, replace(dataset, train=dataset.train.subset(range(count))))
-    probe.train_epoch()  # captures and chooses algorithms
+    probe.train_epoch()  # this call captures and chooses algorithms
     epoch = timed(probe.train_epoch) * len(dataset.train) / count
     look = timed(probe.accuracy)
     each = epoch + look / recipe.evaluate_every
@@ -173,14 +173,14 @@ def fitting_epochs(recipe: Recipe, dataset: Dataset, seconds: float) -> int:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds; what is run waits for the device itself."""
+    """Seconds of a function that waits for the device itself."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def distil(command: argparse.Namespace) -> dict[str, Any]:
-    """Distil a student within the time, on no data; its accuracy is looked at on the test images."""
+    """Distil a student within the time, without data; its accuracy is measured on the test images."""
     scale = SCALES[command.scale]
     base, device = scale.base, choose_device("auto")
     if command.network:
@@ -229,9 +229,10 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
 def fitting_rounds(
     config: TrainConfig, teacher: Teacher, evaluate: Evaluator, seconds: float, looks: int
 ) -> tuple[TrainConfig, Estimate]:
-    """The configuration with as many rounds as fit the time, at least one for each look; and what a round costs."""
+    """The configuration with the number of rounds that fit into the time, at least one per evaluation; and the cost of
+    a round."""
     probe = build_distiller(teacher, build_student(config), config, evaluate)
-    look = min(timed(lambda: evaluate(probe.student)) for _ in range(2))  # the first chooses algorithms
+    look = min(timed(lambda: evaluate(probe.student)) for _ in range(2))  # the first round chooses algorithms
     cost = estimate(probe)
     warm_up = cost.total_seconds - config.method.rounds * cost.seconds_per_round
     rounds = max(looks, int((seconds - warm_up - (looks + 1) * look) / cost.seconds_per_round))
@@ -245,7 +246,7 @@ def fitting_rounds(
 
 
 def curve(metrics: Path, seconds_per_round: float) -> list[dict[str, float]]:
-    """Seconds, accuracy and, where it is known, agreement at every look."""
+    """Seconds, accuracy and, if known, agreement at every evaluation."""
     looks = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = ("round", "accuracy", "agreement")
     return [

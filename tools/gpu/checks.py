@@ -1,6 +1,6 @@
-"""``python -m tools.gpu.checks``: what NVIDIA's tools say of the machine and of the kernels, as JSON.
+"""``python -m tools.gpu.checks``: reports of NVIDIA's tools on the machine and the kernels, as JSON.
 
-Where a tool is not installed, or does not run on the machine, that is the result.
+If a tool is not installed, or does not run on the machine, the result says so.
 """
 
 import argparse
@@ -30,7 +30,7 @@ METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("% of the memory's peak", 1.0),
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": ("% of the processors' peak", 1.0),
 }
-"""Of the profiler, in nanoseconds, bytes and percent: what they are called here, and the factor to that unit."""
+"""The profiler's metrics in nanoseconds, bytes and percent: their names here, and the factor to the unit."""
 
 KERNELS = "regex:^_(activation_boundary|interpolated_kl)_"
 """Names of the kernels that :func:`run_operators` runs."""
@@ -71,7 +71,7 @@ def sanitizer(tool: str, tests: Sequence[str] = SANITIZED_TESTS) -> tuple[str, b
     if not shutil.which("compute-sanitizer"):
         return NOT_INSTALLED, True
     command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "pytest", *tests]
-    # every tensor an allocation of its own, so that its neighbours are out of bounds
+    # a separate allocation for every tensor, so that accesses beyond it are out of bounds
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
@@ -79,7 +79,7 @@ def sanitizer(tool: str, tests: Sequence[str] = SANITIZED_TESTS) -> tuple[str, b
 
 
 def sanitizer_summary(output: str, returncode: int) -> tuple[str, bool]:
-    """What it came to, in words, and whether that is no fault of the kernels."""
+    """The outcome in words, and whether the kernels are free of errors."""
     if refusal := re.search(r"=+ (?:Error: )?(.*[Dd]evice not supported.*)", output):
         return f"refused by the machine: {refusal[1]}", True
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
@@ -91,7 +91,7 @@ def sanitizer_summary(output: str, returncode: int) -> tuple[str, bool]:
 
 
 def profile() -> list[dict[str, Any]] | str:
-    """What the profiler counts of every kernel of :func:`run_operators`."""
+    """The profiler's metrics of every kernel of :func:`run_operators`."""
     if not shutil.which("ncu"):
         return NOT_INSTALLED
     command = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--kernel-name", KERNELS]
@@ -106,7 +106,7 @@ def profile() -> list[dict[str, Any]] | str:
 
 
 def profiled(output: str) -> list[dict[str, Any]]:
-    """The kernels in the profiler's CSV, one line of which is one metric of one launch."""
+    """The kernels in the profiler's CSV, in which a line is one metric of one launch."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[str, dict[str, Any]] = {}

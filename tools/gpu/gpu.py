@@ -1,8 +1,8 @@
-"""``python -m tools.gpu.gpu``: everything that is claimed of a GPU, measured part by part and kept as data.
+"""``python -m tools.gpu.gpu``: measures everything that is claimed for a GPU, part by part, and keeps it as data.
 
-The work is a list of parts, the most telling first. Each is a process of its own whose outcome is kept, and after each
-the record is written anew. A call runs the parts that fit its time and that no earlier call has done. A part that fails
-holds up only those that need its outcome; ``--retry`` runs it again.
+The work is a list of parts, the most important first. Each runs in its own process and its outcome is kept; after each
+the record is written again. A call runs the parts that fit into its time and are not done yet. A part that fails
+blocks only those that need its outcome; ``--retry`` runs it again.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from tools.gpu import parcel, rehearsal
 ROOT = Path(__file__).parents[2]
 
 RESERVE = 25.0
-"""Seconds at the end of a call that the record and the parcel take."""
+"""Seconds at the end of a call for the record and the parcel."""
 
 GRACE = 20.0
-"""Seconds that a part is given to write its checkpoint after it was asked to stop."""
+"""Seconds for a part to write its checkpoint after the request to stop."""
 
 SHORTEST = 60.0
-"""Seconds under which a part that can be continued is not begun."""
+"""Shortest time for which a part that can be continued is started."""
 
 PATIENCE = 2.5
-"""Times the seconds that a part is expected to take, after which it counts as hanging."""
+"""Multiple of a part's expected time after which it counts as hanging."""
 
 REHEARSED = 60.0
-"""Seconds that any part of a rehearsal may take on two cores."""
+"""Longest time of a part of a rehearsal on two cores."""
 
 CALLS = 6
-"""That a part may be continued in."""
+"""Largest number of calls in which a part is continued."""
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 
@@ -54,7 +54,7 @@ NOTHING_COLLECTED = 5
 """Exit code of pytest."""
 
 OPTIONAL = ("apex", "nvidia-dali-cuda130", "liger-kernel")
-"""Packages whose figures are missing where they are not installed."""
+"""Optional packages; without them their figures are missing."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Part:
     """Arguments of the interpreter; ``{result}`` stands for the file that it writes."""
 
     seconds: float
-    """That it is expected to take; a call that has fewer left does not begin it."""
+    """Expected seconds; a call with less time left does not start it."""
 
     after: str = ""
-    """The part whose outcome it needs."""
+    """Name of the part whose outcome it needs."""
 
     resumable: bool = False
-    """When it is stopped it goes on where it was, so it is begun with less time."""
+    """Whether it continues after a stop, so that it can be started with less time."""
 
     @property
     def needs(self) -> float:
@@ -82,13 +82,13 @@ class Part:
 
     @property
     def slug(self) -> str:
-        """Its name as that of a file."""
+        """Its name in the form of a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
 @dataclass
 class Outcome:
-    """What a part came to."""
+    """The outcome of a part."""
 
     status: str
     seconds: float = 0.0
@@ -99,10 +99,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are."""
+    """Locations of inputs and outputs."""
 
     state: Path
-    """Folder of everything that a later call needs."""
+    """Folder for everything that a later call needs."""
 
     data: Path | None = None
     """Archive of JPEGs."""
@@ -115,30 +115,30 @@ class Places:
 
     @property
     def kept(self) -> Path:
-        """What travels in a parcel."""
+        """Folder whose content is sent in a parcel."""
         return self.state / "kept"
 
     @property
     def benchmarks(self) -> Path:
-        """Where benchmarks leave their records."""
+        """Folder for the records of benchmarks."""
         return self.kept / "benchmarks"
 
     @property
     def work(self) -> Path:
-        """What stays: checkpoints."""
+        """Folder that is not sent: checkpoints."""
         return self.state / "work"
 
 
 ROUNDS = ("published", "published, TF32", "repaired", "ours", "ours without the graph", "floor")
 COMPILED = ("repaired + torch.compile", "repaired + reduce-overhead", "ours + torch.compile")
-"""Contenders of ``bench/bench_step.py``; those that compile take a minute more."""
+"""Contenders of ``bench/bench_step.py``; those that compile take a minute longer."""
 
 
 def plan(places: Places, *, small: bool) -> list[Part]:
-    """All parts in their order. Those up to the operators in float32 are one call of 540 seconds.
+    """All parts in order; those up to the operators in float32 fit into one call of 540 seconds.
 
     Args:
-        places: those parts are left out whose data are not given.
+        places: parts whose data is not given are omitted.
         small: a rehearsal: each kind of part for seconds, on a CPU.
     """
 
@@ -159,7 +159,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         arguments = [what, "--seconds", str(training), "--data", str(data), *more]
         arguments += ["--scale", "rehearsal" if small else "gpu"]
         arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
-        # reading the data, and measuring how long an epoch or a round takes
+        # to read the data, and to measure the time of an epoch or a round
         return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 20, after, resumable=True)
 
     def of_others(seconds: float) -> list[Part]:
@@ -246,11 +246,11 @@ PARTS = (
     "losses, folding, merging, optimizers",
     "losses, folding, merging, optimizers, BatchNorm",
 )
-"""Contenders that have ever more parts of the engine."""
+"""Contenders with more and more parts of the engine."""
 
 
 class State:
-    """The outcomes so far, written down at every change."""
+    """The outcomes so far, saved at every change."""
 
     def __init__(self, kept: Path) -> None:
         self.path = kept / "parts.json"
@@ -259,18 +259,18 @@ class State:
         self.outcomes = {name: Outcome(**outcome) for name, outcome in written.items()}
 
     def status(self, part: Part) -> str:
-        """Of a part that was begun; else nothing."""
+        """Status of a part; empty if it was not started."""
         return self.outcomes[part.name].status if part.name in self.outcomes else ""
 
     def keep(self, part: Part, outcome: Outcome) -> None:
-        """Write it down."""
+        """Save the outcomes."""
         self.outcomes[part.name] = outcome
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps({name: asdict(outcome) for name, outcome in self.outcomes.items()}, indent=1))
         temporary.replace(self.path)
 
     def forget(self, parts: Sequence[Part], wanted: str, *, failed: bool) -> None:
-        """Have parts run again: those whose names contain the words, and those that failed."""
+        """Mark parts to be run again: those whose names contain the words, and those that failed."""
         for part in parts:
             if (wanted and wanted in part.name) or (failed and self.status(part) == FAILED):
                 self.outcomes.pop(part.name, None)
@@ -302,10 +302,10 @@ def run_parts(
 
 
 def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
-    """Run a part for as long as there is time, and tell what came of it."""
+    """Run a part within the remaining time, and return its outcome."""
     before = state.outcomes.get(part.name, Outcome(STOPPED))
     outcome = Outcome(STOPPED, before.seconds, before.calls + 1)
-    state.keep(part, outcome)  # so that a call that is killed counts
+    state.keep(part, outcome)  # so that a killed call counts, too
     print(f"{part.name} …", flush=True)
     logs = places.kept / "logs"
     logs.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
 
 
 def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> int | None:
-    """The exit code; None where the process had to be stopped."""
+    """The exit code; None if the process had to be stopped."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "DFAD_CACHE": str(places.work / "cache")}
     if places.data:
         environment["DFAD_DATA"] = str(places.data.parent)
@@ -347,7 +347,7 @@ def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> i
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # a process of its own session survives this one, and its children survive it
+        # a process in its own session survives this one, and its children survive it
         for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
             if process.poll() is None:
                 os.killpg(process.pid, number)
@@ -358,7 +358,7 @@ def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> i
 
 
 def read_result(path: Path) -> Any:
-    """JSON, or what a report of pytest comes to; None where nothing was written, or not all of it."""
+    """JSON, or the summary of a pytest report; None if it is missing or incomplete."""
     if not path.exists():
         return None
     text = path.read_text(encoding="utf-8")
@@ -366,7 +366,7 @@ def read_result(path: Path) -> Any:
         if not text.startswith("<?xml"):
             return json.loads(text)
         cases = list(ET.fromstring(text).iter("testcase"))
-    except (ValueError, ET.ParseError):  # a process that was killed may have left half of it
+    except (ValueError, ET.ParseError):  # a killed process may have written only a part
         return None
     kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
     counts = {
@@ -378,7 +378,7 @@ def read_result(path: Path) -> Any:
 
 
 def _told(result: Any) -> str:
-    """A result in a few words."""
+    """A short description of a result."""
     if isinstance(result, dict) and "passed" in result:
         failed = f", {len(result['failed'])} failed: {', '.join(result['failed'][:3])}" if result["failed"] else ""
         skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
@@ -395,7 +395,7 @@ def _last_words(log: Path) -> str:
 
 
 def make_record(parts: Sequence[Part], state: State, places: Places, *, small: bool) -> records.Record:
-    """Everything that is measured so far."""
+    """All measurements so far."""
     benchmarks = [row for content in records.load_all(places.benchmarks).values() for row in content["benchmarks"]]
     results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
     checks: dict[str, str] = {}
@@ -425,7 +425,7 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
 
 
 def write_record(record: records.Record, folder: Path, *, small: bool) -> list[Path]:
-    """JSON and Markdown; the record of a rehearsal says that it is none, and never stands among the others."""
+    """Write JSON and Markdown; a rehearsal is marked as one, and is kept apart from the records."""
     path = folder / "rehearsal.json" if small else records.RESULTS / file_name()
     records.save(path, record)
     tables = folder / "summary.md"
@@ -434,18 +434,18 @@ def write_record(record: records.Record, folder: Path, *, small: bool) -> list[P
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--budget", type=float, default=540, help="seconds of this call")
-    parser.add_argument("--state", type=Path, help="folder of what later calls need; runs/gpu by default")
+    parser.add_argument("--state", type=Path, help="folder for what later calls need; by default runs/gpu")
     parser.add_argument("--data", type=Path, help="archive of CIFAR-10's JPEGs: train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--lossless", type=Path, help="archive of CIFAR-10's official binary version, or of a part")
-    parser.add_argument("--network", type=Path, help="weights of a ResNet-20 that was trained on CIFAR-10")
-    parser.add_argument("--out", type=Path, help="folder that gets the record and a parcel of the state")
-    parser.add_argument("--rehearse", action="store_true", help="run every part for seconds, on whatever is there")
-    parser.add_argument("--retry", action="store_true", help="run parts again that failed")
-    parser.add_argument("--again", default="", metavar="TEXT", help="run parts again whose names contain this")
-    parser.add_argument("--list", action="store_true", help="print the parts and how they stand, and stop")
+    parser.add_argument("--network", type=Path, help="weights of a ResNet-20 trained on CIFAR-10")
+    parser.add_argument("--out", type=Path, help="folder for the record and a parcel of the state")
+    parser.add_argument("--rehearse", action="store_true", help="run every part for seconds, on any machine")
+    parser.add_argument("--retry", action="store_true", help="run failed parts again")
+    parser.add_argument("--again", default="", metavar="TEXT", help="run parts again whose names contain this text")
+    parser.add_argument("--list", action="store_true", help="print the parts and their status, and stop")
     return parser.parse_args(arguments)
 
 
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     small = command.rehearse
     if not small and not command.list and not torch.cuda.is_available():
         raise SystemExit(
-            f"PyTorch {torch.__version__} sees no NVIDIA GPU here, and a record is of nothing else. Run it where there "
+            f"PyTorch {torch.__version__} sees no NVIDIA GPU here, and a record needs one. Run it where there "
             "is one, or rehearse every part on the CPU with --rehearse (REHEARSE=1 make gpu)."
         )
     places = Places(
@@ -476,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     state.forget(parts, command.again, failed=command.retry)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    lines = [] if places.data else ["Without --data there is no teacher of our own, nor students of it."]
+    lines = [] if places.data else ["Without --data no teacher is trained, and none is distilled."]
 
     def written() -> list[Path]:
         paths = write_record(make_record(parts, state, places, small=small), places.state, small=small)

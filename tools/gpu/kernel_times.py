@@ -15,14 +15,14 @@ from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS
 
 LISTED = 40
-"""Kernels that are named; the rest is one row."""
+"""Number of kernels with a row; the others share one."""
 
 
 def measure(name: str) -> dict[str, Any]:
     """Calls and microseconds of every kernel of a round; without a GPU, of PyTorch's operations.
 
     Args:
-        name: the pair of networks, of ``bench/rounds.py``.
+        name: the pair of networks, from ``bench/rounds.py``.
     """
     case = next(case for case in CASES if case.name == name)
     config = case.config(DEVICE, engine=EngineConfig(cuda_graph="on" if ON_GPU else "off"))
@@ -48,7 +48,7 @@ def _microseconds(event: Any) -> float:
 
 
 def tabulate(kernels: list[tuple[str, int, float]]) -> dict[str, Any]:
-    """The slowest kernels first, each with its share of all of them, and what is left as one row."""
+    """The slowest kernels first, each with its share of the total, and the others as one row."""
     kernels = sorted((kernel for kernel in kernels if kernel[2] > 0), key=lambda kernel: -kernel[2])
     total = sum(microseconds for _, _, microseconds in kernels)
     rest = kernels[LISTED:]

@@ -1,4 +1,4 @@
-"""A folder as files that are small enough to travel, checked by their hashes when they arrive."""
+"""A folder as files of limited size, checked by their hashes on arrival."""
 
 import hashlib
 import io
@@ -14,22 +14,22 @@ MANIFEST = "parcel.json"
 
 
 class ParcelError(Exception):
-    """Parts that are missing or damaged."""
+    """Parts are missing or damaged."""
 
 
 def send(folder: Path, destination: Path, limit: int = LIMIT) -> list[Path]:
     """Write a folder as ``parcel-0``, ``parcel-1``, … and a manifest, in place of an earlier parcel.
 
     Args:
-        folder: what is to travel.
+        folder: to be sent.
         destination: folder of the parts.
-        limit: bytes of each part at most.
+        limit: largest size of a part in bytes.
     """
     destination.mkdir(parents=True, exist_ok=True)
     for old in destination.glob("parcel*"):
         old.unlink()
     stream = io.BytesIO()
-    # trained weights hardly shrink further at higher presets
+    # trained weights compress hardly better at higher presets
     with tarfile.open(fileobj=stream, mode="w:xz", preset=1) as archive:
         archive.add(folder, arcname=".")
     data = stream.getvalue()
@@ -45,10 +45,10 @@ def send(folder: Path, destination: Path, limit: int = LIMIT) -> list[Path]:
 
 
 def receive(source: Path, folder: Path) -> None:
-    """Lay out a parcel as the folder that was sent, which must not exist yet.
+    """Unpack a parcel as the folder that was sent, which must not exist yet.
 
     Raises:
-        ParcelError: if a part is missing or is not what was sent; nothing is laid out then.
+        ParcelError: if a part is missing or is not what was sent; nothing is unpacked then.
     """
     data = b""
     for name, sent in json.loads((source / MANIFEST).read_text()).items():
@@ -56,13 +56,13 @@ def receive(source: Path, folder: Path) -> None:
         if not part.is_file():
             raise ParcelError(
                 f"{source} lacks {name}, which its {MANIFEST} names. Copy every part of the parcel there, or remove "
-                f"{source / MANIFEST} to start anew."
+                f"{source / MANIFEST} to start again."
             )
         content = part.read_bytes()
         if hashlib.sha256(content).hexdigest() != sent:
             raise ParcelError(
                 f"{part} ({len(content)} bytes) is not what was sent: it is damaged, or of another parcel. Copy it "
-                f"anew, or remove {source / MANIFEST} to start anew."
+                f"again, or remove {source / MANIFEST} to start again."
             )
         data += content
     arriving = folder.with_name(folder.name + ".arriving")

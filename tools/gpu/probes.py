@@ -1,6 +1,6 @@
-"""``python -m tools.gpu.probes``: what a round as a CUDA graph is built on, each tried alone in a few seconds.
+"""``python -m tools.gpu.probes``: tests separately, in a few seconds, what a round as a CUDA graph relies on.
 
-The probes run beside each other, each in a process of its own: one that fails may leave the GPU's context unusable.
+The probes run in parallel, each in its own process: one that fails may leave the GPU's context unusable.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS, RoundGraphs
 
 LIMIT = 45.0 if ON_GPU else 150.0
-"""Seconds for all of them."""
+"""Seconds for all probes together."""
 
 
 def mixing_coefficients() -> str:
-    """Draws from the symmetric Beta distribution are captured, and each replay draws anew."""
+    """Draws from the symmetric Beta distribution are captured, and each replay draws new numbers."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     concentration = torch.ones(64, 2, device=DEVICE)
 
@@ -38,7 +38,7 @@ def mixing_coefficients() -> str:
     replaying = True
     if ON_GPU:
         graphs = RoundGraphs(DEVICE, required=True)
-        # a replay writes its result where the one before has
+        # a replay overwrites the result of the previous one
         drawn = [graphs.run(round_, [generator])["coefficient"].clone() for _ in range(WARM_UP_ROUNDS + 3)]
         replaying = graphs.replaying
     else:
@@ -125,7 +125,7 @@ PROBES: dict[str, Callable[[], str]] = {
 
 
 def run_all() -> dict[str, str]:
-    """What each probe came to, by name."""
+    """The result of each probe, by name."""
     command = [sys.executable, "-m", "tools.gpu.probes", "--only"]
     processes = {
         name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,8 +1,8 @@
-"""``python -m tools.gpu.provision``: what a GPU machine without a network lacks.
+"""``python -m tools.gpu.provision``: packages for a GPU machine without a network.
 
 ``pack`` downloads wheels where there is a network and builds the C++ extension; ``install`` puts the packages that are
-missing there, or too old, into a folder. It runs before anything is installed, so it needs the standard library alone.
-Nothing is compiled on the GPU machine: on its GPU the project does without the extension.
+missing there, or too old, into a folder. It runs before anything is installed, so it needs only the standard library.
+Nothing is compiled on the GPU machine: on its GPU the project does not need the extension.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wheels.txt")
 NEVER = ("torch", "triton")
-"""What must be the machine's own."""
+"""Packages that the machine must have itself."""
 
 SIZE_LIMIT = 64_000_000
-"""Bytes of all wheels together."""
+"""Largest size in bytes of all wheels together."""
 
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)),
@@ -35,21 +35,21 @@ MODULES = (
     "torch", "triton", "numpy", "tyro", "yaml", "safetensors", "rich", "filelock", "tensorboard", "matplotlib",
     "sklearn", "PIL", "scipy", "pytest", "pytest_benchmark", "xdist", "hypothesis",
 )  # fmt: skip
-"""What the project, its tests and its benchmarks import."""
+"""Packages that the project, its tests and its benchmarks import."""
 
 CORE = {"torch", "triton", "numpy", "pillow", "matplotlib", "scikit-learn", "tensorboard"}
-"""Packages that such machines bring along, and that are too large to travel or must be their own."""
+"""Packages that such machines have, and that are too large to send or must be their own."""
 
 SOURCES = ("kernels/csrc", "CMakeLists.txt")
 """Of the extension."""
 
 EXTENSION = "dfad_kernels/_cpu"
 PACKAGE = ROOT / "kernels" / "dfad_kernels"
-"""Where the extension is looked for, beside its Python."""
+"""Folder of the extension, beside its Python code."""
 
 
 class ProvisionError(Exception):
-    """What the machine lacks and was not brought along."""
+    """Packages are missing on the machine and among the wheels."""
 
 
 def listed(more: Sequence[str] = ()) -> list[str]:
@@ -59,7 +59,7 @@ def listed(more: Sequence[str] = ()) -> list[str]:
 
 
 def download_command(folder: Path, python_version: str, more: Sequence[str] = ()) -> list[str]:
-    """Pip's, for wheels alone, of the versions that the project is tested with, and nothing that they require."""
+    """The pip command: only wheels, in the versions that the project is tested with, without their dependencies."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     return [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
@@ -69,10 +69,10 @@ def download_command(folder: Path, python_version: str, more: Sequence[str] = ()
 
 
 def pack(folder: Path, python_version: str, more: Sequence[str] = ()) -> int:
-    """Download the wheels, and build the extension where there is such a Python; returns their size in bytes.
+    """Download the wheels, and build the extension if there is such a Python; returns their size in bytes.
 
     Raises:
-        ProvisionError: if they are larger than may travel, or one is of PyTorch or Triton.
+        ProvisionError: if they are too large, or one of them is PyTorch or Triton.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.whl"), stamp(folder)):
@@ -113,22 +113,22 @@ def find_python(version: str) -> str | None:
 
 
 def stamp(folder: Path) -> Path:
-    """The file that says of which sources the extension in a folder of wheels was built."""
+    """The file with the hash of the sources of the extension in a folder of wheels."""
     return folder / "extension.sha256"
 
 
 def distribution(wheel: Path) -> str:
-    """The normalised name of what a wheel holds."""
+    """The normalised name of a wheel's package."""
     return normalised(wheel.name.partition("-")[0])
 
 
 def normalised(name: str) -> str:
-    """As package indexes compare them."""
+    """A package's name as indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def requirements(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, tuple[int, ...]]:
-    """The least version of every package that the project names, extras included."""
+    """The minimum version of every package that the project requires, including extras."""
     project = tomllib.loads(pyproject.read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     found = (re.match(r"([A-Za-z0-9._-]+)\s*>=\s*([\d.]+)", line) for line in lines)
@@ -136,13 +136,13 @@ def requirements(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, tuple[i
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what follows them."""
+    """The leading numbers of a version."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def missing_wheels(folder: Path) -> list[Path]:
-    """Wheels of packages that this interpreter does not have, or has in a version that the project cannot use."""
+    """Wheels of packages that this interpreter lacks, or has in an unsuitable version."""
     needed = requirements()
     return [
         wheel
@@ -159,15 +159,15 @@ def _has(name: str, least: tuple[int, ...]) -> bool:
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
-    """Those that cannot be imported."""
+    """The modules that cannot be imported."""
     importlib.invalidate_caches()
     specs = {name: importlib.util.find_spec(name) for name in names}
-    # a folder without a module of its own has no loader
+    # a folder without a module has no loader
     return [name for name, spec in specs.items() if spec is None or spec.loader is None]
 
 
 def outdated() -> Iterator[str]:
-    """Packages of the project that are too old here, but for those that nothing of it imports there."""
+    """Packages of the project that are too old here, except those that are not imported there."""
     packed = {normalised(name) for name in listed()}
     for name, least in requirements().items():
         if name not in packed | CORE:
@@ -181,10 +181,10 @@ def outdated() -> Iterator[str]:
 
 
 def install(wheels: Path, target: Path) -> None:
-    """Bring everything that is missing into a folder, which is on the module path already.
+    """Unpack everything that is missing into a folder, which is already on the module path.
 
     Raises:
-        ProvisionError: naming what is neither on the machine nor among the wheels.
+        ProvisionError: naming packages that are neither on the machine nor among the wheels.
     """
     target.mkdir(parents=True, exist_ok=True)
     if found := missing_wheels(wheels):
@@ -200,7 +200,7 @@ def install(wheels: Path, target: Path) -> None:
 
 
 def extension(wheels: Path) -> str:
-    """Lay the extension beside its Python, if one is there that fits; returns what was done."""
+    """Copy the extension beside its Python code, if there is a suitable one; returns a line about it."""
     without = "Without the C++ extension, which a GPU does without:"
     if not missing_modules(["dfad_kernels"]) and importlib.util.find_spec("dfad_kernels._cpu"):
         return "The C++ extension is installed."
@@ -220,7 +220,7 @@ def extension(wheels: Path) -> str:
 
 
 def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over what the extension is built of."""
+    """SHA-256 over the sources of the extension."""
     digest = hashlib.sha256()
     for name in SOURCES:
         place = root / name

@@ -13,11 +13,11 @@ from sklearn.datasets import load_digits
 from dfad.models import resnet20
 
 TRAIN, TEST = 32, 8
-"""Images per class."""
+"""Number of images per class."""
 
 
 def make(folder: Path) -> tuple[Path, Path, Path]:
-    """An archive of JPEGs, one of CIFAR-10's records, and weights of a ResNet-20 that nobody trained."""
+    """An archive of JPEGs, one of CIFAR-10's records, and random weights of a ResNet-20."""
     jpeg, lossless, network = folder / "jpeg.tar.xz", folder / "lossless.tar.xz", folder / "resnet20.safetensors"
     if network.exists():
         return jpeg, lossless, network

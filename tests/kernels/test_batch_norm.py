@@ -321,7 +321,7 @@ ONES = torch.ones(3, 2)
         (ONES, {"weight": torch.ones(2, device="meta")}, ValueError, "weight has shape .* on meta.*on cpu"),
         (torch.ones(3), {}, ValueError, r"shape is \(3,\)"),
         (torch.ones(1, 2), {}, ValueError, "there is no variance"),
-        (ONES, {"residual": torch.ones(3, 1)}, ValueError, r"added is \(3, 1\)"),
+        (ONES, {"residual": torch.ones(3, 1)}, ValueError, r"residual is \(3, 1\)"),
         (ONES, {"running_mean": torch.ones(2)}, ValueError, "Only one of running_mean and running_variance"),
         (ONES, {"weight": torch.ones(3)}, ValueError, r"weight has shape \(3,\).*must be \(2,\)"),
         (ONES, {"bias": torch.ones(2).double()}, TypeError, "bias is torch.float64"),

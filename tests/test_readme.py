@@ -120,6 +120,13 @@ def test_its_links_and_pictures_exist():
         assert (ROOT / link.partition("#")[0]).stat().st_size < 300_000
 
 
+def test_every_room_is_described_to_contributors():
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rooms = [path.parent.name for path in (ROOT / "dfad").glob("*/__init__.py")]
+    assert "engine" in rooms
+    assert [name for name in rooms if f"`dfad/{name}`" not in page] == []
+
+
 def test_it_is_short():
     assert README.count("\n") < 150
 

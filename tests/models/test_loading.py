@@ -131,7 +131,7 @@ def test_a_whole_module_is_refused_too(tmp_path):
 
 def test_a_file_without_tensors_is_refused_and_says_what_it_holds(tmp_path):
     torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="without tensors; it holds epoch, args"):
+    with pytest.raises(ModelError, match="has no tensors; it holds epoch, args"):
         weights.read_weights(tmp_path / "w.pt")
 
 

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, so that what nobody wrote is seen."""
+    """Fill new memory with NaN, so that unwritten elements show."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # without it, the next line has no effect
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -55,7 +55,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def log_handlers() -> Iterator[None]:
-    """A command's log handlers do not outlive its test: they write to streams that are closed by then."""
+    """Remove a command's log handlers after its test, because their streams are closed by then."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -83,7 +83,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def teacher() -> nn.Module:
-    """A small network whose BatchNorms have seen data, in train mode to see whether anyone minds."""
+    """A small network whose BatchNorms have seen data; in train mode, which no caller may rely on."""
     torch.manual_seed(1)
     network = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
     with torch.no_grad():

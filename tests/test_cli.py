@@ -147,7 +147,7 @@ def test_schedules():
 
 
 class TestStreams:
-    """Shells of every kind: the command works, or says in a line why not."""
+    """With every kind of shell the command works, or says in one line why not."""
 
     @pytest.fixture
     def stdout(self, monkeypatch):

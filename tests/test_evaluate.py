@@ -1,4 +1,4 @@
-"""Measuring: each figure against another implementation, and the command."""
+"""Evaluation: each figure against another implementation, and the command."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def logits_and_labels():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A network that has learned digits for a moment, in a file of its own."""
+    """A briefly trained network for digits, as a file."""
     trainer = SupervisedTrainer(QUICK, open_dataset(QUICK.data))
     for _ in range(QUICK.epochs):
         trainer.train_epoch()

@@ -1,4 +1,4 @@
-"""What works without the packages of the extras, and what is said where one is missing."""
+"""What works without the packages of the extras, and the messages where one is missing."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ TEACHER = ROOT / "tests" / "fixtures" / "teacher-of-0.1.0.safetensors"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "pillow": "PIL", "nvidia-dali-cuda130": "nvidia.dali"}
-"""Names to import, where they are not the package's."""
+"""Module names that differ from their package's name."""
 
 
 def modules(requirements: list[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Modes that last for a block and end with it, whatever happens inside."""
+"""Modes for the length of a block, restored also after an exception."""
 
 import pytest
 import torch

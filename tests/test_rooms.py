@@ -53,7 +53,7 @@ ARROWS = {
     "dfad_kernels.cpu": {"dfad_kernels"},
     "dfad_kernels.gpu": {"dfad_kernels"},
 }
-"""What each room may import besides the ground floor; a command may import all but other commands."""
+"""Rooms that each room may import, besides the ground floor; a command may import everything but other commands."""
 
 
 def modules() -> dict[str, Path]:
@@ -69,7 +69,7 @@ MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere in it, by their full names; what serves types alone is left out."""
+    """Modules that a file imports anywhere, by their full names; without those only for types."""
     names = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]

@@ -1,4 +1,4 @@
-"""Names that others rely on: they stay where they are through any move."""
+"""Public names that must not move."""
 
 import importlib
 import inspect

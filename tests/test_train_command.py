@@ -1,4 +1,4 @@
-"""``python -m dfad.train`` as a user meets it: what it prints, leaves behind, refuses and survives."""
+"""``python -m dfad.train`` as users see it: output, files, errors and recovery."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def lines_of(path: Path) -> int:
 
 
 def wait_until(condition, process: subprocess.Popen[str]) -> None:
-    """Until a condition holds or the process has ended."""
+    """Wait until a condition holds or the process has ended."""
     deadline = time.monotonic() + 60
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "the process neither went on nor ended"
@@ -116,7 +116,7 @@ def test_without_fused_kernels_the_log_says_so(tmp_path, command):
 
 
 class Outcome:
-    """What a command that ran in this process ended with."""
+    """The result of a command that ran in this process."""
 
     def __init__(self, exit_code: int, stdout: str, stderr: str) -> None:
         self.exit_code, self.stdout, self.stderr = exit_code, stdout, stderr
@@ -144,7 +144,7 @@ RUN = (f"--method.rounds={ROUNDS}", "--no_evaluate")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run that nobody interrupts."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     done = run(*SMALL, *RUN, "--run_dir=run", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -262,7 +262,7 @@ class TestExtended:
 
 
 class TestBadInput:
-    """One paragraph on standard error, the documented exit code, and nothing left behind."""
+    """Errors: one paragraph on standard error, the documented exit code, and no files."""
 
     @pytest.mark.parametrize(
         ("given", "exit_code", "words"),
@@ -370,7 +370,7 @@ class TestBadInput:
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(command):
     diverging = ["--optimizer.student.lr=1e6", "--optimizer.student.schedule=constant", "--method.rounds=500"]
-    diverging += ["--method.interpolation.weight=0"]  # slow enough to leave a checkpoint behind
+    diverging += ["--method.interpolation.weight=0"]  # slow enough to leave a checkpoint
     refused = command(*SMALL, *diverging, "--run_dir=run")
     assert refused.exit_code == 5
     rounds = int(re.search(r"became NaN or infinite by round (\d+)\. The last good checkpoint is kept in run\.",
@@ -425,7 +425,7 @@ def on_terminal(command: list[str], cwd: Path, **changes: str) -> str:
     while True:
         try:
             shown += os.read(controller, 65536)
-        except OSError:  # how Linux tells that the other end is closed
+        except OSError:  # on Linux, the other end is closed
             break
     os.close(controller)
     assert process.wait() == 0, shown.decode()
@@ -498,7 +498,7 @@ BUNDLES = {
     "data": """--evaluate --data.name digits --data.root . --data.download --data.backend native --data.image_size 8
         --data.channels 1 --data.bits 12 --data.test_fraction 0.3 --data.skip_corrupt""",
 }
-"""Every flag with a value that is not its default, where more than one is to be had on a CPU."""
+"""Every flag with a value other than its default, if a CPU supports more than one."""
 
 ALSO_RUN = {
     *(flag.partition("=")[0] for flag in SMALL),

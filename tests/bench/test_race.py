@@ -1,4 +1,4 @@
-"""Contenders that are timed in turns."""
+"""Races: contenders timed in turns."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class World:
-    """A clock that only contenders move, and what they did."""
+    """A clock that only contenders advance, and a log of their calls."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -195,7 +195,7 @@ def test_alone(benchmark):
 
 
 def test_pytest_bench(tmp_path):
-    """Of other benchmarks: a telling part, then chosen contenders of everything."""
+    """Benchmarks of a small file: a representative part, then chosen contenders of all."""
     (tmp_path / "bench_suite.py").write_text(SUITE)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "--rootdir=."]

@@ -1,4 +1,4 @@
-"""The figures in README and docs are those of the records, and of nothing else."""
+"""The figures in README and docs come only from the records."""
 
 import copy
 import re
@@ -65,7 +65,7 @@ def record() -> records.Record:
 
 
 def test_readme_and_docs_are_written_from_the_records():
-    """Fails when either is changed alone; ``make report`` mends it."""
+    """Fails if pages and records differ; ``make report`` writes the pages."""
     committed = records.load_all()
     assert committed
     text = report.README.read_text(encoding="utf-8")

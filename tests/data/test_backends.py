@@ -1,4 +1,4 @@
-"""Both backends carry a plan out alike: same images, same order, same numbers, every image once."""
+"""Both backends carry out a plan in the same way: same images, order and numbers, every image once."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whatever happens to a file's bytes, opening ends in data or in an error that names the file."""
+"""For any damage of a file's bytes, opening returns data or raises an error that names the file."""
 
 import shutil
 

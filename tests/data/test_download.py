@@ -1,4 +1,4 @@
-"""Fetching, from a server of the test's own."""
+"""Downloads, from a local server."""
 
 import hashlib
 import threading

@@ -1,4 +1,4 @@
-"""Archives: read in place, and refused where they are damaged or reach outside themselves."""
+"""Archives: read in place, and refused if they are damaged or refer to paths outside."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Images of every kind: the right value, or a refusal; never black or white without a word."""
+"""Images of every kind: correct values or an error, never silently black or white."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def whole(white: int, dtype: str = "<u2") -> np.ndarray:
 
 
 def png(bits: int, colour: int, rows: np.ndarray) -> bytes:
-    """A PNG of which Pillow writes no such kind: bits per sample, type of colour, bytes of each row."""
+    """A PNG of a kind that Pillow does not write: bits per sample, colour type, bytes of each row."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

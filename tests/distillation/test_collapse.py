@@ -1,4 +1,4 @@
-"""Collapses provoked: what is noticed, what is done, and within which budget."""
+"""Provoked mode collapses: detection, response and budget."""
 
 import logging
 from dataclasses import replace
@@ -17,7 +17,7 @@ ROUNDS = 8
 
 @pytest.fixture
 def make(teacher, config):
-    """A distiller that looks at its generator after every round."""
+    """A distiller that checks its generator after every round."""
 
     def make(**collapse) -> Distiller:
         torch.manual_seed(2)
@@ -33,7 +33,7 @@ def make(teacher, config):
 
 
 def broken_before(distiller: Distiller, rounds: set[int]) -> None:
-    """Lets the generator forget its noise before these rounds: all its images are then alike."""
+    """Makes the generator ignore its noise before these rounds, so that all its images are the same."""
     run_round = distiller.run_round
 
     def breaking():
@@ -44,7 +44,7 @@ def broken_before(distiller: Distiller, rounds: set[int]) -> None:
         return run_round()
 
     distiller.run_round = breaking
-    # or the broken generator would learn anew within its round
+    # otherwise the broken generator would recover within its round
     distiller.round.set_learning_rates = lambda progress: None
 
 
@@ -136,7 +136,7 @@ def test_images_of_one_class_are_a_collapse_as_well(make, teacher, caplog):
 
 
 def test_a_collapse_that_training_brings_about_is_recovered(make, caplog):
-    """A generator that is only asked for images that the teacher is sure of makes one kind of them."""
+    """A generator that only maximises the teacher's certainty collapses to one class."""
     distiller = make(class_entropy=0.6, budget=1)
     method = MethodConfig(
         rounds=60, student_steps=1, batch_size=16, adversarial=0.0, regularizers=RegularizerConfig(one_hot=5.0)

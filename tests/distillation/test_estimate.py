@@ -1,4 +1,4 @@
-"""What a run will cost."""
+"""The estimated cost of a run."""
 
 import gc
 

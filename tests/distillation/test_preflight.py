@@ -1,4 +1,4 @@
-"""What could fail at the end of a run fails before its first round."""
+"""What would fail at the end of a run is an error before its first round."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 class Shared(nn.Module):
-    """One convolution with two names, and extra state."""
+    """A network whose convolution has two names, with extra state."""
 
     def __init__(self, extra=None) -> None:
         super().__init__()

@@ -238,7 +238,7 @@ def test_a_round_has_as_many_generator_steps_as_asked_for(distiller, monkeypatch
 
 class TestRun:
     def stopped_after(self, distiller: Distiller, folder, steps: int) -> None:
-        """A run that is asked to stop after so many steps, as by a signal."""
+        """A run that is requested to stop after this number of steps, as by a signal."""
         count = itertools.count(1)
         run_round = distiller.run_round
 

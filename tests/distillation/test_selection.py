@@ -7,7 +7,7 @@ from dfad.distillation.selection import SLICES, AgreementBank
 
 
 def fill(bank: AgreementBank, rounds: int) -> list[int]:
-    """Run the rounds; returns those after which a slice was gathered. The image's value is the teacher's class."""
+    """Run the rounds; returns those after which a slice was added. An image's value is the teacher's class."""
     gathered = []
     for round_index in range(1, rounds + 1):
         if bank.is_due(round_index):

@@ -1,4 +1,4 @@
-"""As much of PyTorch's CUDA graphs as a capture touches, without a GPU: what refuses here refuses there.
+"""A stand-in for PyTorch's CUDA graphs without a GPU; it raises errors where PyTorch does.
 
 Modelled on the sources of PyTorch 2.11: a capture that was broken cannot be ended, and leaves the stream, the allocator
 and the generators as they were in the middle of it.
@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class State:
-    """Of a generator; a graph that it is registered with keeps it."""
+    """The state of a generator; a graph that it is registered with holds a reference."""
 
     seed: int = 0
     offset: int = 0
@@ -44,7 +44,7 @@ class Generator:
         self.state = other.state
 
     def draw(self) -> int:
-        """A number; of a capture, where the draw will stand in its replays."""
+        """Draw a number; in a capture, the position of the draw in its replays."""
         if self.world.capturing != self.state.capturing:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         self.state.offset += 1
@@ -124,7 +124,7 @@ class World:
         self.default = Generator(self)
 
     def wait(self) -> None:
-        """What a capture does not survive."""
+        """An operation that breaks a capture."""
         if self.capturing:
             self.broken = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore words")
@@ -135,7 +135,7 @@ class World:
         self.allocating.remove(pool)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let PyTorch be this one."""
+        """Make PyTorch use this stand-in."""
 
         def stream(_: object = None) -> Any:
             return SimpleNamespace(device=torch.device("cuda", 0), wait_stream=lambda other: None)

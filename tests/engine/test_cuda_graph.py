@@ -113,7 +113,7 @@ class TestWithoutAGpu:
 
     def test_the_collector_runs_before_a_capture_and_not_in_it(self, world, graphs):
         class Owner:
-            """A cycle: it is freed by the collector alone."""
+            """A reference cycle, which only the garbage collector frees."""
 
             def __init__(self):
                 self.itself = self
@@ -171,7 +171,7 @@ class TestWithoutAGpu:
         assert len(ran) == 2 * (WARM_UP_ROUNDS + 1)
 
     def test_a_refusal_takes_other_graphs_with_the_same_generators_along(self, world, graphs):
-        """These would go on to advance the states that the generators no longer have."""
+        """Old graphs would still advance generator states that are no longer used."""
         generator = Generator(world)
 
         def good():
@@ -205,7 +205,7 @@ class TestWithoutAGpu:
         assert graphs.captures == 2
 
     def test_loading_a_state_and_the_end_of_a_run_drop_the_graph(self, world, teacher, config):
-        """Loading replaces the optimizers' tensors, which a graph would go on to read and write."""
+        """Loading replaces the optimizers' tensors, but a graph would still use the old ones."""
         distiller = make(teacher, with_method(config, rounds=2 * ROUNDS))
         distiller.engine.graphs = graphs = RoundGraphs(GPU, required=True)
         replaying = []

@@ -1,4 +1,4 @@
-"""How a round runs: every part of the engine computes what plain PyTorch computes, and none waits for the device."""
+"""Every part of the engine computes what plain PyTorch computes, and none waits for the device."""
 
 import logging
 import sys

@@ -26,7 +26,7 @@ def optimizer_of(
 
 @pytest.fixture
 def capturing(monkeypatch) -> None:
-    """PyTorch believes that the current stream is being captured."""
+    """Make PyTorch assume that the current stream is being captured."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(is_capturing=lambda: True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -50,7 +50,7 @@ class TestUnderCapture:
 
     @each_kind
     def test_a_checkpoint_does_not_take_the_option_away(self, name):
-        """Nor does it bring the learning rate or the step counts of another device along."""
+        """Neither the learning rate nor the step counts keep the device of the checkpoint."""
         _, written = optimizer_of(name, fused=False, capturable=False)
         with pytest.MonkeyPatch.context() as elsewhere:
             elsewhere.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
@@ -78,7 +78,7 @@ def test_only_an_engine_with_graphs_pays_for_it():
 @each_kind
 @pytest.mark.parametrize("overflows", [1, 2])
 def test_steps_that_overflow_leave_no_trace(name, overflows):
-    """Fresh memory is NaN here: what a skipped first step leaves as it is would show in the next one."""
+    """New memory is NaN here, so memory that a skipped first step does not initialise would show."""
     expected, plain = optimizer_of(name)
     plain.step()
     parameter, optimizer = optimizer_of(name)

@@ -1,4 +1,4 @@
-"""What a run changes in the process, and that it is put back where the run ends."""
+"""Changes of a run to the process, and their restoration at its end."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ def flags() -> tuple[bool, str, str]:
 
 
 def gpu_engine(precision: str, *, fused: bool) -> Engine:
-    """One that believes to run on a GPU."""
+    """An engine that assumes to run on a GPU."""
     engine = Engine(ALL_OFF, fused=fused, device=CPU)
     engine.device = torch.device("cuda")
     engine.precision = precision  # type: ignore[assignment]

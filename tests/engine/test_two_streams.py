@@ -1,4 +1,4 @@
-"""Teacher and student beside each other."""
+"""Teacher and student on two streams."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.engine.test_engine import ALL_OFF, CPU, make
 
 
 class Stream:
-    """Writes down what it waits for."""
+    """Records what it waits for."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log

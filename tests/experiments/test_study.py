@@ -1,4 +1,4 @@
-"""Comparisons: every arm over the seeds, judged; finished runs are not run again."""
+"""Comparisons: every arm over the seeds, and the claims; finished runs are not repeated."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def again(finished: Path, tmp_path: Path, *arguments) -> dict:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the finished comparison was run: the number of threads changes the last bits."""
+    """Use the threads of the finished comparison, because their number changes the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def nothing_runs(monkeypatch) -> None:
-    """Whatever is not finished fails."""
+    """Make every run that is not finished fail."""
     monkeypatch.setattr(study, "build_distiller", None)
     monkeypatch.setattr(study, "teach", None)
 
@@ -102,7 +102,7 @@ def run(tmp_path, *arguments) -> dict:
 
 
 def timeless(record: dict) -> dict:
-    """Without what differs between two runs of the same."""
+    """A record without what differs between two identical comparisons."""
     return json.loads(json.dumps(record), object_hook=lambda tree: {k: v for k, v in tree.items() if k != "seconds"})
 
 

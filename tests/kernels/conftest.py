@@ -14,8 +14,8 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_scalars() -> Iterator[None]:
-    """Triton's interpreter takes a loop's bounds from arrays of one element; that of 3.6 in a way that NumPy 2.4
-    refuses."""
+    """Triton's interpreter reads loop bounds from arrays of one element; version 3.6 does so in a way that NumPy 2.4
+    rejects."""
     if not has_triton:
         yield
         return

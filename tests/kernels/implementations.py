@@ -1,4 +1,4 @@
-"""The ways to compute a loss, called alike: from arguments and an incoming gradient to loss and gradients."""
+"""Implementations of a loss with a common interface, from arguments and an incoming gradient to loss and gradients."""
 
 import importlib.util
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def operator(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
 
 
 def kernels(kernels_name: str) -> Implementation:
-    """The kernels of that name without the dispatcher, which would send an interpreted kernel's CPU tensors to C++."""
+    """The kernels of a name, called without the dispatcher, which would use C++ for CPU tensors."""
 
     def run(case: OpCase, pair: Any, settings: Any, upstream: Any) -> Result:
         op = case.op
@@ -62,4 +62,4 @@ FEATURE_KERNELS = [
     *(pytest.param(f"cpp.{level}", id=f"cpp.{level}") for level in instruction_sets()[:-1]),
     pytest.param("triton", id="triton", marks=interpreted),
 ]
-"""What an operator over features is given as ``kernels``."""
+"""Values for the argument ``kernels`` of an operator over features."""

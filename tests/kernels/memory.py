@@ -1,4 +1,4 @@
-"""Memory whose borders are guarded."""
+"""Memory with guarded borders."""
 
 import ctypes
 import mmap
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def guarded(like: Tensor) -> Tensor:
-    """A copy that ends where a page begins that nobody may touch. A masked access is nothing a sanitizer sees."""
+    """A copy that ends at an inaccessible page. Sanitizers do not check masked accesses."""
     if like.numel() == 0:
         return like
     size = like.numel() * like.element_size()

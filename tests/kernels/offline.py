@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for GPUs that need not be there, as the launchers would launch them.
+"""Compiles the Triton kernels for GPUs that need not exist here, with the launchers' arguments.
 
-``python tests/kernels/offline.py sm_90`` prints what the compiler tells of each kernel as JSON. A program of its own,
+``python tests/kernels/offline.py sm_90`` prints the compiler's report on each kernel as JSON. A separate program,
 as a process that interprets Triton cannot compile it.
 """
 
@@ -55,7 +55,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler tells of one kernel."""
+    """The compiler's report on one kernel."""
 
     kernel: str
     dtype: str
@@ -65,7 +65,7 @@ class Compiled:
     wide_loads: int
     """Loads of 128 bits from global memory."""
     expected_loads: int
-    """As many as a thread needs for its share of the tensors, each read once (by a chunked forward pass twice)."""
+    """Number of loads that a thread needs to read its share of the tensors once (twice in a chunked forward pass)."""
     wide_stores: int
     expected_stores: int
     int32_offsets: int
@@ -83,7 +83,7 @@ class Launch:
 
 @contextmanager
 def recorded(*modules: Any) -> Iterator[list[Launch]]:
-    """Launches of the modules' kernels are written down instead."""
+    """Record launches of the modules' kernels instead of running them."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -114,7 +114,7 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
 
 
 def launches_of(op: Any, module: Any, pair: tuple[Tensor, Tensor], needed: list[bool], **settings: Any) -> list[Launch]:
-    """Those of a forward and a backward pass over tensors without memory."""
+    """Launches of a forward and a backward pass over tensors without memory."""
     arguments = op.prepare(*pair, **settings)
     with recorded(module) as launches:
         loss, saved = op.run_forward("triton", *arguments)
@@ -123,7 +123,7 @@ def launches_of(op: Any, module: Any, pair: tuple[Tensor, Tensor], needed: list[
 
 
 def feature_launches(dtype: torch.dtype) -> list[Launch]:
-    """Of the operators over features: few channels and many, all that may be missing given and not."""
+    """Launches of operators over features: few and many channels, with and without all optional arguments."""
     launches: list[Launch] = []
     for channels, adds in ((64, True), (512, False)):
         x, residual, gradient = (
@@ -151,7 +151,7 @@ def all_launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def loss_launches(dtype: torch.dtype) -> list[Launch]:
-    """Of the losses."""
+    """Launches of the losses."""
     taps = torch.empty(256, 64, 32, 32, dtype=dtype, device="meta")
     launches = launches_of(activation_boundary_loss, activation_boundary_module, (taps, taps), [True])
     for shape in ((256, RESIDENT_CLASSES), (16, 21, 256, 256), (64, 32000)):
@@ -206,7 +206,7 @@ def nvidia_usage(cubin: bytes) -> dict[str, int]:
 
 
 def tensors_read(launch: Launch) -> int:
-    """How often a kernel has to load a tensor of the inputs' size."""
+    """Number of times that a kernel must load a tensor of the inputs' size."""
     name, settings = launch.function.__name__, launch.arguments
     if "CHANNELS" in settings:
         return len(features_of(launch, "x_ptr", "y_ptr", "g_ptr", "r_ptr"))
@@ -220,12 +220,12 @@ def tensors_read(launch: Launch) -> int:
 
 
 def features_of(launch: Launch, *names: str) -> list[str]:
-    """Those of the arguments that are given."""
+    """The arguments that are given."""
     return [name for name in names if launch.arguments.get(name) is not None]
 
 
 def tensors_written(launch: Launch) -> int:
-    """Of the inputs' size; by a loss in a backward pass."""
+    """Stores of the inputs' size; for a loss, in its backward pass."""
     if "CHANNELS" in launch.arguments:
         return len(features_of(launch, "out_ptr", "dx_ptr", "dr_ptr"))
     if "backward" not in launch.function.__name__:

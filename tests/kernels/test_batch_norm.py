@@ -1,4 +1,4 @@
-"""Batch normalisation with what follows it: numbers against the equation in float64, and what else it promises."""
+"""Batch normalisation with what follows it: numbers against the equation in float64, and further guarantees."""
 
 import importlib
 import itertools
@@ -29,7 +29,7 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Variant:
-    """What there is besides the normalisation."""
+    """Which optional parts there are besides the normalisation."""
 
     adds: bool
     affine: bool
@@ -44,7 +44,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
 def inputs_of(shape: tuple[int, ...], variant: Variant, dtype: torch.dtype, generator: Generator) -> Inputs:
-    """Features' mean is not small beside their deviation."""
+    """Features whose mean is not small compared to their deviation."""
     x, residual = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64)
     x, residual = channels_last(x + 3).to(dtype), channels_last(residual).to(dtype)
@@ -58,7 +58,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def on(device: str, inputs: Inputs) -> Inputs:
-    """In the layout that they have."""
+    """A copy in the same layout."""
     x, weight, bias, residual = (value if value is None else value.to(device) for value in inputs)
     assert x is not None
     return x, weight, bias, residual
@@ -220,7 +220,7 @@ def test_nan_fills_its_channel_and_no_other(kernels: str | None, generator: Gene
 def test_stretches_of_several_tiles(
     variant: Variant, stretches: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As large features have, of which the last one ends within a tile."""
+    """Many stretches, as for large features; the last one ends within a tile."""
     channels = importlib.import_module("dfad_kernels.gpu.channels")
     for name, value in (("STRETCHES", stretches), ("SUMMED", 64), ("SUMMED_OF_SEVERAL", 32), ("WALKED_BYTES", 256)):
         monkeypatch.setattr(channels, name, value)

@@ -67,7 +67,7 @@ def test_matches_the_equation(
 @interpreted
 @pytest.mark.parametrize("stretches", [1, 3])
 def test_stretches_of_several_tiles(stretches: int, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large features have, of which the last one ends within a tile; and norms over several blocks of channels."""
+    """Many stretches, as for large features, the last one ending within a tile; norms over several channel blocks."""
     channels = importlib.import_module("dfad_kernels.gpu.channels")
     for name, value in (("STRETCHES", stretches), ("SUMMED", 64), ("WALKED_BYTES", 256)):
         monkeypatch.setattr(channels, name, value)

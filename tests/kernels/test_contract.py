@@ -1,4 +1,4 @@
-"""What the operators promise apart from their numbers."""
+"""Guarantees of the operators other than their numbers."""
 
 import importlib
 import itertools
@@ -31,7 +31,7 @@ each_implementation = pytest.mark.parametrize("implementation", CPU_IMPLEMENTATI
 
 
 def arguments(case: OpCase, shape: tuple[int, ...], reduction: str, gradients: bool = True) -> list[tuple[Any, ...]]:
-    """The operator's own arguments, for each of the case's settings."""
+    """Arguments of the operator, for each of the case's settings."""
     generator = Generator().manual_seed(0)
     student, teacher = case.pair(shape, torch.float64, generator)
     student.requires_grad_(gradients)
@@ -145,7 +145,7 @@ def test_a_partner_that_is_no_permutation_is_refused(partner: list[int]) -> None
 @implementations.interpreted
 @pytest.mark.parametrize("classes", [4, 8193], ids=["resident", "chunked"])
 def test_triton_makes_a_partner_that_is_no_permutation_show(classes: int) -> None:
-    """A GPU cannot raise without waiting for it, so an index out of range gives NaN, and never another's memory."""
+    """An error would need to wait for the GPU, so an index out of range gives NaN, and never reads other memory."""
     logits = torch.randn(3, classes)
     for partner, loss_is_nan in (([0, 1, 3], True), ([0, 1, -1], True), ([0, 0, 1], False)):
         call = interpolated_kl_div.prepare(logits, logits, 0.5, torch.tensor(partner))
@@ -382,7 +382,7 @@ def test_many_classes(implementation: Implementation, generator: Generator) -> N
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """Only the last row differs: a 32-bit offset would miss it. Nothing but its pages is memory of its own."""
+    """Only the last row differs: a 32-bit offset would miss it. Only its pages use memory."""
 
     def zeros(*shape: int) -> Tensor:
         pages = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,4 +1,4 @@
-"""Chains of convolutions: numbers against the equation in float64, and what else they promise."""
+"""Chains of convolutions: numbers against the equation in float64, and further guarantees."""
 
 import itertools
 import sys
@@ -69,7 +69,7 @@ def inputs_of(shape: Sequence[int], link: Link, generator: Generator) -> list[Te
 
 
 def chain_of(*links: Link, inputs: int = 1, outputs: Sequence[int] = ()) -> ConvolutionChain:
-    """With all that is kept of the last link as outputs, unless others are named."""
+    """A chain whose outputs are the kept values of the last link, unless others are given."""
     last = inputs + 2 * (len(links) - 1)
     kept = [last + i for i, keeps in enumerate((links[-1].keeps_pre, links[-1].keeps_post)) if keeps]
     return ConvolutionChain(links, inputs, outputs or kept)
@@ -83,7 +83,7 @@ def leaves_of(layers: Sequence[Layer], inputs: Sequence[Tensor]) -> list[Tensor]
 def differentiate(
     compute: Any, links: Sequence[Link], layers: Sequence[Layer], inputs: Sequence[Tensor], seed: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients of all inputs and of what learns, for the same upstream gradients each time."""
+    """Outputs, and gradients of all inputs and parameters, always for the same incoming gradients."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     layers = [
         Layer(*(t if t is None else t.detach().requires_grad_(link.normalises) for t in layer[:3]), *layer[3:])
@@ -137,7 +137,7 @@ RESIDUAL_NETWORK = [
 
 
 def network_of(normalises: bool, generator: Generator) -> tuple[ConvolutionChain, list[Layer], list[Tensor]]:
-    """A chain in which values are read by none, one and several, inside and outside."""
+    """A chain with values that have no, one or several readers, inside and outside."""
     links = [replace(link, normalises=normalises) for link in RESIDUAL_NETWORK]
     layers = [layer_of(link, 16, 16, generator) for link in links]
     inputs = [channels_last(torch.randn(6, 16, 7, 5, generator=generator).bfloat16())]

@@ -1,4 +1,4 @@
-"""What follows a convolution in a network that does not learn: numbers against the equation in float64."""
+"""What follows a convolution in a frozen network: numbers against the equation in float64."""
 
 import itertools
 import sys
@@ -25,7 +25,7 @@ each_kernels = pytest.mark.parametrize("kernels", FEATURE_KERNELS)
 
 @dataclass(frozen=True)
 class Variant:
-    """What there is."""
+    """Which optional parts there are."""
 
     normalises: bool
     scales: bool
@@ -51,7 +51,7 @@ class Inputs:
     slope: float
 
     def to(self, *where: Any) -> "Inputs":
-        """In the layout that they have."""
+        """A copy in the same layout."""
         residual = None if self.residual is None else self.residual.to(*where)
         of_channels = {name: value.to(*where) for name, value in self.of_channels.items()}
         return Inputs(self.x.to(*where), of_channels, residual, self.slope)

@@ -1,4 +1,4 @@
-"""The Triton kernels where they belong."""
+"""The Triton kernels on a GPU."""
 
 import itertools
 from typing import Any

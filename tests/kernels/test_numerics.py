@@ -32,7 +32,7 @@ each_implementation = pytest.mark.parametrize("implementation", CPU_IMPLEMENTATI
 
 
 def exact(case: OpCase, pair: Any, options: Settings, upstream: Tensor) -> implementations.Result:
-    """The equation in float64 on the very numbers that the implementation is given."""
+    """The equation in float64 on the same numbers as the implementation."""
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in options.items()
@@ -55,7 +55,7 @@ def test_the_equation_is_computed_where_the_pair_is() -> None:
 
 
 REFERENCE_TOLERANCE = 2e-5
-"""PyTorch's own softmax and logarithm in float32, where the fused kernels hold 1e-6."""
+"""Tolerance for PyTorch's softmax and logarithm in float32; the fused kernels reach 1e-6."""
 
 
 def is_interpreted(implementation: Implementation) -> bool:
@@ -73,7 +73,7 @@ def gradient_tolerance(dtype: torch.dtype, implementation: Implementation) -> fl
 def check(
     implementation: Implementation, case: OpCase, pair: Any, options: Settings, generator: Generator
 ) -> tuple[float, float]:
-    """Errors of loss and gradients, having asserted that they are small and of the right kind."""
+    """Errors of loss and gradients, after asserting that they are small and that dtypes and layouts are right."""
     student = pair[0]
     kept: list[Tensor] = []
 
@@ -113,7 +113,7 @@ def test_matches_the_equation(case: OpCase, dtype: torch.dtype, implementation: 
     generator = Generator().manual_seed(1)
     pairs = itertools.product(case.shapes, REDUCTIONS)
     if is_interpreted(implementation):
-        # reductions differ in a factor that is given to all kernels alike, and interpreting them is slow
+        # reductions differ only in a factor that all kernels get, and interpreting them is slow
         pairs = zip(case.shapes, itertools.cycle(("none", "mean")), strict=False)
     for shape, reduction in pairs:
         for options in case.settings(shape[0], generator):
@@ -126,7 +126,7 @@ def test_matches_the_equation(case: OpCase, dtype: torch.dtype, implementation: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_choice_of_gradients
 def test_gradients_too_large_for_a_cache(case: OpCase, dtype: torch.dtype, level: str, generator: Generator) -> None:
-    """They are written past it."""
+    """Large gradients are written past the cache."""
     rows = 2 * 4 // dtype.itemsize
     for shape in ((rows, 21, 224, 256), (550 * rows, 2048)):
         options = {**case.settings(shape[0], generator)[0], "reduction": "mean"}
@@ -257,7 +257,7 @@ def test_whatever_the_call_to_interpreted_kernels(case: OpCase) -> None:
 
 
 def test_the_documented_errors() -> None:
-    """What the C++ kernels and the interpreted Triton kernels reach on fixed samples, as the documentation tells it."""
+    """Errors of the kernels on fixed samples, as in the documentation."""
     rows = []
     for case, dtype in itertools.product(CASES, DTYPES):
         row = [case.name, str(dtype).removeprefix("torch."), f"{TOLERANCE[dtype]:.0e}"]

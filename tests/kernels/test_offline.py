@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for GPUs that are not there."""
+"""The Triton kernels, compiled for GPUs without having one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Addresses of more elements than 32 bits count, on a host that could not hold them."""
+"""Offsets beyond 32 bits, on a host without memory for such tensors."""
 
 import itertools
 from typing import Any

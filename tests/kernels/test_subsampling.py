@@ -1,4 +1,4 @@
-"""The shortcut without parameters, against the operations that it stands for."""
+"""The shortcut without parameters, against the operations that it replaces."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A GPU needs Triton's kernels alone: nothing on its way loads the C++ extension, which takes minutes to build."""
+"""A GPU needs only Triton's kernels: nothing there loads the C++ extension, which takes minutes to build."""
 
 import os
 import subprocess

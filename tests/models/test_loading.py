@@ -19,7 +19,7 @@ from dfad.models.taps import Outputs
 
 
 class Plain(nn.Module):
-    """A network that returns logits alone."""
+    """A network that returns only logits."""
 
     def __init__(self, num_classes: int = 4, channels: int = 3, size: int = 8) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_a_file_without_tensors_is_refused_and_says_what_it_holds(tmp_path):
 
 
 class TestWhatLiesThere:
-    """The content decides, not the name; what is often taken for weights is called by its name."""
+    """The content decides, not the name; the error says what a file is that is often mistaken for weights."""
 
     @pytest.mark.parametrize(
         ("name", "content", "kind"),
@@ -211,7 +211,7 @@ class TestWhatLiesThere:
 
 
 class TestLargerCheckpoints:
-    """Weights among other things: found where there is no doubt, chosen by key where there is."""
+    """Weights in larger checkpoints: found if unambiguous, otherwise chosen by a key."""
 
     @pytest.fixture
     def network(self):
@@ -463,7 +463,7 @@ class TestOutputs:
 
 
 class Picky(nn.Module):
-    """Takes images of one size, and complains as transformers do."""
+    """Takes images of one size, with errors like those of transformers."""
 
     def __init__(self, size, channels=3) -> None:
         super().__init__()

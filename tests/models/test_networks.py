@@ -28,7 +28,7 @@ PARAMETERS = {
     "wrn_40_1": 563_930,
     "wrn_40_2": 2_243_546,
 }
-"""As published with the architectures, to the digit."""
+"""Parameter counts as published with the architectures."""
 
 RESNET34_TAPS = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 THIN_TAPS = [(16, 32, 32), (32, 16, 16), (64, 8, 8)]

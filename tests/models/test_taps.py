@@ -1,4 +1,4 @@
-"""Taps as outputs: the values are those inside the network, whatever it does with them afterwards."""
+"""Taps as outputs: the values inside the network, also if they are overwritten afterwards."""
 
 import copy
 
@@ -13,7 +13,7 @@ from dfad.models.wrappers import CHECKED_WITH
 
 
 class Residual(nn.Module):
-    """A block whose addition is no module, and whose ReLU overwrites what was tapped."""
+    """A block whose addition is no module, and whose ReLU overwrites the tap."""
 
     def __init__(self) -> None:
         super().__init__()

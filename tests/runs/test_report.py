@@ -1,4 +1,4 @@
-"""What a finished run leaves behind."""
+"""The results of a finished run."""
 
 import json
 from dataclasses import asdict, replace

@@ -56,7 +56,7 @@ def weights(trainer):
 
 
 class Dropped(nn.Module):
-    """A user's network: logits alone, its own keyword, and random numbers of its own."""
+    """A user's network: returns only logits, has its own keyword, and draws random numbers."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What NVIDIA's tools say, read."""
+"""Parsing of the reports of NVIDIA's tools."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The command that measures everything on a GPU: what it runs when, what it keeps, what it tells."""
+"""The command that measures everything on a GPU: order of parts, kept results, output."""
 
 import json
 import os
@@ -338,7 +338,7 @@ class TestRecord:
 class TestCommand:
     def test_without_a_gpu_it_tells_the_way_out(self, tmp_path):
         if torch.cuda.is_available():
-            pytest.skip("tells what happens where there is no GPU, and here is one")
+            pytest.skip("tests the behaviour without a GPU, and here is one")
         with pytest.raises(SystemExit, match="sees no NVIDIA GPU here.*--rehearse"):
             gpu.main(["--state", str(tmp_path)])
 

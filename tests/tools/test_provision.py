@@ -1,4 +1,4 @@
-"""What a GPU machine without a network is brought."""
+"""Packages for a GPU machine without a network."""
 
 import re
 import subprocess
@@ -121,7 +121,7 @@ def test_what_is_neither_there_nor_brought_is_told(tmp_path, calls, monkeypatch)
 class TestExtension:
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch, tmp_path):
-        """It has no extension yet; the packages lie elsewhere."""
+        """A copy of the package without the extension."""
         monkeypatch.setattr(provision.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(provision, "PACKAGE", tmp_path / "package")
         (tmp_path / "package").mkdir()

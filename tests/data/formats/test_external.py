@@ -1,4 +1,4 @@
-"""torchvision and Hugging Face, through stand-ins of the interfaces that are used of them."""
+"""torchvision and Hugging Face, with stand-ins for the interfaces in use."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ def samples(count, mode="RGB"):
 
 
 class TrainFlag:
-    """Like CIFAR10 and its kind."""
+    """A data set like CIFAR10."""
 
     classes = ("even", "odd")
 
@@ -32,7 +32,7 @@ class TrainFlag:
 
 
 class SplitName(TrainFlag):
-    """Like SVHN and its kind."""
+    """A data set like SVHN."""
 
     classes = None
 
@@ -41,7 +41,7 @@ class SplitName(TrainFlag):
 
 
 class Whole:
-    """Like ImageFolder and its kind: no split of its own."""
+    """A data set like ImageFolder, without splits."""
 
     classes = ("even", "odd")
 

@@ -1,4 +1,4 @@
-"""SVHN: MATLAB files, read only where they are the published ones."""
+"""SVHN: MATLAB files, read only if they are the published ones."""
 
 import hashlib
 import sys

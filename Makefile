@@ -51,6 +51,11 @@ sanitize: $(VENV)/.dev
 	  PYTHONPATH="build/sanitized:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels -k "not triton and not offline"
 
+# The source distribution and, built from it in isolation, the wheel.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 

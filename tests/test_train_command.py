@@ -108,6 +108,7 @@ def test_the_default_command(tmp_path):
     assert recorded_rounds(folder) == [1, 2, 3, 4]
     result = json.loads((folder / "result.json").read_text())
     assert result["rounds"] == 4
+    assert result["captured"] is False
     assert 0 <= result["accuracy"] <= 1
 
 

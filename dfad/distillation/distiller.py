@@ -66,6 +66,8 @@ class Result:
     """Accuracy of the last student on the evaluation set, if there is one."""
     best_accuracy: float | None
     """Accuracy of the student with the best agreement, which is selected without labels."""
+    captured: bool = False
+    """Whether rounds of this process were replayed as a CUDA graph."""
 
 
 class Distiller:
@@ -392,6 +394,7 @@ class Distiller:
             best_round=self.best.get("round"),
             best_agreement=self.best.get("agreement"),
             best_accuracy=self.best.get("accuracy"),
+            captured=self.engine.captured,
         )
 
 

@@ -62,10 +62,21 @@ def batch_norm(
         ValueError: if shapes or devices do not fit, or a number is out of its range.
         TypeError: if the dtypes do not fit.
     """
-    _check(x, running_mean, running_variance, weight, bias, residual, momentum, epsilon, negative_slope)
-    y: Tensor = _BatchNorm.apply(
-        x, running_mean, running_variance, weight, bias, residual, momentum, epsilon, negative_slope, kernels
-    )
+    check_features(x)
+    if x.numel() <= x.shape[1]:
+        raise ValueError(
+            f"The features' shape is {tuple(x.shape)}; it needs at least two values per channel: for fewer there is "
+            "no variance."
+        )
+    check_residual(residual, x)
+    if (running_mean is None) != (running_variance is None):
+        raise ValueError("Only one of running_mean and running_variance is given; give both, or neither.")
+    check_channels(x, running_mean=running_mean, running_variance=running_variance, weight=weight, bias=bias)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; it must be in [0, 1].")
+    check_normalisation(epsilon, negative_slope)
+    others = running_mean, running_variance, weight, bias, residual, momentum, epsilon, negative_slope
+    y: Tensor = _BatchNorm.apply(kernels, x, *others)
     return y
 
 
@@ -84,32 +95,6 @@ def reference(
     """:func:`batch_norm` as PyTorch's operations in float32 at least."""
     y = F.batch_norm(x.to(compute_dtype(x)), running_mean, running_variance, weight, bias, True, momentum, epsilon)
     return F.leaky_relu(y if residual is None else y + residual, negative_slope).to(x.dtype)
-
-
-def _check(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    momentum: float,
-    epsilon: float,
-    negative_slope: float,
-) -> None:
-    check_features(x)
-    if x.numel() <= x.shape[1]:
-        raise ValueError(
-            f"The features' shape is {tuple(x.shape)}; it needs at least two values per channel: for fewer there is "
-            "no variance."
-        )
-    check_residual(residual, x)
-    if (running_mean is None) != (running_variance is None):
-        raise ValueError("Only one of running_mean and running_variance is given; give both, or neither.")
-    check_channels(x, running_mean=running_mean, running_variance=running_variance, weight=weight, bias=bias)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}; it must be in [0, 1].")
-    check_normalisation(epsilon, negative_slope)
 
 
 @feature_operator("batch_norm", "forward", mutates=("running_mean", "running_variance"))
@@ -148,19 +133,8 @@ class _BatchNorm(torch.autograd.Function):
     """The gradients that are needed."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_variance: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        momentum: float,
-        epsilon: float,
-        negative_slope: float,
-        kernels: str | None,
-    ) -> Tensor:
+    def forward(ctx: Any, kernels: str | None, x: Tensor, *others: Any) -> Tensor:
+        running_mean, running_variance, weight, bias, residual, momentum, epsilon, negative_slope = others
         x = channels_last(x)
         residual = None if residual is None else channels_last(residual)
         numbers = momentum, epsilon, negative_slope
@@ -177,12 +151,12 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *others = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        _, needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         y_gradient = channels_last(y_gradient)
         of_x, of_weight, of_bias, of_residual = _backward(ctx.kernels, x, y_gradient, y, *others, *ctx.numbers)
         passed_on = y_gradient if y is None else of_residual  # the incoming gradient, if there is no activation
         return (
-            *(of_x if needs_x else None, None, None),
+            *(None, of_x if needs_x else None, None, None),
             *(of_weight if needs_weight else None, of_bias if needs_bias else None),
-            *(passed_on if needs_residual else None, None, None, None, None),
+            *(passed_on if needs_residual else None, None, None, None),
         )

@@ -68,7 +68,7 @@ def frozen_batch_norm(
     for name, value in of_channels.items():
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which this operator does not give; `.detach()` it.")
-    y: Tensor = _FrozenBatchNorm.apply(x, mean, variance, weight, bias, residual, epsilon, negative_slope, kernels)
+    y: Tensor = _FrozenBatchNorm.apply(kernels, x, residual, *of_channels.values(), epsilon, negative_slope)
     return y
 
 
@@ -129,21 +129,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
     """The gradients that are needed, and which of them are the same tensor."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        epsilon: float,
-        negative_slope: float,
-        kernels: str | None,
-    ) -> Tensor:
+    def forward(ctx: Any, kernels: str | None, x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+        mean, variance, weight, bias, epsilon, negative_slope = others
         residual = None if residual is None else channels_last(residual)
-        others = mean, variance, weight, bias, residual, epsilon, negative_slope
-        y: Tensor = _forward(kernels, channels_last(x), *others)
+        of_channels = mean, variance, weight, bias
+        y: Tensor = _forward(kernels, channels_last(x), *of_channels, residual, epsilon, negative_slope)
         # without an activation y is not needed, and an in-place operation may write it
         ctx.save_for_backward(y if negative_slope != 1 else None, variance, weight)
         ctx.numbers = epsilon, negative_slope
@@ -154,7 +144,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
         y, variance, weight = ctx.saved_tensors
-        needs_x, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        _, needs_x, needs_residual, *without = ctx.needs_input_grad
         y_gradient = channels_last(y_gradient)
         activates, scales = y is not None, variance is not None or weight is not None
         of_x = of_residual = y_gradient
@@ -163,5 +153,4 @@ class _FrozenBatchNorm(torch.autograd.Function):
             passes_on = activates and scales and needs_residual
             of_x, passed_on = _backward(ctx.kernels, y_gradient, passes_on, y, variance, weight, *ctx.numbers)
             of_residual = passed_on if passes_on else of_x if activates else y_gradient
-        without = (None,) * 4
-        return of_x if needs_x else None, *without, of_residual if needs_residual else None, None, None, None
+        return None, of_x if needs_x else None, of_residual if needs_residual else None, *(None for _ in without)

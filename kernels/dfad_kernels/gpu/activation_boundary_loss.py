@@ -12,6 +12,16 @@ BLOCK = 2048
 
 
 @triton.jit
+def _block(s_ptr, t_ptr, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's offsets, which of them are inside, and what is there of each tensor."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    return offsets, inside, s, t
+
+
+@triton.jit
 def _violation(s, t, margin):
     # NaN of either stays NaN: a comparison or a maximum alone would hide it
     v = margin + tl.where(t > 0, -s, s)
@@ -23,16 +33,12 @@ def _activation_boundary_forward_kernel(
     loss_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    offsets, inside, s, t = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
     v = tl.where(inside, _violation(s, t, tl.full((), margin, DTYPE)), 0.0)  # padding lanes violate by the margin
     if ELEMENTWISE:
         tl.store(loss_ptr + offsets, v * v * tl.full((), scale, DTYPE), mask=inside)
     else:
-        tl.store(loss_ptr + block, tl.sum(v * v))
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(v * v) * tl.full((), scale, DTYPE))
 
 
 @triton.jit
@@ -40,11 +46,7 @@ def _activation_boundary_backward_kernel(
     ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    offsets, inside, s, t = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
     g = 2 * tl.full((), scale, DTYPE)
     if ELEMENTWISE:
         g *= tl.load(g_ptr + offsets, mask=inside, other=0.0)
@@ -62,7 +64,7 @@ def forward(loss: Tensor, student: Tensor, teacher: Tensor, margin: float, scale
     settings = {"ELEMENTWISE": loss.ndim > 0, "DTYPE": compute_type(student), "BLOCK": BLOCK}
     _activation_boundary_forward_kernel[(blocks,)](out, student, teacher, numel, margin, scale, **settings)
     if not loss.ndim:
-        torch.sum(out, 0, out=loss).mul_(scale)
+        torch.sum(out, 0, out=loss)
 
 
 def backward(

@@ -16,6 +16,8 @@ from dfad_kernels.gpu.channels import (
     channels_of,
     normalise,
     offsets_of,
+    store_sums,
+    stretch_of,
     stretches_for,
     walk,
 )
@@ -42,11 +44,8 @@ def _gradient_sums_kernel(
     ACTIVATES: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Σ h (x − μ) and Σ h of a stretch, (stretches, 2, channels); h is the gradient of the residual."""
-    channel = channels_of(tl.program_id(1), CHANNELS)
-    known = channel < channels
+    channel, known, start, end = stretch_of(rows, channels, stretch, CHANNELS)
     mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
-    start = tl.program_id(0).to(tl.int64) * stretch
-    end = tl.minimum(start + stretch, rows)
     tilts = tl.zeros((ROWS, CHANNELS), DTYPE)
     levels = tl.zeros((ROWS, CHANNELS), DTYPE)
     for first in range(start, end, ROWS):
@@ -58,9 +57,7 @@ def _gradient_sums_kernel(
             tl.store(dr_ptr + offsets, h, mask=inside)
         tilts += tl.where(inside, h * (x - mean[None, :]), 0.0)
         levels += h
-    place = tl.program_id(0).to(tl.int64) * 2
-    tl.store(partial_ptr + place * channels + channel, tl.sum(tilts, 0), mask=known)
-    tl.store(partial_ptr + (place + 1) * channels + channel, tl.sum(levels, 0), mask=known)
+    store_sums(partial_ptr, tl.sum(tilts, 0), tl.sum(levels, 0), channel, channels, known)
 
 
 @triton.jit
@@ -93,6 +90,7 @@ def _gradient_kernel(
     per_row = 1 / tl.full((), rows, DTYPE)
     tilt = scale * inverse * per_row * tl.load(dw_ptr + channel, mask=known, other=0.0)
     level = scale * per_row * tl.load(db_ptr + channel, mask=known, other=0.0)
+    # after the loads above: in another order registers are spilled
     offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
     inside = (row < rows)[:, None] & known[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)

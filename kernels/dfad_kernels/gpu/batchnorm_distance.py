@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfad_kernels.gpu.channels import batch_statistics, channels_of, offsets_of, walk
+from dfad_kernels.gpu.channels import batch_statistics, tile_of, walk
 from dfad_kernels.gpu.common import compute_type
 
 MEASURED_CHANNELS = 1024
@@ -47,14 +47,11 @@ def _distance_gradient_kernel(
     dx_ptr, x_ptr, upstream_ptr, saved_ptr, rows, channels,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel = channels_of(tl.program_id(1), CHANNELS)
-    known = channel < channels
+    channel, known, offsets, inside = tile_of(rows, channels, ROWS, CHANNELS)
     upstream = tl.load(upstream_ptr)
     mean = tl.load(saved_ptr + channel, mask=known, other=0.0)
     tilt = upstream * tl.load(saved_ptr + channels + channel, mask=known, other=0.0)
     level = upstream * tl.load(saved_ptr + 2 * channels + channel, mask=known, other=0.0)
-    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
-    inside = (row < rows)[:, None] & known[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     tl.store(dx_ptr + offsets, tilt[None, :] * (x - mean[None, :]) + level[None, :], mask=inside)
 

@@ -46,6 +46,31 @@ def channels_of(program, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def stretch_of(rows, channels, stretch, CHANNELS: tl.constexpr):
+    """The channels of a program that sums, which of them there are, and its first row and the one after its last."""
+    channel = channels_of(tl.program_id(1), CHANNELS)
+    start = tl.program_id(0).to(tl.int64) * stretch
+    return channel, channel < channels, start, tl.minimum(start + stretch, rows)
+
+
+@triton.jit
+def store_sums(partial_ptr, first, second, channel, channels, known):
+    """What a program has summed: (stretches, 2, channels)."""
+    place = tl.program_id(0).to(tl.int64) * 2
+    tl.store(partial_ptr + place * channels + channel, first, mask=known)
+    tl.store(partial_ptr + (place + 1) * channels + channel, second, mask=known)
+
+
+@triton.jit
+def tile_of(rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channels of a program that keeps nothing, which of them there are, its offsets, and which are inside."""
+    channel = channels_of(tl.program_id(1), CHANNELS)
+    known = channel < channels
+    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
+    return channel, known, offsets, (row < rows)[:, None] & known[None, :]
+
+
+@triton.jit
 def affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE: tl.constexpr):
     """Mean, 1 / √(σ² + ε), γ times that and β, of each channel; what is missing is 0 or 1."""
     known = channel < channels
@@ -70,10 +95,7 @@ def _moments_kernel(
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean of a stretch, and squares about it: (stretches, 2, channels)."""
-    channel = channels_of(tl.program_id(1), CHANNELS)
-    known = channel < channels
-    start = tl.program_id(0).to(tl.int64) * stretch
-    end = tl.minimum(start + stretch, rows)
+    channel, known, start, end = stretch_of(rows, channels, stretch, CHANNELS)
     # sums around the first row: a mean far larger than the deviation cancels before anything is squared
     centre = tl.load(x_ptr + start * channels + channel, mask=known, other=0.0).to(DTYPE)
     sums = tl.zeros((ROWS, CHANNELS), DTYPE)
@@ -87,9 +109,7 @@ def _moments_kernel(
         squares += d * d
     total = tl.sum(sums, 0)
     shift = total / (end - start).to(DTYPE)
-    place = tl.program_id(0).to(tl.int64) * 2
-    tl.store(partial_ptr + place * channels + channel, centre + shift, mask=known)
-    tl.store(partial_ptr + (place + 1) * channels + channel, tl.sum(squares, 0) - shift * total, mask=known)
+    store_sums(partial_ptr, centre + shift, tl.sum(squares, 0) - shift * total, channel, channels, known)
 
 
 @triton.jit
@@ -127,10 +147,8 @@ def _normalise_kernel(
     out_ptr, x_ptr, r_ptr, mean_ptr, variance_ptr, w_ptr, b_ptr, rows, channels, epsilon: tl.float64, slope: tl.float64,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel = channels_of(tl.program_id(1), CHANNELS)
+    channel, _, offsets, inside = tile_of(rows, channels, ROWS, CHANNELS)
     mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
-    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
-    inside = (row < rows)[:, None] & (channel < channels)[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     v = (x - mean[None, :]) * scale[None, :] + shift[None, :]
     if r_ptr is not None:

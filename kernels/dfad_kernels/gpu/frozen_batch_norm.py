@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfad_kernels.gpu.channels import affine_of, channels_of, normalise, offsets_of, walk
+from dfad_kernels.gpu.channels import affine_of, normalise, tile_of, walk
 from dfad_kernels.gpu.common import compute_type
 
 
@@ -13,9 +13,7 @@ def _frozen_gradient_kernel(
     dx_ptr, dr_ptr, g_ptr, y_ptr, variance_ptr, w_ptr, rows, channels, epsilon: tl.float64, slope: tl.float64,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel = channels_of(tl.program_id(1), CHANNELS)
-    offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
-    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    channel, _, offsets, inside = tile_of(rows, channels, ROWS, CHANNELS)
     g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     if y_ptr is not None:
         y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(DTYPE)

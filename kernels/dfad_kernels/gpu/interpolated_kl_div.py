@@ -107,6 +107,21 @@ def _softmax(x, inverse_temperature):
 
 
 @triton.jit
+def _probabilities(
+    s_ptr, t_ptr, sample, other, site, inside, exists, c, classes, sites, inverse_temperature,
+    CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The student's and their logarithms, the teacher's, and those of its partner rows, of rows as a whole."""
+    s = _load(s_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
+    t = _load(t_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
+    t_other = _load(t_ptr, other, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
+    p, log_p = _softmax(s, inverse_temperature)
+    q, _ = _softmax(t, inverse_temperature)
+    u, _ = _softmax(t_other, inverse_temperature)
+    return p, log_p, q, u
+
+
+@triton.jit
 def _normalize(x, top, log_total, inverse_temperature):
     """Probabilities and their logarithms from some classes of a row."""
     log_p = (x - top) * inverse_temperature - log_total
@@ -162,21 +177,17 @@ def _interpolated_kl_forward_kernel(
     c = tl.arange(0, CLASSES)
     sample, site, inside = _rows(samples, sites, REVERSED, ROWS)
     other, exists = _partner(partner_ptr, sample, inside, samples, REVERSED)
-    s = _load(s_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
-    t = _load(t_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
-    t_other = _load(t_ptr, other, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
     w = tl.load(w_ptr + sample * w_stride, mask=inside, other=0.0)[:, None]
-
-    p, log_p = _softmax(s, inverse_temperature)
-    q, _ = _softmax(t, inverse_temperature)
-    u, _ = _softmax(t_other, inverse_temperature)
+    p, log_p, q, u = _probabilities(
+        s_ptr, t_ptr, sample, other, site, inside, exists, c, classes, sites, inverse_temperature, CLASSES_LAST, DTYPE
+    )
     label = w * q + (1 - w) * u
     term = label * _log_ratio(label, p, log_p)
+    factor = tl.full((), scale * temperature * temperature, DTYPE)
     if ELEMENTWISE:
-        factor = tl.full((), scale * temperature * temperature, DTYPE)
         _store(loss_ptr, term * factor, sample, site, inside, c, classes, sites, CLASSES_LAST)
     else:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(inside[:, None], term, 0.0)))
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(inside[:, None], term, 0.0)) * factor)
 
 
 @triton.jit
@@ -219,7 +230,7 @@ def _interpolated_kl_forward_chunked_kernel(
         own_mean += _times(q, ratio)
         partner_mean += _times(u, ratio)
     if not ELEMENTWISE:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(inside[:, None], loss, 0.0)))
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(inside[:, None], loss, 0.0)) * factor)
     row = (sample * sites + site)[:, None]
     rows = samples.to(tl.int64) * sites
     tl.store(saved_ptr + row, top_s, mask=inside[:, None])
@@ -249,13 +260,10 @@ def _interpolated_kl_backward_kernel(
     c = tl.arange(0, CLASSES)
     sample, site, inside = _rows(samples, sites, REVERSED, ROWS)
     other, exists = _partner(partner_ptr, sample, inside, samples, REVERSED)
-    s = _load(s_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
-    t = _load(t_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
-    t_other = _load(t_ptr, other, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
     w = tl.load(w_ptr + sample * w_stride, mask=inside, other=0.0)[:, None]
-    p, log_p = _softmax(s, inverse_temperature)
-    q, _ = _softmax(t, inverse_temperature)
-    u, _ = _softmax(t_other, inverse_temperature)
+    p, log_p, q, u = _probabilities(
+        s_ptr, t_ptr, sample, other, site, inside, exists, c, classes, sites, inverse_temperature, CLASSES_LAST, DTYPE
+    )
     label = w * q + (1 - w) * u
     if ELEMENTWISE:
         g = _load(g_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
@@ -420,7 +428,7 @@ def forward(
     else:
         _interpolated_kl_forward_kernel[(programs,)](out, student, teacher, mixing_coefficient, partner, **settings)
     if not loss.ndim:
-        torch.sum(out, 0, out=loss).mul_(scale * temperature**2)
+        torch.sum(out, 0, out=loss)
 
 
 def backward(

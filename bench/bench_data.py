@@ -16,6 +16,7 @@ from PIL import Image
 from dfad.data import AugmentConfig, DataConfig, Dataset, open_dataset, shuffled
 from dfad.data.dali import DaliBackend, dali_installed
 from dfad.data.native import NativeBackend
+from dfad.engine import wait_for
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -67,8 +68,7 @@ def test_epoch(benchmark, dataset: Dataset, backend: str, device: str) -> None:
     def epoch() -> None:
         for _images, _labels in source.batches(plan, 128, drop_last=False):
             pass
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for(torch.device(device))
 
     benchmark.group = f"augmented epoch of {len(split)} images, {dataset.image_shape}, {device}"
     benchmark.pedantic(epoch, rounds=7, warmup_rounds=1)

@@ -5,17 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench.device import DEVICE, ON_GPU
 from dfad.config import OptimizerConfig
+from dfad.engine import wait_for
 from dfad.engine.optimizers import apex_optimizer, require_apex, torch_optimizer
 from dfad.errors import ConfigurationError
 from dfad.models import resnet18
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronized() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -36,8 +31,8 @@ def test_step(benchmark: Any, name: str, contender: str) -> None:
 
     def step() -> None:
         optimizer.step()
-        synchronized()
+        wait_for(DEVICE)
 
     benchmark.group = f"optimizer step of ResNet-18, {name}"
     benchmark.extra_info["contender"] = contender
-    benchmark.pedantic(step, rounds=50 if DEVICE.type == "cuda" else 10, warmup_rounds=3)
+    benchmark.pedantic(step, rounds=50 if ON_GPU else 10, warmup_rounds=3)

@@ -1,11 +1,12 @@
 """Deep copies of any network."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from dfad.trees import tensors_in
 
 
 def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Module:
@@ -23,7 +24,7 @@ def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Mo
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
-        for tensor in _tensors(vars(module)):
+        for tensor in tensors_in(vars(module)):
             if tensor.requires_grad and not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
     if share_parameters:
@@ -34,15 +35,3 @@ def copy_network(network: nn.Module, *, share_parameters: bool = False) -> nn.Mo
         if parameter.requires_grad != original.requires_grad:
             parameter.requires_grad = original.requires_grad
     return copied
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those of attributes, lists and mappings; what belongs to submodules is theirs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)

@@ -4,7 +4,7 @@ from collections import OrderedDict, namedtuple
 
 import torch
 
-from dfad.trees import CHECKED_WITH, tree_leaves, tree_map
+from dfad.trees import CHECKED_WITH, tensors_in, tree_leaves, tree_map
 
 
 def test_the_private_module_is_the_one_that_was_checked():
@@ -17,3 +17,12 @@ def test_leaves_of_what_networks_return():
     nested = Pair([1, (2, None)], OrderedDict(a={"b": 3}))
     assert tree_leaves(nested) == [1, 2, None, 3]
     assert tree_map(lambda leaf: leaf and -leaf, nested) == Pair([-1, (-2, None)], OrderedDict(a={"b": -3}))
+
+
+def test_tensors_of_state_and_attributes():
+    class Held:
+        tensor = torch.ones(4)
+
+    first, second, third = (torch.ones(n) for n in (1, 2, 3))
+    nested = OrderedDict(a=[first, (second, "text")], b={1: third, 2: Held()}, c=None)
+    assert [t.numel() for t in tensors_in(nested)] == [1, 2, 3]

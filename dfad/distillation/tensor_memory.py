@@ -1,11 +1,12 @@
 """Memory of tensors on a CPU, where PyTorch has no counter as on a GPU."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+from dfad.trees import tensors_in
 
 CHECKED_WITH = ("2.11", "2.13")
 """Versions of PyTorch for which ``TorchDispatchMode`` was checked: no public module exports it."""
@@ -30,7 +31,7 @@ class TensorMemory(TorchDispatchMode):
     def count(self, value: Any) -> None:
         """Count the memory of a tensor, or of all in nested lists and dictionaries, until it is freed; views of one
         storage count once."""
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
             if address not in self._seen:
@@ -42,14 +43,3 @@ class TensorMemory(TorchDispatchMode):
     def _free(self, address: int, size: int) -> None:
         self._seen.discard(address)
         self.live -= size
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

@@ -12,12 +12,6 @@ CACHE = 1 << 28
 """Bytes, more than any GPU's cache holds."""
 
 
-def wait() -> None:
-    """For the device."""
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
 def seconds_of(run: Callable[[], object]) -> float:
     """Seconds of one run; on a GPU between two events on the device, so that the host's work counts only if the device
     waits for it."""

@@ -106,6 +106,7 @@ def repaired_engine(device: torch.device) -> EngineConfig:
         fuse_batchnorm="off",
         fuse_convolutions="off",
         keep_memory="off",
+        cast_weights="off",
         merge_upsampling="off",
         cuda_graph="off",
     )
@@ -270,6 +271,7 @@ def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
         makers["published, TF32"] = partial(published, device=device, with_tf32=True)
         makers["repaired + reduce-overhead"] = partial(reduce_overhead, device=device, engine=repaired)
         makers["ours without the graph"] = make(replace(best, cuda_graph="off"))
+        makers["ours, weights cast one by one"] = make(replace(best, cast_weights="off"))
     return makers
 
 

@@ -405,6 +405,9 @@ class EngineConfig:
     fuse_convolutions: Switch = "auto"
     """Compute 3×3 convolutions together with what follows them, in bfloat16 on AMX tiles of a CPU."""
 
+    cast_weights: Switch = "auto"
+    """All weights of a network that learns cast at once, instead of one by one."""
+
     merge_upsampling: Switch = "auto"
     """Compute each upsampling of the generator and the convolution after it as one operation."""
 

@@ -21,6 +21,11 @@ def _implementation(loss: FusedLoss[P], fused: bool) -> Callable[P, Tensor]:
     return loss if fused else loss.reference
 
 
+def weighted(weight: float, loss: Tensor) -> Tensor:
+    """Their product; the loss itself where the weight is 1, for which a GPU would launch a kernel in each direction."""
+    return loss if weight == 1 else weight * loss
+
+
 def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider of their dtypes: under autocast, the last operations of two networks may differ in dtype."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
@@ -68,8 +73,8 @@ class ActivationBoundaryLoss(nn.Module):
                 f"reduction is 'none' for {len(student)} taps; give one pair, or choose another reduction."
             )
         losses = [self.loss(*_alike(s, t), self.margin, self.reduction) for s, t in zip(student, teacher, strict=True)]
-        weighted = [weight * loss for weight, loss in zip(self._weights(len(losses)), losses, strict=True)]
-        return sum(weighted[1:], start=weighted[0])
+        terms = [weighted(weight, loss) for weight, loss in zip(self._weights(len(losses)), losses, strict=True)]
+        return sum(terms[1:], start=terms[0])
 
     def _weights(self, taps: int) -> Sequence[float]:
         if self.weights is None or self.weights == "uniform":

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from dfad import functional
-from dfad.losses import ActivationBoundaryLoss, FeatureMatchingLoss, InterpolatedKLDivLoss
+from dfad.losses import ActivationBoundaryLoss, FeatureMatchingLoss, InterpolatedKLDivLoss, weighted
 
 
 @pytest.fixture
@@ -121,3 +121,10 @@ def test_networks_may_end_in_different_precisions(dtypes):
     torch.testing.assert_close(loss, InterpolatedKLDivLoss()(student.float(), teacher.float(), 1.0))
     loss.backward()
     assert student.grad.dtype == dtypes[0]
+
+
+def test_a_weight_of_one_is_not_multiplied_by():
+    loss = torch.tensor(3.0)
+    assert weighted(1.0, loss) is loss
+    assert weighted(0.5, loss) == 1.5
+    assert weighted(0.0, loss) == 0

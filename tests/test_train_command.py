@@ -480,7 +480,7 @@ BUNDLES = {
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
         --engine.fold_batchnorm on --engine.fuse_batchnorm on --engine.merge_upsampling on
         --engine.fuse_convolutions off --engine.keep_memory on --engine.cuda_graph off --engine.compile off
-        --engine.two_streams off""",
+        --engine.two_streams off --engine.cast_weights off""",
     "recipe": """--method.warm_up 3 --method.generator_steps 2 --method.adversary agreeing
         --method.image_bank.size 64 --method.image_bank.newest 0.5 --method.augmentation.flip
         --method.augmentation.crop 0.25 --method.augmentation.padding zero --method.augmentation.cutout 0.25

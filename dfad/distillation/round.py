@@ -19,7 +19,7 @@ from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
 from dfad.errors import ModelError
-from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, FeatureMatchingLoss
+from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, FeatureMatchingLoss, weighted
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
 from dfad.models.outputs import as_outputs
@@ -352,7 +352,7 @@ class Round:
 
 
 def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
-    return torch.stack([weights[name] * term.float() for name, term in terms.items()]).sum()
+    return torch.stack([weighted(weights[name], term.float()) for name, term in terms.items()]).sum()
 
 
 def _prefixed(prefix: str, terms: Terms) -> Terms:

@@ -80,6 +80,7 @@ class Engine:
         self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
         self.compile = self._admit("compile", config.compile)
         self.fuse_batchnorm = self._admit("fuse_batchnorm", config.fuse_batchnorm, self._check_fuse_batchnorm)
+        self.cast_weights = self._admit("cast_weights", config.cast_weights, self._check_cast_weights)
         self.fuse_convolutions = self._admit(
             "fuse_convolutions", config.fuse_convolutions, self._check_fuse_convolutions
         )
@@ -112,6 +113,14 @@ class Engine:
             kernel_name(self.device)
         except RuntimeError as error:
             raise Unavailable(str(error)) from None
+
+    def _check_cast_weights(self) -> None:
+        if self.device.type != "cuda":
+            raise Unavailable("nothing is launched on a CPU, where it takes as long")
+        if self.dtype == torch.float32:
+            raise Unavailable(f"the precision is {self.precision}, in which weights are used as they are")
+        if self.compile:
+            raise Unavailable("engine.compile is on, and casts them in its own way")
 
     def _check_fuse_convolutions(self) -> None:
         if self.device.type != "cpu":

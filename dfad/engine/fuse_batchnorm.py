@@ -99,7 +99,7 @@ def count_batch(*norms: nn.BatchNorm2d) -> None:
 
 def fuse_batchnorm(
     network: nn.Module,
-    refine: Callable[[fx.GraphModule, Trace], None] = lambda *_: None,
+    refine: Callable[[fx.GraphModule, Trace], object] = lambda *_: None,
     *,
     smallest: int | None = None,
 ) -> None:

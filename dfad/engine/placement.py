@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dfad.copies import copy_network
 from dfad.engine.calls import present_call, replace_call, replaced_call
+from dfad.engine.cast_weights import cast_in, cast_weights
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
@@ -131,9 +132,11 @@ class Placement:
         if "fuse_convolutions" in parts:
             fuse_convolutions(network, smallest=smallest)
         elif "fuse_batchnorm" in parts and self.learns:
-            fuse_batchnorm(network, smallest=smallest)
+            fuse_batchnorm(network, *[cast_in] * ("cast_weights" in parts), smallest=smallest)
         elif "fuse_batchnorm" in parts:
             fuse_epilogues(network)
+        elif "cast_weights" in parts:
+            cast_weights(network)
         if "compile" in parts:
             network.compile(dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
@@ -153,6 +156,7 @@ class Placement:
             **{name: getattr(engine, name) for name in self.changes},
             "fold_batchnorm": engine.fold_batchnorm and "fold_batchnorm" in self.own and norms,
             "weights": engine.dtype != torch.float32 and "weights" in self.own and products,
+            "cast_weights": engine.cast_weights and self.learns and products,
             "fuse_batchnorm": engine.fuse_batchnorm and (norms or (has_epilogues and nn.Conv2d in products)),
             "fuse_convolutions": engine.fuse_convolutions and nn.Conv2d in products,
             "compile": engine.compile,
@@ -195,7 +199,7 @@ class Placement:
 
 NORMS = {nn.BatchNorm2d}
 PRODUCTS = {nn.Conv2d, nn.Linear}
-REWRITING = ("fold_batchnorm", "weights", "fuse_batchnorm", "fuse_convolutions")
+REWRITING = ("fold_batchnorm", "weights", "cast_weights", "fuse_batchnorm", "fuse_convolutions")
 """The parts that need a plain network."""
 
 
@@ -325,7 +329,7 @@ class _Comparison:
             parts = [part for part in parts if part not in REWRITING]
         kept: list[str] = []
         for part in parts:
-            if part == "weights" and "precision" not in kept:
+            if part in ("weights", "cast_weights") and "precision" not in kept:
                 continue
             reason_against = self._difference([*kept, part])
             if reason_against is None:

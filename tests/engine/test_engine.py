@@ -30,6 +30,7 @@ ALL_OFF = EngineConfig(
     fold_batchnorm="off",
     fuse_batchnorm="off",
     fuse_convolutions="off",
+    cast_weights="off",
     merge_upsampling="off",
     keep_memory="off",
     cuda_graph="off",

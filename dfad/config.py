@@ -193,6 +193,9 @@ class RegularizerConfig:
     diversity: float = 0.0
     """Weight of the negative entropy of the batch's mean prediction."""
 
+    without_statistics: Literal["error", "skip"] = "error"
+    """Where the teacher's norms hold none: an error, or the other regularizers alone and a line in the log."""
+
     def __post_init__(self) -> None:
         not_negative(batchnorm=self.batchnorm, one_hot=self.one_hot, diversity=self.diversity)
 

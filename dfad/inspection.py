@@ -62,8 +62,10 @@ class Student:
     teacher_taps: list[str]
     fit: str
     """How its taps fit the teacher's, for people."""
+    pairs: bool
+    """Whether the taps can be compared as they are returned."""
     boundary: bool
-    """Whether the command sets the activation regularizer."""
+    """Whether the activation regularizer has a boundary to compare in them."""
 
 
 @dataclass(frozen=True)
@@ -288,18 +290,18 @@ def _student(
     pairs = paired(taps, student_taps)
     student_own = bool(student_taps) and student_taps[0].name.isdigit()
     if not pairs:
-        return Student(source, kwargs, count, [], [], "no tap of its has the resolution of one of the teacher's", False)
+        reason = "no tap of its has the resolution of one of the teacher's"
+        return Student(source, kwargs, count, [], [], reason, pairs=False, boundary=False)
     same = all(one.shape == other.shape for one, other in pairs)
     sizes = ", ".join(f"{one.shape[1]}×{one.shape[2]}" for one, _ in pairs)
     fit = f"{len(pairs)} taps of the same resolution ({sizes})"
     fit += ", of the same width" if same else "; 1×1 connectors to the teacher's width"
-    usable = boundary
-    if own_taps and (len(pairs) != len(taps) or not student_own):
-        usable, fit = usable and not own_taps, f"{fit}; the teacher returns its own, which must match all"
-    if student_own and (len(pairs) != len(student_taps) or not own_taps):
-        usable, fit = False, f"{fit}; it returns taps of its own, which must match all"
+    all_match = (not own_taps or len(pairs) == len(taps)) and (not student_own or len(pairs) == len(student_taps))
+    if not all_match:
+        fit += "; others that a network returns itself have no partner, so that none can be used"
     names = [] if student_own else [other.name for _, other in pairs]
-    return Student(source, kwargs, count, names, [] if own_taps else [one.name for one, _ in pairs], fit, usable)
+    teacher_names = [] if own_taps else [one.name for one, _ in pairs]
+    return Student(source, kwargs, count, names, teacher_names, fit, pairs=all_match, boundary=all_match and boundary)
 
 
 def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -380,11 +382,12 @@ def _command(
         words += ["--student.kwargs", json.dumps(student.kwargs)]
     if not statistics:
         words += ["--method.regularizers.batchnorm", "0"]
-    if student and student.boundary:
+    if student and student.pairs and (student.boundary or statistics):  # features are matched, too
         if student.teacher_taps:
             words += ["--teacher.taps", *student.teacher_taps]
         if student.taps:
             words += ["--student.taps", *student.taps]
+    if student and student.boundary:
         words += ["--method.activation.weight", str(ACTIVATION_WEIGHT)]
     words += ["--run_dir", f"runs/{re.sub(r'[^A-Za-z0-9]+', '-', Path(source).stem).strip('-')}"]
     return shlex.join(words)

@@ -97,9 +97,12 @@ RECIPE_GENERATOR = OptimizerConfig(name="adam", lr=2e-3, schedule="constant")
 
 
 OWN = TrainConfig(
-    # networks may have no taps, or none that pair
+    # networks may have no taps, or none that pair, and no BatchNorm
     method=replace(
-        RECIPE, activation=ActivationConfig(), feature_matching=replace(RECIPE.feature_matching, unpaired="skip")
+        RECIPE,
+        activation=ActivationConfig(),
+        feature_matching=replace(RECIPE.feature_matching, unpaired="skip"),
+        regularizers=replace(RECIPE.regularizers, without_statistics="skip"),
     ),
     optimizer=OptimizersConfig(student=RECIPE_STUDENT, generator=RECIPE_GENERATOR),
 )

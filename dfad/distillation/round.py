@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad import functional
-from dfad.config import DistillConfig
+from dfad.config import DistillConfig, MethodConfig
 from dfad.distillation.augmentation import Augmentation
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.image_bank import ImageBank
@@ -20,6 +20,7 @@ from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
 from dfad.errors import ModelError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, FeatureMatchingLoss, weighted
+from dfad.models.anatomy import activations_of, boundary_of, has_boundary
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
 from dfad.models.outputs import as_outputs
@@ -64,11 +65,9 @@ class Round:
         method = config.method
         uses_taps = bool(method.activation.weight or method.activation.generator_weight)
         teacher_outputs, student_outputs = check_networks(teacher, student, image_shape, uses_taps=uses_taps)
-        if method.regularizers.batchnorm and not has_batchnorm(teacher):
-            raise ModelError(
-                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but {type(teacher).__name__} has "
-                "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
-            )
+        self.matches_statistics = _matches_statistics(method, teacher)
+        if uses_taps and not has_boundary(activations := activations_of(teacher)):
+            log.warning("Of the teacher's activation boundary: %s.", boundary_of(activations))
         with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
             connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
@@ -77,7 +76,7 @@ class Round:
         self.ranks.require_divides("method.batch_size", method.batch_size)
         size = method.batch_size // self.ranks.count
         self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
-        if method.regularizers.batchnorm and not self.teacher.norms:
+        if self.matches_statistics and not self.teacher.norms:
             raise ModelError(
                 f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but a forward pass of "
                 f"{type(teacher).__name__} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
@@ -244,10 +243,10 @@ class Round:
             with self.engine.forward():
                 images = self.generator(self.own_noise())
                 teacher, features = (
-                    self.teacher.with_statistics(images) if regularizers.batchnorm else (self.teacher(images), ())
+                    self.teacher.with_statistics(images) if self.matches_statistics else (self.teacher(images), ())
                 )
                 terms = self.adversarial_terms(as_outputs(self.student(images)), teacher) if adversary else {}
-                if regularizers.batchnorm:
+                if self.matches_statistics:
                     terms["batchnorm"] = self.whole_batchnorm_statistics(features)
                 if regularizers.one_hot:
                     terms["one_hot"] = functional.one_hot_loss(teacher.logits)
@@ -349,6 +348,26 @@ class Round:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
+
+
+def _matches_statistics(method: MethodConfig, teacher: nn.Module) -> bool:
+    regularizers = method.regularizers
+    if not regularizers.batchnorm or has_batchnorm(teacher):
+        return bool(regularizers.batchnorm)
+    others = regularizers.one_hot or regularizers.diversity
+    name = type(getattr(teacher, "network", teacher)).__name__
+    if regularizers.without_statistics == "error" or (method.warm_up and not others):
+        raise ModelError(
+            f"method.regularizers.batchnorm is {regularizers.batchnorm}, but {name} has "
+            "no BatchNorm with running statistics. Set --method.regularizers.batchnorm 0."
+            + ("" if others else " Its images need a shape: set --method.regularizers.one_hot and .diversity.")
+        )
+    log.warning(
+        "The teacher %s has no BatchNorm whose statistics could be matched: its images are shaped by one-hot "
+        "predictions and diversity alone, and by the generator's own mean and variance. Students get less accurate so.",
+        name,
+    )
+    return False
 
 
 def _weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:

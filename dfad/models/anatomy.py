@@ -154,7 +154,7 @@ def _by_graph(network: nn.Module, graph: fx.Graph, images: Tensor) -> Iterator[T
         Shapes(fx.GraphModule(network, graph)).run(images)
     for node in graph.nodes:
         name = _activation_of_call(node, network)
-        source = node.all_input_nodes[0] if name is not None and node.all_input_nodes else None
+        source = _source_of(node, network) if name is not None else None
         if source is None or len(values.get(source, ())) != 4 or not _ends_a_block(source, network):
             continue
         _, channels, height, width = values[source]
@@ -162,6 +162,16 @@ def _by_graph(network: nn.Module, graph: fx.Graph, images: Tensor) -> Iterator[T
         yield Tap(
             label, (channels, height, width), f"the {_called(source, network)} that enters a {name}, by the graph"
         )
+
+
+def _source_of(node: fx.Node, network: nn.Module) -> fx.Node | None:
+    """What a node is given, as it was before layers that leave it alone."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    while source is not None and source.op == "call_module":
+        if not isinstance(network.get_submodule(str(source.target)), (nn.Identity, nn.Dropout, nn.Dropout2d)):
+            break
+        source = source.all_input_nodes[0]
+    return source
 
 
 def _ends_a_block(node: fx.Node, network: nn.Module) -> bool:

@@ -12,13 +12,17 @@ from dfad import functional, models
 from dfad.config import (
     ActivationConfig,
     DistillConfig,
+    GeneratorConfig,
     InterpolationConfig,
     OptimizerConfig,
     OptimizersConfig,
     RegularizerConfig,
+    SelectionConfig,
+    TeacherConfig,
 )
 from dfad.distillation.distiller import Distiller, distill
 from dfad.errors import ConfigurationError, DivergenceError, ModelError, RunFolderError
+from dfad.models.convnet import ConvNet
 from dfad.models.taps import Outputs
 from tests.conftest import IMAGE_SHAPE, with_method
 
@@ -450,3 +454,59 @@ def test_real_trained_networks_teach(shared_data, config):
 def test_the_default_configuration_needs_nothing_but_networks(teacher, student):
     settings = DistillConfig(method=replace(DistillConfig().method, rounds=1, batch_size=4))
     assert distill(teacher, student, replace(settings, teacher=replace(settings.teacher, image_size=8))).rounds == 1
+
+
+@pytest.mark.parametrize("size", [(28, 28), (30, 30), (48, 64), (96, 96), (224, 224)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_few_rounds_at_any_size(size, fused, config):
+    teacher, student = (models.convnet(channels=channels, num_classes=4) for channels in ((4, 4), (2, 2)))
+    method = {"rounds": 2, "student_steps": 1, "batch_size": 2}
+    settings = with_method(replace(config, fused=fused, teacher=TeacherConfig(image_size=size)), **method)
+    settings = replace(
+        settings, generator=GeneratorConfig(noise_dim=4, width=2), selection=SelectionConfig(bank_size=4)
+    )
+    distiller = Distiller(teacher, student, settings)
+    assert distiller.image_shape == (3, *size)
+    assert distiller.fit().rounds == 2
+    assert distiller.samples(2).images.shape == (2, 3, *size)
+
+
+class TestTeachersWithoutBatchNorm:
+    @pytest.fixture
+    def plain(self):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def test_their_images_are_shaped_by_what_is_left_where_that_is_asked_for(self, plain, student, config, caplog):
+        regularizers = RegularizerConfig(batchnorm=1.0, one_hot=0.1, without_statistics="skip")
+        settings = with_method(config, activation=ActivationConfig(), regularizers=regularizers, rounds=1)
+        distiller = Distiller(plain, student, replace(settings, teacher=TeacherConfig(image_size=8)))
+        assert "no BatchNorm whose statistics could be matched" in caplog.text
+        assert set(distiller.run_round()) >= {"generator/one_hot"}
+        assert "generator/batchnorm" not in distiller.run_round()
+
+    def test_a_warm_up_needs_something_that_is_left(self, plain, student, config):
+        regularizers = RegularizerConfig(batchnorm=1.0, without_statistics="skip")
+        settings = with_method(config, activation=ActivationConfig(), regularizers=regularizers, warm_up=1)
+        with pytest.raises(ModelError, match="Its images need a shape"):
+            Distiller(plain, student, replace(settings, teacher=TeacherConfig(image_size=8)))
+
+
+class Smooth(ConvNet):
+    """Its taps enter SiLUs."""
+
+    def forward(self, images):
+        features, taps = images, []
+        for stage in self.stages:
+            taps.append(stage(features))
+            features = F.silu(taps[-1])
+        return Outputs(self.linear(features.mean((2, 3))), tuple(taps))
+
+
+def test_activations_without_a_boundary_are_told_where_it_is_asked_for(student, config, caplog):
+    smooth = Smooth((8, 16), 4, 1)
+    settings = with_method(replace(config, teacher=TeacherConfig(image_size=8)), activation=ActivationConfig())
+    Distiller(smooth, student, settings)
+    assert "no boundary at zero" not in caplog.text
+    with pytest.raises(ModelError, match="must match"):  # of its taps, no one is pooled
+        Distiller(smooth, student, replace(settings, method=config.method))
+    assert "its activations (SiLU) have no boundary at zero" in caplog.text

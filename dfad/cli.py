@@ -6,20 +6,24 @@ flags.
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 import tyro
 
 from dfad.errors import ConfigurationError, DfadError, unknown
+from dfad.ranks import GRACE, current_ranks, launched, restarts
 from dfad.runs.folder import check_folder
-from dfad.runs.settings import override, read_yaml, saved_settings, to_yaml
+from dfad.runs.settings import SETTINGS_FILE, override, read_yaml, saved_settings, to_yaml
 from dfad.terminal import prepare_streams, silence_stdout
 
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -87,10 +91,17 @@ class Command:
             ConfigurationError: if the run to be resumed was started with other settings.
         """
         named = Path("runs") / time.strftime(f"{prefix}{self.preset}-%Y%m%d-%H%M%S")
-        folder = self.resume or self.run_dir or named
+        return current_ranks().of_first(lambda: self._checked(self.resume or self.run_dir or named))
+
+    def _checked(self, folder: Path) -> Path:
         settings = self.settings  # type: ignore[attr-defined]
-        check_folder(folder, settings, resume=self.resume is not None, overwrite=self.overwrite)
+        check_folder(folder, settings, resume=self.resumes(folder), overwrite=self.overwrite)
         return folder
+
+    def resumes(self, folder: Path) -> bool:
+        """Whether the run in a folder goes on: as asked for, or because the launcher starts it again."""
+        again = restarts() > 0 and self.run_dir is not None and (folder / SETTINGS_FILE).exists()
+        return self.resume is not None or again
 
 
 CommandT = TypeVar("CommandT", bound=Command)
@@ -159,12 +170,24 @@ def _in_full(arguments: Sequence[str]) -> list[str]:
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit; an error meant for people is shown as its paragraph alone."""
     prepare_streams()
-    code = _exit_code(command)
+    rank, _ = launched()
+    code = _exit_code_of_rank(rank, command) if rank else _exit_code(command)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         silence_stdout()
     raise SystemExit(code)
+
+
+def _exit_code_of_rank(rank: int, command: Callable[[], None]) -> Any:
+    """Of a rank after the first: silent, but for an error that is its alone."""
+    said = io.StringIO()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
+        code = _exit_code(command)
+    if code:
+        time.sleep(GRACE)  # what the first rank reports as well ends the others
+        print(textwrap.indent(said.getvalue().strip(), f"rank {rank}: "), file=sys.stderr)
+    return code
 
 
 def _exit_code(command: Callable[[], None]) -> Any:

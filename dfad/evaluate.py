@@ -24,6 +24,7 @@ from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.probing import Images, require_same_classes
 from dfad.models.sources import Loaded, load, load_trained
+from dfad.ranks import current_ranks, joined
 from dfad.runs.pictures import new_figure, save_picture
 from dfad.runs.settings import override
 from dfad.terminal import configure_logging
@@ -87,6 +88,7 @@ class Evaluate:
             raise ValueError(f"mean {self.mean} and std {self.std} must be given together, one value per channel")
 
 
+@joined()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure the network, print the figures."""
     command = cli.parse_flags(Evaluate, arguments)
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "skipped": list(dataset.skipped),
     }
     text = json.dumps({**about, **figures}, indent=2, ensure_ascii=False)
-    if command.output is not None:
+    if command.output is not None and current_ranks().first:
         command.output.mkdir(parents=True, exist_ok=True)
         write_atomically(command.output / JSON_FILE, lambda file: file.write(text.encode()))
         confusion = torch.tensor(figures["confusion"])

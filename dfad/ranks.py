@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -112,9 +113,14 @@ class Ranks:
 
     # Words between hosts; none of them waits for a GPU
 
-    def any(self, condition: bool) -> bool:
-        """Whether a condition holds for one rank at least."""
-        return condition if not self.several else bool(self.add(torch.tensor(int(condition))))
+    def largest(self, number: int) -> int:
+        """The largest of the numbers of all ranks."""
+        if not self.several:
+            return number
+        largest = torch.tensor(number)
+        with self._collective():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def all_of(self, value: T) -> list[T]:
         """The value of every rank; it must be possible to pickle it."""
@@ -142,20 +148,23 @@ class Ranks:
             raise outcome[1]
         return result
 
-    def require_equal(self, value: object, refuse: Callable[[list[int]], DfadError]) -> None:
-        """Refuse a value that is not the same on every rank.
+    def require_equal(self, **values: object) -> None:
+        """Refuse to begin where the ranks were given different things.
 
         Args:
-            value: compared as it is pickled and compared by Python.
-            refuse: makes the error of the ranks that differ from the first one.
+            values: by what they are; it must be possible to pickle and to compare them.
 
         Raises:
-            DfadError: what ``refuse`` made, on every rank.
+            ConfigurationError: on every rank, naming those that differ from the first one, and in what.
         """
-        values = self.all_of(value)
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
-        if others:
-            raise refuse(others)
+        first, *others = self.all_of(values)
+        for rank, other in enumerate(others, start=1):
+            different = [name.replace("_", " ") for name, value in first.items() if other[name] != value]
+            if different:
+                raise ConfigurationError(
+                    f"Rank {rank} of {self.count} has another {' and another '.join(different)} than rank 0. Start all "
+                    "with the same command, on the same files."
+                )
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
@@ -209,6 +218,52 @@ def current_ranks() -> Ranks:
         return ALONE
     store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
     return Ranks(dist.get_rank(), dist.get_world_size(), store)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """For as long as it lasts, the processes that a launcher has started speak to one another: by NCCL about tensors on
+    GPUs, by gloo about all others. A process that was started alone is alone.
+
+    Raises:
+        ConfigurationError: if the time limit in the environment is none.
+        RankError: if they do not find one another.
+    """
+    rank, count = launched()
+    if count == 1 or dist.is_initialized():
+        yield current_ranks()
+        return
+    limit = timedelta(seconds=time_limit())
+    gpu = local_rank()
+    with_gpu = torch.cuda.is_available() and gpu < torch.cuda.device_count()
+    if with_gpu:
+        torch.cuda.set_device(gpu)
+    try:
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=limit)))
+        # the launcher keeps its store, and with it the addresses of ranks that it has started before
+        store = dist.PrefixStore(f"start/{restarts()}", store)
+        backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"Rank {rank} of {count} did not find the others: {first_line(error)}.") from error
+    yield current_ranks()
+    dist.destroy_process_group()  # not after an error: the others may be silent
+
+
+def require_alone(command: str, way_out: str) -> None:
+    """Refuse a launcher's several processes where they would all do the same.
+
+    Raises:
+        ConfigurationError: with another way.
+    """
+    _, count = launched()
+    if count > 1:
+        raise ConfigurationError(f"{command} was started as {count} ranks, which would all do the same. {way_out}")
+
+
+def local_rank() -> int:
+    """Number of a rank among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def launched() -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dfad.experiments.provenance import machine
 from dfad.experiments.study import execute, plan, summarise
 from dfad.files import write_atomically
 from dfad.presets import TrainConfig
+from dfad.ranks import require_alone
 from dfad.runs.pictures import save_picture
 from dfad.supervised.cache import cached_teacher
 from dfad.terminal import configure_logging
@@ -74,6 +75,7 @@ class Reproduce:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, run the comparison, print what it shows."""
     command = cli.parse_flags(Reproduce, arguments)
+    require_alone("dfad.reproduce", "Start one process; its --processes spreads runs over cores and GPUs.")
     configure_logging()
     comparison = located(command)
     folder = command.run_dir or Path("runs") / f"reproduce-{command.comparison}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dfad import cli
 from dfad.models.probing import parameter_count
+from dfad.ranks import joined
 from dfad.supervised.recipes import RECIPES, Recipe
 from dfad.supervised.teaching import MODEL_FILE, teach
 from dfad.terminal import configure_logging
@@ -29,6 +30,7 @@ class Teach(cli.Command):
     settings: Annotated[Recipe, cli.Settings] = Recipe()
 
 
+@joined()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, train the teacher, print its result."""
     command = cli.parse(Teach(preset="digits"), RECIPES, arguments)
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = command.settings
     run_dir = command.folder("teacher-")
     started = time.perf_counter()
-    trainer, accuracy = teach(recipe, run_dir, resume=command.resume is not None, overwrite=command.overwrite)
+    trainer, accuracy = teach(recipe, run_dir, resume=command.resumes(run_dir), overwrite=command.overwrite)
 
     table = Table("data", "network", "parameters", "accuracy", "seconds")
     parameters = parameter_count(trainer.network)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 
+from dfad.ranks import launched
+
 console = Console(stderr=True)
 """Writes to standard error: standard output is for results only. Rich respects NO_COLOR."""
 
@@ -54,7 +56,9 @@ def silence_stdout() -> None:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Log lines through the console: styled on a terminal, plain elsewhere."""
+    """Log lines through the console: styled on a terminal, plain elsewhere; errors alone of ranks after the first."""
+    if launched()[0]:
+        level = logging.ERROR
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")

@@ -19,6 +19,7 @@ from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
+from dfad.ranks import current_ranks, joined
 from dfad.runs.recorder import read_history
 from dfad.runs.run_page import REPORT
 from dfad.runs.settings import GROWING
@@ -48,6 +49,7 @@ class Train(cli.Command):
     """Print parameters, FLOPs, peak memory and seconds, measured on a few rounds, and stop."""
 
 
+@joined()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, run the distillation, print its result."""
     command = cli.parse(Train(), PRESETS, arguments)
@@ -62,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command.dry_run:
         Console().print(estimate_table(estimate(distiller)))
         return
-    result = distiller.fit(run_dir, resume=command.resume is not None, overwrite=command.overwrite)
+    result = distiller.fit(run_dir, resume=command.resumes(run_dir), overwrite=command.overwrite)
     measured = measure(evaluate, teacher.network.to(device), student, distiller.best) if evaluate else {}
     Console().print(result_table(result, teacher.network, student, measured))
+    if not current_ranks().first:
+        return
     history = read_history(run_dir)
     log.info(verdict(history))
     if improves(history):

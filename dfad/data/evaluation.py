@@ -1,5 +1,6 @@
 """Accuracy of a classifier on a data set."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dfad.metrics import top_k_accuracy
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, require_same_classes
 from dfad.modes import evaluating
+from dfad.ranks import Ranks, current_ranks
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +23,25 @@ BATCH_SIZE = 500
 OTHER_DATA = "Choose other data with --data.name, or measure nothing with --no_evaluate."
 
 
-def predict(network: nn.Module, source: BatchSource, count: int) -> tuple[Tensor, Tensor]:
-    """Logits ``float32 (count, classes)`` in eval mode for every image once, and the labels; both on the CPU."""
-    logits, labels = [], []
+def predict(network: nn.Module, source: BatchSource, count: int, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """Logits ``float32 (count, classes)`` in eval mode for every image once, and the labels; both on the CPU.
+
+    Args:
+        network: in the same state on all ranks.
+        source: of the images.
+        count: of the images.
+        ranks: which each take a part of the images, and all get what is returned; those of the process group where not
+            given.
+    """
+    ranks = ranks or current_ranks()
+    each = -(-count // ranks.count)
+    own = in_order(count).part(slice(ranks.rank * each, (ranks.rank + 1) * each))
+    answers = []
     with evaluating(network), torch.inference_mode():
-        for images, truth in source.batches(in_order(count), BATCH_SIZE, drop_last=False):
-            logits.append(as_outputs(network(images)).logits.float())
-            labels.append(truth)
-        return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+        for images, truth in source.batches(own, BATCH_SIZE, drop_last=False) if len(own) else ():
+            answers.append((as_outputs(network(images)).logits.float().cpu(), truth.cpu()))
+    logits, labels = zip(*itertools.chain(*ranks.all_of(answers)), strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 class Evaluator:

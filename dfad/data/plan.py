@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfad.ranks import Ranks
 from dfad.seeds import stream_seed
 
 
@@ -75,8 +76,21 @@ class Plan:
         """
         stop = len(self) // batch_size * batch_size if drop_last else len(self)
         for start in range(0, stop, batch_size):
-            part = slice(start, start + batch_size)
-            yield Plan(self.indices[part], self.shifts[part], self.flips[part], self.holes[part], self.hole_size)
+            yield self.part(slice(start, start + batch_size))
+
+    def part(self, entries: slice | Tensor) -> "Plan":
+        """A plan of some of the entries."""
+        return Plan(
+            self.indices[entries], self.shifts[entries], self.flips[entries], self.holes[entries], self.hole_size
+        )
+
+    def share(self, batch_size: int, ranks: Ranks) -> "Plan":
+        """Of every whole batch a rank's share, in the order of the batches; the last images that make none are left
+        out."""
+        if not ranks.several:
+            return self
+        batches = torch.arange(len(self) // batch_size * batch_size).view(-1, batch_size)
+        return self.part(ranks.share(batches.T).T.flatten())
 
 
 def in_order(count: int) -> Plan:

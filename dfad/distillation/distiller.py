@@ -20,7 +20,7 @@ from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
-from dfad.errors import ConfigurationError, DivergenceError, RunFolderError
+from dfad.errors import ConfigurationError, DivergenceError, RankError, RunFolderError
 from dfad.models.model_file import weights_hash
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import image_shape_of, in_float32, parameter_count
@@ -110,6 +110,9 @@ class Distiller:
         log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
         teacher, student = in_float32(teacher, copied=True), in_float32(student, copied=False)
         self.teacher_hash = weights_hash(teacher.state_dict())
+        self.ranks = self.engine.ranks
+        student_hash = weights_hash(student.state_dict()) if self.ranks.several else ""
+        self.ranks.require_equal(configuration=config, teacher=self.teacher_hash, student=student_hash)
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
         preflight.check_normalisation(self.normalisation, self.image_shape[0])
         self.round = Round(teacher, student, config, self.engine, self.image_shape)
@@ -173,10 +176,8 @@ class Distiller:
         if folder is None and resume:
             raise RunFolderError("Resuming needs the folder of the run: fit(run_dir, resume=True).")
         if folder is not None:
-            preflight.check_files(self.student, self.config)
-            size = preflight.bytes_of_run(self.student, self.generator, self.image_shape, self.config)
-            preflight.check_room(folder, size)
-            state = open_folder(folder, self.config, resume=resume, overwrite=overwrite)
+            self.ranks.require_equal(folder=folder)
+            state = self.ranks.of_first(lambda: self._open(folder, resume=resume, overwrite=overwrite))
             if state is not None:
                 preflight.check_teacher(folder, state.get("teacher"), self.teacher_hash)
                 self.load_state_dict(state)
@@ -184,17 +185,25 @@ class Distiller:
                 extend(folder, self.config)
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
-        with self.engine.running(), seeded(stream_seed(self.config.seed, "networks"), self.device):
+        networks = f"networks-{self.ranks.rank}" if self.ranks.rank else "networks"
+        with self.engine.running(), seeded(stream_seed(self.config.seed, networks), self.device):
             self._restore_global_rng()
             history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
-        if folder is not None:
+        if folder is not None and self.ranks.first:
             self._report(folder, history, result)
         return result
 
+    def _open(self, folder: Path, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        preflight.check_files(self.student, self.config)
+        size = preflight.bytes_of_run(self.student, self.generator, self.image_shape, self.config)
+        preflight.check_room(folder, size)
+        return open_folder(folder, self.config, resume=resume, overwrite=overwrite)
+
     def _run_rounds(self, folder: Path | None) -> list[dict[str, float]]:
         log_every, select_every = self.config.recording.log_every, self.config.selection.every
-        kept = moments(self.config.method.rounds) if folder is not None else set()
+        writes = folder is not None and self.ranks.first
+        kept = moments(self.config.method.rounds) if writes else set()
         buffer = MetricBuffer()
         with run_loop(
             folder,
@@ -203,6 +212,7 @@ class Distiller:
             self.state_dict,
             self.config.recording.checkpoint_every,
             first=-self.config.method.warm_up,
+            ranks=self.ranks,
         ) as loop:
             for _ in loop:
                 buffer.add(self.run_round())
@@ -290,7 +300,8 @@ class Distiller:
             "generator_norm": _norm(self.generator),
         }
         observed = self.observe()
-        metrics = {**buffer.read(), **norms, **observed}
+        metrics = self._agreed({**buffer.read(), **norms, **observed})
+        observed = {name: metrics[name] for name in observed}
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             kept = f" The last good checkpoint is kept in {folder}." if folder and checkpoint.exists(folder) else ""
@@ -299,6 +310,21 @@ class Distiller:
                 "rates (--optimizer.student.lr, --optimizer.generator.lr) or the weights of the loss."
             )
         return metrics | self.collapse_guard.look(observed, self.round_index, self.config.method.rounds)
+
+    def _agreed(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Means over the ranks, whose networks must be the same ones."""
+        if not self.ranks.several:
+            return metrics
+        first, *others = everyone = self.ranks.all_of(metrics)
+        for rank, other in enumerate(others, start=1):
+            for name in ("student_norm", "generator_norm"):
+                if repr(other[name]) != repr(first[name]):
+                    raise RankError(
+                        f"By round {self.round_index} rank {rank} has another {name.partition('_')[0]} than rank 0. "
+                        "Ranks stay alike where a network computes the same on all of them and holds no buffers, but "
+                        "the statistics of BatchNorms, that follow the images of one."
+                    )
+        return {name: sum(each[name] for each in everyone) / len(everyone) for name in metrics}
 
     @torch.no_grad()
     def observe(self) -> dict[str, float]:
@@ -336,6 +362,7 @@ class Distiller:
                 metrics["accuracy"] = float(self.evaluate(self.student))
             if self.bank.complete:
                 metrics["agreement"] = self.bank.agreement(self._classify)
+        metrics = self.ranks.of_first(lambda: metrics)
         if metrics.get("agreement", -1.0) >= self.best.get("agreement", 0.0):
             state = dict(copy.deepcopy(self.student.state_dict()))  # tied weights stay one tensor
             self.best = {"round": self.round_index, **metrics, "state": state}
@@ -351,10 +378,12 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the same bits as an uninterrupted one."""
         parts = {name: part.state_dict() for name, part in self._stateful().items()}
-        rng = {name: generator.get_state() for name, generator in self.round.rng.items()}
+        rng: dict[str, Any] = {name: generator.get_state() for name, generator in self.round.rng.items()}
         rng["cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.ranks.several:
+            rng["of_ranks"] = self.ranks.all_of({name: rng[name] for name in ("cpu", "cuda") if name in rng})
         progress = {"round": self.round_index, "best": self.best, "rng": rng, "teacher": self.teacher_hash}
         return {**self.round.state_dict(), **parts, **progress}
 
@@ -366,11 +395,22 @@ class Distiller:
         for name, generator in self.round.rng.items():
             if name in state["rng"]:  # an older checkpoint without this stream did not draw from it
                 generator.set_state(state["rng"][name])
-        self._global_rng = state["rng"]
+        self._global_rng = self._own_rng(state["rng"])
         self.round_index, self.best = state["round"], state["best"]
 
     def _stateful(self) -> dict[str, Any]:
         return {"bank": self.bank, "collapse_guard": self.collapse_guard}
+
+    def _own_rng(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """The states of the global generators that this rank had; none where there was no such rank."""
+        of_ranks = saved.get("of_ranks", [saved])
+        if len(of_ranks) != self.ranks.count:
+            log.warning(
+                "The run was saved by %d ranks and goes on with %d: its images stay the same; its rounding, and what "
+                "networks draw themselves, do not.",
+                *(len(of_ranks), self.ranks.count),
+            )
+        return of_ranks[self.ranks.rank] if self.ranks.rank < len(of_ranks) else {}
 
     def _restore_global_rng(self) -> None:
         if self._global_rng:

@@ -72,10 +72,11 @@ def _measured(distiller: Distiller) -> Estimate:
 
 
 def count_flops(distiller: Distiller) -> tuple[int, int]:
-    """FLOPs of a whole run and of one round, counted on a warm-up step and a round, which change the distiller."""
-    method = distiller.config.method
-    warm_up = method.warm_up * _flops(distiller.round.warm_up) if method.warm_up else 0
-    per_round = _flops(distiller.round)
+    """FLOPs of a whole run and of one round, of all ranks, counted on a warm-up step and a round, which change the
+    distiller."""
+    method, ranks = distiller.config.method, distiller.ranks.count
+    warm_up = method.warm_up * ranks * _flops(distiller.round.warm_up) if method.warm_up else 0
+    per_round = ranks * _flops(distiller.round)
     return warm_up + method.rounds * per_round, per_round
 
 

@@ -22,7 +22,7 @@ from dfad.engine.placement import Placement
 from dfad.engine.precision import autocast, choose_precision, dtype_of, float32_products
 from dfad.engine.two_streams import TwoStreams
 from dfad.errors import ConfigurationError
-from dfad.ranks import Ranks, current_ranks
+from dfad.ranks import Ranks, current_ranks, local_rank
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class Engine:
         if self.ranks.several:
             log.info(
                 "%d ranks share each batch; BatchNorms that learn take the statistics of %s.",
-                *(self.ranks.count, "all" if self.whole_batch_norms else "each rank's own images"),
+                self.ranks.count,
+                "all, by PyTorch's operations" if self.whole_batch_norms else "each rank's own images",
             )
         if optimizer_backend == "apex":
             require_apex(device)
@@ -258,7 +259,7 @@ def choose_device(name: str) -> torch.device:
         ConfigurationError: if the name is not a device, or the device is not available.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -270,4 +271,15 @@ def choose_device(name: str) -> torch.device:
             f"The device {name!r} is not available: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
             "Use --device auto or cpu."
         )
+    if device.type == "cuda" and current_ranks().several:
+        _require_gpu_of_its_own(device)
     return device
+
+
+def _require_gpu_of_its_own(device: torch.device) -> None:
+    gpus = torch.cuda.device_count()
+    if device.index is not None or local_rank() >= gpus:
+        raise ConfigurationError(
+            f"Rank {local_rank()} of this machine has no GPU of its own: the device is {device}, and there are {gpus}. "
+            "Leave --device on auto, and start at most as many ranks as there are GPUs (--nproc-per-node)."
+        )

@@ -162,6 +162,10 @@ class Placement:
             "compile": engine.compile,
         }
         parts = [name for name, there in available.items() if there]
+        if self.learns and engine.whole_batch_norms:  # which the engine has said
+            for part in (part for part in parts if part in OWN_NORMS and self._demanded(part)):
+                self.leave_out(part, "its BatchNorms take their statistics of the images of all ranks")
+            parts = [part for part in parts if part not in OWN_NORMS]
         rewriting = [name for name in parts if name in REWRITING]
         if rewriting:
             try:
@@ -173,10 +177,6 @@ class Placement:
                     raise ModelError(f"engine.{demanded[0]} is on, but {reason} Leave it on auto.") from reason
                 log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, reason)
                 parts = [name for name in parts if name != "fold_batchnorm"]
-        if self.learns and engine.whole_batch_norms:
-            for part in [part for part in parts if part in OWN_NORMS]:
-                self.leave_out(part, "its BatchNorms take their statistics of the images of all ranks")
-                parts.remove(part)
         if "compile" in parts and calls_are_fixed(self.network):
             self.leave_out("compile", "hooks are called in it, which compilation may drop")
             parts.remove("compile")

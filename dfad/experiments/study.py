@@ -59,7 +59,9 @@ def execute(runs: Sequence[Run], processes: int) -> list[dict[str, Any]]:
     if processes == 1:
         return [run_once(run) for run in runs]
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (threads,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    started = (threads, context.Value("i", 0))
+    with ProcessPoolExecutor(processes, context, _start_process, started) as pool:
         futures = [pool.submit(run_once, run) for run in runs]
         # after a failure no new run starts; started ones finish, or write their checkpoint after a signal
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -68,8 +70,13 @@ def execute(runs: Sequence[Run], processes: int) -> list[dict[str, Any]]:
         return [future.result() for future in futures]
 
 
-def _start_process(threads: int) -> None:
+def _start_process(threads: int, started: Any) -> None:
     torch.set_num_threads(threads)
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if torch.cuda.is_available():  # which a device without a number stands for
+        torch.cuda.set_device(number % torch.cuda.device_count())
     configure_logging(logging.WARNING)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfad.errors import Interrupted
+from dfad.ranks import ALONE, Ranks
 from dfad.runs import checkpoint
 from dfad.runs.interruption import StopRequest, stop_requests
 from dfad.runs.recorder import Metrics, Recorder
@@ -33,24 +34,31 @@ class RunLoop:
     first: int
     _recorder: Recorder
     _stop: StopRequest
-    _stopping: bool | None = None
+    _ranks: Ranks
+    _signal: int | None = None
 
     def __iter__(self) -> Iterator[None]:
         while self.position() < self.rounds:
-            self._stopping = None
+            self._signal = None
             yield
             if self.folder is not None and self.saving:
-                checkpoint.save(self.folder, self.state_dict())
+                state = self.state_dict()
+                if self._ranks.first:
+                    checkpoint.save(self.folder, state)
             if self.stopping:
-                raise Interrupted(self._stopped(), self._stop.signal_number)
+                self._ranks.largest(0)  # no rank leaves before the checkpoint is written: its end would end the others
+                raise Interrupted(self._stopped(), self._agreed_signal())
 
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this round."""
-        # decided once per round: if a signal arrives, the checkpoint of that round must be written
-        if self._stopping is None:
-            self._stopping = self._stop.requested
-        return self._stopping
+        return self._agreed_signal() != 0
+
+    def _agreed_signal(self) -> int:
+        # decided once per round, for all ranks: if a signal arrives, the checkpoint of that round must be written
+        if self._signal is None:
+            self._signal = self._ranks.largest(self._stop.signal_number)
+        return self._signal
 
     @property
     def saving(self) -> bool:
@@ -91,6 +99,7 @@ def run_loop(
     task: str = "Distilling",
     unit: str = "round",
     first: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[RunLoop]:
     """The loop over the remaining rounds of a run. Inside it, SIGINT and SIGTERM ask the run to stop.
 
@@ -103,12 +112,13 @@ def run_loop(
         task: name of the activity, for the terminal.
         unit: name of a round in records and messages.
         first: position at which the run begins; below 0 where it warms up before its first round.
+        ranks: which share the run; the first one writes, and a signal to one of them stops all after the same round.
 
     Raises:
         Interrupted: after a signal, when the checkpoint is written.
     """
     with (
         stop_requests() as stop,
-        Recorder(folder, rounds, position(), first=first, task=task, unit=unit) as recorder,
+        Recorder(folder if ranks.first else None, rounds, position(), first=first, task=task, unit=unit) as recorder,
     ):
-        yield RunLoop(folder, rounds, position, state_dict, checkpoint_every, unit, first, recorder, stop)
+        yield RunLoop(folder, rounds, position, state_dict, checkpoint_every, unit, first, recorder, stop, ranks)

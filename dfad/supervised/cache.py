@@ -12,6 +12,7 @@ from filelock import FileLock
 from dfad.data import open_dataset
 from dfad.errors import ConfigurationError, unknown
 from dfad.models.model_file import save_model
+from dfad.ranks import ALONE
 from dfad.runs.settings import to_tree
 from dfad.supervised.recipes import RECIPES
 from dfad.supervised.teaching import train
@@ -64,7 +65,7 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
     with lock:
         if not path.exists():
             log.info("Training the teacher of recipe %s, once; it is kept in %s.", name, path.parent)
-            trainer = SupervisedTrainer(recipe, open_dataset(replace(recipe.data, root=root)))
+            trainer = SupervisedTrainer(recipe, open_dataset(replace(recipe.data, root=root)), ALONE)
             accuracy = train(trainer, folder=None)
             save_model(path, trainer.result.state_dict(), trainer.manifest(accuracy))
     return path

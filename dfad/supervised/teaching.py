@@ -31,11 +31,14 @@ def teach(
         Interrupted: as :func:`train`, and whatever else that raises.
     """
     trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
-    state = open_folder(run_dir, recipe, resume=resume, overwrite=overwrite)
+    ranks = trainer.ranks
+    ranks.require_equal(configuration=recipe, folder=run_dir, data=trainer.dataset.fingerprint)
+    state = ranks.of_first(lambda: open_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
     if state is not None:
         trainer.load_state_dict(state)
     accuracy = train(trainer, run_dir)
-    save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
+    if ranks.first:
+        save_model(run_dir / MODEL_FILE, trainer.result.state_dict(), trainer.manifest(accuracy))
     return trainer, accuracy
 
 
@@ -61,6 +64,7 @@ def train(trainer: SupervisedTrainer, folder: Path | None) -> float:
             recipe.checkpoint_every,
             task="Training the teacher",
             unit="epoch",
+            ranks=trainer.ranks,
         ) as loop,
     ):
         for _ in loop:

@@ -20,8 +20,9 @@ from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, require_same_classes
+from dfad.ranks import Ranks
 from dfad.runs.settings import to_tree
-from dfad.seeds import seeded
+from dfad.seeds import seeded, stream_seed
 from dfad.supervised.recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -33,17 +34,20 @@ class SupervisedTrainer:
     Args:
         recipe: all settings.
         dataset: the one that the recipe names.
+        ranks: which share each batch; those of the process group where not given.
 
     Raises:
         ModelError: if the network does not take the data set's images, or has another number of classes.
         ConfigurationError: if the machine does not support what the recipe asks for.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, ranks: Ranks | None = None) -> None:
         self.recipe = recipe
         self.dataset = dataset
         self.device = choose_device(recipe.device)
-        self.engine = Engine(recipe.engine, fused=True, device=self.device)
+        self.engine = Engine(recipe.engine, fused=True, device=self.device, ranks=ranks)
+        self.ranks = self.engine.ranks
+        self.ranks.require_divides("batch_size", recipe.batch_size)
         self.kwargs = network_kwargs(recipe, dataset)
         with seeded(recipe.seed):
             network = build(recipe.network.factory, self.kwargs)
@@ -66,9 +70,10 @@ class SupervisedTrainer:
             )
         self.epoch = 0
         layout = torch.channels_last if self.engine.channels_last else torch.contiguous_format
-        self.images = torch.empty(recipe.batch_size, *dataset.image_shape, device=self.device, memory_format=layout)
+        share = recipe.batch_size // self.ranks.count
+        self.images = torch.empty(share, *dataset.image_shape, device=self.device, memory_format=layout)
         """The batch of every step, at one address, so that a step can be captured as a CUDA graph."""
-        self.labels = torch.empty(recipe.batch_size, dtype=torch.int64, device=self.device)
+        self.labels = torch.empty(share, dtype=torch.int64, device=self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = list(self.network.parameters())
@@ -85,7 +90,7 @@ class SupervisedTrainer:
 
     def step(self) -> Mapping[str, Tensor]:
         """One step on the current batch."""
-        with self.engine.autocast():
+        with self.engine.forward():
             logits = as_outputs(self.network(self.images)).logits
         loss = F.cross_entropy(logits.float(), self.labels, label_smoothing=self.recipe.label_smoothing)
         self.engine.descend(loss, self.optimizer)
@@ -103,9 +108,11 @@ class SupervisedTrainer:
         )
         self.network.train()
         total = torch.zeros((), device=self.device)
-        batches = self.train_source.batches(plan, recipe.batch_size, drop_last=True)
-        # for networks with dropout: a resumed run draws the same
-        with seeded(recipe.seed + self.epoch, self.device):
+        plan = plan.share(recipe.batch_size, self.ranks)
+        batches = self.train_source.batches(plan, recipe.batch_size // self.ranks.count, drop_last=True)
+        # for networks with dropout: a resumed run draws the same, and each rank something else
+        seed = recipe.seed + self.epoch
+        with seeded(stream_seed(seed, self.ranks.rank) if self.ranks.rank else seed, self.device):
             for index, (images, labels) in enumerate(batches):
                 progress = (self.epoch + index / self.steps_per_epoch) / recipe.epochs
                 set_learning_rate(self.optimizer, recipe.lr * recipe.factor(progress))
@@ -115,7 +122,7 @@ class SupervisedTrainer:
                 if self.average is not None:
                     self.average.update_parameters(self.network)
         self.epoch += 1
-        loss = total.item() / self.steps_per_epoch
+        loss = self.ranks.average(total).item() / self.steps_per_epoch
         if not math.isfinite(loss):
             raise DivergenceError(f"The loss became {loss} in epoch {self.epoch}. Lower --lr, now {recipe.lr}.")
         return loss
@@ -127,7 +134,7 @@ class SupervisedTrainer:
 
     def accuracy(self) -> float:
         """Accuracy on the test split."""
-        return top_k_accuracy(*predict(self.result, self.test_source, len(self.dataset.test)))
+        return top_k_accuracy(*predict(self.result, self.test_source, len(self.dataset.test), self.ranks))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""

@@ -27,7 +27,8 @@ except RuntimeError as error:
 
 
 def python(code: str) -> str:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}"}
+    before = [path for path in [os.environ.get("PYTHONPATH")] if path]  # where the sanitized tests find PyTorch
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT), *before])}
     done = subprocess.run(
         [sys.executable, "-c", HIDE + code], env=environment, cwd=ROOT, capture_output=True, text=True
     )

@@ -44,7 +44,7 @@ class DataError(DfadError, ValueError):
 
 
 class ExportError(DfadError):
-    """What was exported does not give what the student gives, or cannot be made of it."""
+    """An export whose results differ from the student's, or that the student does not allow."""
 
     exit_code = 7
 

@@ -1,4 +1,4 @@
-"""``python -m dfad.export RUN``: write a run's student in the formats that others read, each compared with it."""
+"""``python -m dfad.export RUN``: write a run's student in common formats, each compared with it."""
 
 import json
 import logging
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's student in the formats that others read: safetensors, a torch.export program, ONNX, a Hugging Face
-    folder, timm's form where it is of that family; and, where asked, in 8 bits, and generated images.
+    """Write a run's student in common formats: safetensors, a torch.export program, ONNX, a Hugging Face folder, and
+    timm's format if it is a network of timm; on request also in 8 bits, and generated images.
 
-    Each is loaded back and compared with the student on random and on generated images. Where one differs, nothing is
-    left.
+    Each is loaded back and compared with the student on random and on generated images. If one differs, nothing is
+    kept.
 
     Exit codes: 0 done; 2 option or run; 3 student, generator or teacher; 4 folder; 6 data; 7 an export that differs
     from the student, or cannot be made of it.
@@ -49,16 +49,16 @@ class Export:
     """Folder of a finished run."""
 
     formats: tuple[Format, ...] = ()
-    """Which; all but int8 that this machine and the student allow, where not given."""
+    """Formats to write; by default all but int8 that this machine and the student allow."""
 
     weights: Literal["best", "last"] = "best"
-    """The student that agreed best with the teacher on generated images, or the last one."""
+    """The student that agreed most with the teacher on generated images, or the last one."""
 
     normalise: cli.Action = False
-    """Build the normalisation in: what is exported takes pixels in 0–1."""
+    """Build in the normalisation: exported networks take pixels in 0–1."""
 
     images: int = 0
-    """Generated images to write, with the teacher's soft labels."""
+    """Number of generated images to write, with the teacher's soft labels."""
 
     images_as: Literal["webdataset", "folder"] = "webdataset"
     """Tar shards, or a folder per class."""
@@ -67,19 +67,19 @@ class Export:
     """Images per shard."""
 
     calibration: int = 512
-    """Generated images that the ranges of the 8-bit student are found on."""
+    """Number of generated images to calibrate the 8-bit student with."""
 
     tolerance: float = 1e-4
-    """Largest allowed difference of a logit; where logits exceed 1, in proportion to the largest."""
+    """Largest allowed difference of a logit; proportionally larger if logits exceed 1."""
 
     factory: str | None = None
-    """Callable that builds the student, where its file does not say: package.module:callable."""
+    """Callable that builds the student, if its file does not say: package.module:callable."""
 
     kwargs: Keywords = field(default_factory=dict)
     """Its keyword arguments."""
 
     output: Path | None = None
-    """Folder to make; export in the run's folder where not given."""
+    """Folder to create; by default export in the run's folder."""
 
     overwrite: cli.Action = False
     """Replace that folder."""
@@ -93,7 +93,7 @@ class Export:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments, export, print what was written and how far it is from the student."""
+    """Parse the arguments, export, print the files and their differences from the student."""
     command = cli.parse_flags(Export, arguments)
     configure_logging()
     settings = saved_settings(command.run, TrainConfig())
@@ -162,10 +162,10 @@ def _file_of(run: Path, name: str) -> Path:
 
 
 def find_teacher(settings: TrainConfig, *, required: bool) -> Teacher | None:
-    """The run's teacher, in eval mode; None, with a line in the log, where it is not needed and not there.
+    """The run's teacher, in eval mode; None, with a line in the log, if it is missing and not required.
 
     Raises:
-        ModelError: if it is required, and not there.
+        ModelError: if it is required, but missing.
     """
     try:
         teacher = load_teacher(settings.teacher)
@@ -179,7 +179,7 @@ def find_teacher(settings: TrainConfig, *, required: bool) -> Teacher | None:
 
 
 def find_test_images(settings: TrainConfig, teacher: Teacher | None) -> Any:
-    """What iterates over the test images that the run was measured on; None, with a line in the log, without them."""
+    """An iterator over the test images of the run; None, with a line in the log, without them."""
     if not settings.evaluate:
         return None
     try:
@@ -197,7 +197,7 @@ def find_test_images(settings: TrainConfig, teacher: Teacher | None) -> Any:
 
 
 def parts_table(exported: Exported, folder: Path) -> Table:
-    """What was written, for people."""
+    """The written files as a table."""
     table = Table("", "", "MB", "difference", "logits", title=f"{folder}: largest difference from the student")
     for name, part in exported.parts.items():
         table.add_row(name, part.path, f"{part.bytes / 1e6:.3f}", f"{part.difference:.2e}", f"{part.of:.4g}")
@@ -205,7 +205,7 @@ def parts_table(exported: Exported, folder: Path) -> Table:
 
 
 def int8_table(before: Measured, after: Measured, same: float | None) -> Table:
-    """What 8 bits cost, for people."""
+    """The quality of the 8-bit student as a table."""
 
     def percent(value: float | None) -> str:
         return "not measured" if value is None else f"{value:.2%}"

@@ -1,1 +1,1 @@
-"""What leaves a run: its student in the formats that others read, and its generated images."""
+"""Export of a run: its student in common formats, and its generated images."""

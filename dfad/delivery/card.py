@@ -1,4 +1,4 @@
-"""The model card of a student: what it is, how it was made, how it is used."""
+"""The model card of a student: origin, properties and use."""
 
 from pathlib import Path
 
@@ -32,8 +32,8 @@ Data-Free Adversarial Distillation with Activation Regularization and Virtual In
 
 ## Limits
 
-Accuracy on real images was not used to train it or to choose it{measured}. It repeats its teacher's errors, adds some
-of its own, and is as little to be trusted as the teacher where images are unlike those that the teacher was trained on.
+Accuracy on real images was not used to train or select it{measured}. It repeats its teacher's errors and adds its own.
+Like the teacher, it is not reliable for images that differ from those that the teacher was trained on.
 """
 
 
@@ -42,8 +42,8 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
 
     Args:
         delivery: the student, with settings and result of its run.
-        usage: how it is loaded, in Markdown.
-        library: of Hugging Face's list.
+        usage: instructions for loading it, in Markdown.
+        library: a name from Hugging Face's list.
     """
     result = delivery.about.get("result", {})
     channels, height, width = delivery.image_shape
@@ -68,7 +68,7 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
         rows="\n".join(f"| {name} | {value} |" for name, value in _rows(delivery).items()),
         usage=usage,
         images=images,
-        measured="; what is reported above was measured on test images" if measured else ", and was not measured",
+        measured="; the accuracy above was measured on test images" if measured else ", and was not measured",
     )
 
 

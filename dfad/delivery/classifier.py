@@ -1,4 +1,4 @@
-"""The student as it is delivered: images in, logits out."""
+"""The exported student: a function from images to logits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from dfad.models.outputs import as_outputs
 from dfad.models.probing import parameter_count
 
 Function = Callable[[Tensor], Tensor]
-"""From images ``(B, channels, height, width)`` to logits ``(B, classes)``."""
+"""A function from images ``(B, channels, height, width)`` to logits ``(B, classes)``."""
 
 
 class Classifier(nn.Module):
-    """A network that takes images and returns logits alone, whatever else it computes.
+    """A network that takes images and returns only its logits.
 
     Args:
         network: in eval mode; shared, not copied.
-        mean: per channel, that images in 0–1 are normalised with; empty where images come normalised.
-        std: likewise.
+        mean: per channel, to normalise images in 0–1; empty if images are already normalised.
+        std: per channel, or empty.
     """
 
     mean: Tensor
@@ -43,21 +43,21 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Delivery:
-    """A student and what is known about it."""
+    """A student and facts about it."""
 
     network: nn.Module
-    """In eval mode, without taps, on the CPU."""
+    """The student in eval mode, without taps, on the CPU."""
     manifest: dict[str, Any]
-    """Of its file, see :func:`dfad.models.model_file.read_manifest`."""
+    """The manifest of its file, see :func:`dfad.models.model_file.read_manifest`."""
     normalise: bool = False
-    """Whether what is delivered takes pixels in 0–1 and normalises them itself."""
+    """Whether the exported network takes pixels in 0–1 and normalises them itself."""
     about: dict[str, Any] = field(default_factory=dict)
     """Settings (``config``) and result of its run, for the model card."""
 
     def __post_init__(self) -> None:
         if self.normalise and not self.mean:
             raise ModelError(
-                "The normalisation cannot be built in: the student's file does not say which it is. Distil with "
+                "The normalisation cannot be built in: the student's file does not contain it. Distil with "
                 "--teacher.mean and --teacher.std, or leave out --normalise."
             )
 
@@ -69,44 +69,44 @@ class Delivery:
 
     @property
     def mean(self) -> list[float]:
-        """Per channel, of the images that the student was trained on, for pixels in 0–1; empty where not known."""
+        """Mean per channel of the student's images, for pixels in 0–1; empty if unknown."""
         return list(self.manifest.get("mean", ()))
 
     @property
     def std(self) -> list[float]:
-        """Likewise."""
+        """Standard deviation per channel; empty if unknown."""
         return list(self.manifest.get("std", ()))
 
     @property
     def classifier(self) -> Classifier:
-        """What is delivered."""
+        """The network to export."""
         return Classifier(self.network, *((self.mean, self.std) if self.normalise else ())).eval()
 
     @property
     def classes(self) -> int:
-        """How many the student knows."""
+        """Number of classes."""
         with torch.no_grad():
             return self.classifier(self.example).shape[1]
 
     @property
     def example(self) -> Tensor:
-        """Two blank images: of one, a program could take the batch size for a constant."""
+        """Two blank images; with one, the export could treat the batch size as a constant."""
         return torch.zeros(2, *self.image_shape)
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has learned."""
+        """Number of parameters."""
         return parameter_count(self.network)
 
     def as_taken(self, normalised: Tensor) -> Tensor:
-        """Normalised images as the delivered network takes them."""
+        """Converts normalised images to the form that the exported network takes."""
         if not self.normalise:
             return normalised
         return normalised * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
 
 
 def member_of_family(network: nn.Module, package: str) -> nn.Module | None:
-    """The network of a package's own class that a network is, or wraps whole; None where there is none."""
+    """The network of a package's own class that a network is or wraps; None if there is none."""
     for module in network.modules():
         names = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
         if package in names and parameter_count(module) == parameter_count(network) and _is_whole(module, package):
@@ -115,7 +115,7 @@ def member_of_family(network: nn.Module, package: str) -> nn.Module | None:
 
 
 def _is_whole(module: nn.Module, package: str) -> bool:
-    # what either package's models have, and its layers have not
+    # attributes that models of the packages have, and layers do not
     return hasattr(module, "save_pretrained" if package == "transformers" else "pretrained_cfg")
 
 
@@ -124,19 +124,19 @@ def largest_difference(original: Function, delivered: Function, batches: Iterabl
     """The largest absolute difference of the logits, and the largest absolute logit.
 
     Args:
-        original: what was to be delivered.
-        delivered: what was loaded back.
+        original: the exported network.
+        delivered: the network that was loaded back.
         batches: images of several batch sizes.
 
     Raises:
-        ExportError: if the delivered network refuses a batch, or returns another shape.
+        ExportError: if the loaded network refuses a batch, or returns another shape.
     """
     difference = magnitude = 0.0
     for images in batches:
         wanted = original(images)
         try:
             found = delivered(images)
-        except Exception as error:  # each format's runtime has its own
+        except Exception as error:  # every runtime has its own errors
             raise ExportError(f"It takes no batch of {len(images)}: {error}") from error
         if found.shape != wanted.shape:
             raise ExportError(f"It returns logits of shape {tuple(found.shape)} instead of {tuple(wanted.shape)}.")

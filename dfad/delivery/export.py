@@ -1,4 +1,4 @@
-"""All that is exported of a run in one folder, each part loaded back and compared before the folder is there."""
+"""Exports of a run in one folder; each is loaded back and compared before the folder appears."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,71 +24,71 @@ Format = Literal["safetensors", "program", "onnx", "huggingface", "timm", "int8"
 RECORD = "export.json"
 
 COMPARED = 256
-"""Generated images on which what was loaded back is compared with the student."""
+"""Number of generated images for the comparison of the loaded networks with the student."""
 
 INT8_TOLERANCE = 0.1
-"""Largest mean difference of the 8-bit network in ONNX from the 8-bit program, in standard deviations of the logits:
-runtimes round 8-bit sums differently."""
+"""Largest mean difference between the 8-bit network in ONNX and the 8-bit program, in standard deviations of the
+logits: runtimes round 8-bit sums differently."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that was exported."""
+    """One exported file or folder."""
 
     path: str
-    """Within the folder."""
+    """Path in the folder."""
     bytes: int
     difference: float
-    """The largest, of a logit (of images: of a probability), after it was loaded back."""
+    """Largest difference of a logit, or for images of a probability, after loading it back."""
     of: float
-    """The largest absolute logit it is a difference of."""
+    """Largest absolute logit in that comparison."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How good a network is, as far as teacher and data are at hand."""
+    """The quality of a network, as far as teacher and data are available."""
 
     agreement: float | None = None
-    """With the teacher on generated images."""
+    """Agreement with the teacher on generated images."""
     accuracy: float | None = None
-    """On the run's test images."""
+    """Accuracy on the run's test images."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export came to."""
+    """The result of an export."""
 
     parts: dict[str, Part] = field(default_factory=dict)
     before: Measured | None = None
-    """The student, where an 8-bit one was made."""
+    """Quality of the student, if an 8-bit one was made."""
     after: Measured | None = None
-    """The 8-bit student."""
+    """Quality of the 8-bit student."""
     same: float | None = None
-    """Fraction of generated images that both take for the same class."""
+    """Fraction of generated images to which both give the same class."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be exported, and with what it is compared."""
+    """What to export, and what to compare it with."""
 
     formats: Sequence[Format]
     generated: GeneratedImages
     tolerance: float = 1e-4
-    """Largest allowed difference of a logit, for logits up to 1 in size; more in proportion for larger ones."""
+    """Largest allowed difference of a logit, for logits up to 1; proportionally larger for larger ones."""
     calibration: int = 512
-    """Generated images for the ranges of the 8-bit network."""
+    """Number of generated images to calibrate the 8-bit network with."""
     images: int = 0
-    """Generated images to be written."""
+    """Number of generated images to write."""
     images_as: Literal["webdataset", "folder"] = "webdataset"
     shard_size: int = 10_000
     teacher: Function | None = None
-    """From normalised images to logits; needed for images, else only to measure the 8-bit network."""
+    """A function from normalised images to logits; needed to write images, and to measure the 8-bit network."""
     test_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
     """Normalised images and labels, to measure the 8-bit network."""
 
 
 def default_formats(delivery: Delivery) -> tuple[list[Format], list[str]]:
-    """Those that this student and machine allow, and a sentence on each that is left out."""
+    """The formats that this student and machine allow, and a sentence about each other one."""
     formats: list[Format] = ["safetensors", "program", "huggingface"]
     left_out = []
     if missing := onnx.missing():
@@ -101,10 +101,10 @@ def default_formats(delivery: Delivery) -> tuple[list[Format], list[str]]:
 
 
 def require_packages(formats: Sequence[Format]) -> None:
-    """Refuse formats whose packages are missing.
+    """Check that the packages of the formats are installed.
 
     Raises:
-        ConfigurationError: with what is to be installed.
+        ConfigurationError: naming the missing package.
     """
     for name, missing in (("onnx", onnx.missing), ("int8", int8.missing)):
         if name in formats and (sentence := missing()):
@@ -112,18 +112,18 @@ def require_packages(formats: Sequence[Format]) -> None:
 
 
 def export(delivery: Delivery, request: Request, folder: Path, *, overwrite: bool = False) -> Exported:
-    """Write everything into a folder that is there whole or not at all.
+    """Write everything into a folder, which appears whole or not at all.
 
     Args:
         delivery: the student.
-        request: what is wanted.
-        folder: to be made.
+        request: what to export.
+        folder: to be created.
         overwrite: replace it.
 
     Raises:
-        ExportError: if something cannot be made, or does not give what the student gives.
+        ExportError: if a format cannot be written, or its results differ from the student's.
         RunFolderError: if the folder exists, or cannot be written.
-        ModelError: if the student's file does not say what a format needs.
+        ModelError: if the student's file lacks what a format needs.
     """
     require_packages(request.formats)
     with whole_folder(folder, overwrite=overwrite) as new:
@@ -175,7 +175,7 @@ class _Export:
         return Exported(self.parts, before, after, same)
 
     def batches(self) -> Iterator[Tensor]:
-        """Images as the delivered network takes them: random ones in batches of several sizes, and generated ones."""
+        """Images for the exported network: random ones in batches of several sizes, and generated ones."""
         rng = torch.Generator().manual_seed(stream_seed(self.request.generated.seed, "export"))
         for size in (1, 2, 7):
             yield self.delivery.as_taken(torch.randn(size, *self.delivery.image_shape, generator=rng))
@@ -183,25 +183,25 @@ class _Export:
             yield self.delivery.as_taken(images)
 
     def compare(self, name: str, path: Path, loaded: Function, original: Function | None = None) -> None:
-        """Record how far what was loaded back is from the original.
+        """Record the difference between the loaded network and the original.
 
         Raises:
-            ExportError: if that is too far.
+            ExportError: if it is too large.
         """
         try:
             difference, magnitude = largest_difference(original or self.original, loaded, self.batches())
         except ExportError as error:
-            raise ExportError(f"The {name} was written and loaded back, but: {error} Nothing is left of it.") from error
+            raise ExportError(f"The {name} was written and loaded back, but: {error} Nothing was kept.") from error
         if difference > self.request.tolerance * max(1.0, magnitude):
             raise ExportError(
-                f"The {name} does not give what the student gives: logits of up to {magnitude:.4g} differ by up to "
+                f"The results of the {name} differ from the student's: logits of up to {magnitude:.4g} differ by up to "
                 f"{difference:.3g}, and --tolerance {self.request.tolerance:g} allows "
-                f"{self.request.tolerance * max(1.0, magnitude):.3g}. Nothing is left of it."
+                f"{self.request.tolerance * max(1.0, magnitude):.3g}. Nothing was kept."
             )
         self.parts[name] = Part(path.name, _size(path), difference, magnitude)
 
     def quantise(self) -> tuple[Measured, Measured, float]:
-        """Write the 8-bit student, as a program and, where it can be, in ONNX; measure it and the student."""
+        """Write the 8-bit student as a program and, if possible, in ONNX; measure it and the student."""
         request, delivery = self.request, self.delivery
         calibration = map(delivery.as_taken, request.generated.batches(request.calibration, "calibration"))
         quantised = int8.quantised(delivery, calibration)
@@ -226,14 +226,14 @@ class _Export:
         gap = (loaded(images) - wanted).abs()
         if not gap.mean() <= INT8_TOLERANCE * wanted.std():
             raise ExportError(
-                f"The 8-bit network in ONNX does not give what the 8-bit program gives: their logits differ by "
-                f"{gap.mean():.3g} in the mean. Nothing is left of it."
+                f"The results of the 8-bit network in ONNX differ from the 8-bit program's: their logits differ by "
+                f"{gap.mean():.3g} on average. Nothing was kept."
             )
         self.parts["int8 in ONNX"] = Part(path.name, _size(path), gap.max().item(), wanted.abs().max().item())
 
     @torch.no_grad()
     def measured(self, network: Function) -> Measured:
-        """As far as teacher and data are at hand."""
+        """Measure a network, as far as teacher and data are available."""
         request, delivery = self.request, self.delivery
         agreeing = accuracy = None
         if request.teacher is not None:
@@ -261,8 +261,8 @@ class _Export:
         if difference > request.tolerance:
             raise ExportError(
                 f"The images were written and read back, but the teacher's probabilities differ by up to "
-                f"{difference:.3g} from the soft labels; --tolerance allows {request.tolerance:g}. Nothing is left of "
-                "it."
+                f"{difference:.3g} from the soft labels; --tolerance allows {request.tolerance:g}. Nothing was "
+                "kept."
             )
         self.parts["images"] = Part(path.name, _size(path), difference, 1.0)
 

@@ -1,4 +1,4 @@
-"""The student as a folder of Hugging Face's form: config.json, model.safetensors and a model card."""
+"""The student as a folder in Hugging Face's format: config.json, model.safetensors and a model card."""
 
 import json
 from pathlib import Path
@@ -43,12 +43,12 @@ Without `transformers`: `dfad.delivery.huggingface.read(Path("this-folder"))` gi
 def write(delivery: Delivery, folder: Path) -> None:
     """Write the folder.
 
-    A student of ``transformers`` is saved as that package saves its own. Any other one comes with a module that builds
-    it by its factory; only those who allow that module to run (``trust_remote_code``) load it through ``transformers``.
+    A network of ``transformers`` is saved as that package saves its own. Any other network comes with a module that
+    builds it by its factory; ``transformers`` loads it only if that module may run (``trust_remote_code``).
 
     Args:
         delivery: the student.
-        folder: to be made.
+        folder: to be created.
 
     Raises:
         ModelError: if the student's file does not say how it is built.
@@ -65,7 +65,7 @@ def write(delivery: Delivery, folder: Path) -> None:
     weights, extra = divided(delivery.network.state_dict())
     if extra:
         raise ModelError(
-            f"The student has extra state that is no tensor ({', '.join(extra)}), which this form has no place for. "
+            f"The student has extra state that is no tensor ({', '.join(extra)}), which this format cannot store. "
             "Name the --formats without huggingface."
         )
     config = {
@@ -86,7 +86,7 @@ def write(delivery: Delivery, folder: Path) -> None:
         "torch_dtype": "float32",
     }
     _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    # tied weights once under each name, for transformers knows nothing of the manifest that would lead to the first
+    # tied weights under each of their names, because transformers does not know the manifest that maps them
     stored = {f"network.{name}": tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     data = save(stored, {"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(data))
@@ -96,7 +96,7 @@ def write(delivery: Delivery, folder: Path) -> None:
 
 
 def read(folder: Path) -> Function:
-    """The classifier that such a folder holds, without ``transformers`` where that is not needed.
+    """The classifier in such a folder, without ``transformers`` if that is not needed.
 
     Raises:
         ModelError: if the folder's weights do not fit what its configuration builds.
@@ -118,7 +118,7 @@ def build_from(config: dict[str, Any], weights: Path) -> Classifier:
 
 
 def _write_preprocessor(delivery: Delivery, folder: Path) -> None:
-    """How ``transformers`` prepares images, where the normalisation is known."""
+    """Settings of ``transformers`` for preparing images, if the normalisation is known."""
     if not delivery.mean:
         return
     _, height, width = delivery.image_shape

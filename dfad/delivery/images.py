@@ -23,7 +23,7 @@ BATCH_SIZE = 128
 DESCRIPTION = "images.json"
 
 STANDARD = (0.5, 0.125)
-"""Mean and standard deviation for pixels of images whose normalisation is not known: 4 standard deviations fit in."""
+"""Mean and standard deviation of pixels if the normalisation is unknown, so that 4 standard deviations fit."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class GeneratedImages:
         """Normalised images ``(B, channels, height, width)``, ``count`` in all.
 
         Args:
-            count: how many.
-            stream: of random numbers; those of one name are the same images.
+            count: number of images.
+            stream: name of the random stream; the same name gives the same images.
         """
         rng = torch.Generator().manual_seed(stream_seed(self.seed, stream))
         noise_dim: Any = self.generator.noise_dim
-        self.generator.train()  # as in the run: a batch's own statistics
+        self.generator.train()  # as in the run: with the batch's own statistics
         with statistics_kept(self.generator):
             for start in range(0, count, BATCH_SIZE):
                 noise = torch.randn(BATCH_SIZE, noise_dim, generator=rng)
@@ -56,7 +56,7 @@ class GeneratedImages:
 
 
 def to_bytes(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images as pixels ``uint8`` of the same shape."""
+    """Normalised images as ``uint8`` pixels of the same shape."""
     pixels = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -77,20 +77,20 @@ def write(
 ) -> int:
     """Write images, labels and soft labels; returns how many.
 
-    The soft labels are the teacher's probabilities for the very pixels that are written, 8 bits per channel.
+    The soft labels are the teacher's probabilities for exactly the written pixels, with 8 bits per channel.
 
     Args:
-        folder: to be made.
+        folder: to be created.
         generated: batches of normalised images.
-        teacher: from normalised images to logits.
-        normalisation: mean and standard deviation per channel of pixels in 0–1; empty where they are not known, and
-            half a pixel range is then 4 standard deviations.
+        teacher: a function from normalised images to logits.
+        normalisation: mean and standard deviation per channel of pixels in 0–1; empty if unknown: half the
+            pixel range is then 4 standard deviations.
         form: tar shards of ``KEY.png``, ``KEY.cls`` (the teacher's class) and ``KEY.soft.npy`` (its probabilities); or
             a folder per class of the same images, with ``soft_labels.npy`` and ``files.txt`` in its order.
         shard_size: images per shard.
 
     Raises:
-        ModelError: for images of other than one or three channels, for which there is no picture format.
+        ModelError: if images do not have one or three channels, as picture formats need.
         RunFolderError: if the disk is full.
     """
     folder.mkdir()
@@ -103,7 +103,7 @@ def write(
             mean, std = [STANDARD[0]] * channels, [STANDARD[1]] * channels
         if channels not in (1, 3):
             raise ModelError(
-                f"Images of {channels} channels cannot be written as pictures; needed are 1 or 3. Leave out --images."
+                f"Images of {channels} channels cannot be written as pictures; 1 or 3 are needed. Leave out --images."
             )
         pixels = to_bytes(images, mean, std)
         with torch.no_grad():
@@ -120,10 +120,10 @@ def write(
 
 
 def check(folder: Path, teacher: Function) -> float:
-    """Read everything that was written, and ask the teacher about it again.
+    """Read everything that was written, and query the teacher again.
 
     Returns:
-        The largest difference of a probability from the soft label that was written.
+        The largest difference of a probability from the written soft label.
 
     Raises:
         ExportError: if images are missing, or a label is not that of the largest soft label.
@@ -147,7 +147,7 @@ def check(folder: Path, teacher: Function) -> float:
 
 
 class _Shards:
-    """WebDataset's tar files: those of one image share the name up to the first dot."""
+    """WebDataset's tar files, in which the files of one image share their name up to the first dot."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder

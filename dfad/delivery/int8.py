@@ -1,4 +1,4 @@
-"""The student in 8 bits: PyTorch's PT2E quantisation, calibrated with generated images, for want of real ones."""
+"""The student in 8 bits: PyTorch's PT2E quantisation, calibrated with generated instead of real images."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -15,23 +15,23 @@ from dfad.errors import ExportError, first_line, not_installed
 from dfad.terminal import quiet
 
 LOGGERS = ("torchao", "torch.utils._pytree")
-"""They warn of GPU libraries and of PyTorch's deprecations while torchao is imported."""
+"""Loggers with warnings about GPU libraries and PyTorch's deprecations during the import of torchao."""
 
 
 def missing() -> str:
-    """What is to be installed first; empty where nothing is."""
+    """The package to install first; empty if none is missing."""
     return not_installed("torchao", "quantize") if find_spec("torchao") is None else ""
 
 
 def quantised(delivery: Delivery, calibration: Iterable[Tensor]) -> ExportedProgram:
     """The program of a student with 8-bit convolutions and matrix products.
 
-    Weights get one scale per output channel, activations one per tensor, from the range that the calibration shows.
-    BatchNorms are folded into their convolutions before.
+    Weights get one scale per output channel, activations one per tensor, from their range in the calibration.
+    BatchNorms are folded into their convolutions first.
 
     Args:
         delivery: the student.
-        calibration: batches of images as the delivered network takes them.
+        calibration: batches of images for the exported network.
 
     Raises:
         ExportError: if there is no program of the student, or torchao cannot quantise it.
@@ -50,7 +50,7 @@ def quantised(delivery: Delivery, calibration: Iterable[Tensor]) -> ExportedProg
             for images in calibration:
                 observed(images)
             converted = _without_unused(convert_pt2e(observed))
-        except Exception as error:  # torchao's own, of many kinds
+        except Exception as error:  # torchao raises errors of many kinds
             raise ExportError(
                 f"torchao cannot quantise the student: {first_line(error)}. Name the --formats without int8."
             ) from error
@@ -58,7 +58,7 @@ def quantised(delivery: Delivery, calibration: Iterable[Tensor]) -> ExportedProg
 
 
 def _without_unused(network: Any) -> Any:
-    """Without the weights that stay on the module beside their 8-bit form."""
+    """The program without the original weights, which remain beside their 8-bit form."""
     used = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
     for name, _ in (*network.named_parameters(), *network.named_buffers()):
         if name not in used:
@@ -68,7 +68,7 @@ def _without_unused(network: Any) -> Any:
 
 
 def read(path: Path) -> Function:
-    """The function that a file of such a program holds."""
+    """The function in a file of such a program."""
     with quiet(*LOGGERS):
         import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401 registers the operators of the program
     return program.read(path)

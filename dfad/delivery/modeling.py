@@ -1,4 +1,4 @@
-"""A delivered student as a model of ``transformers``; folders that :mod:`dfad.delivery.huggingface` wrote name it."""
+"""An exported student as a model of ``transformers``, for folders of :mod:`dfad.delivery.huggingface`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dfad.models.factory import build
 
 
 class DfadConfig(PretrainedConfig):
-    """What builds the network, and what its images are."""
+    """The factory of the network, and the form of its images."""
 
     model_type = "dfad"
 
@@ -33,7 +33,7 @@ class DfadConfig(PretrainedConfig):
 
 
 class DfadForImageClassification(PreTrainedModel):
-    """Images ``pixel_values`` to logits."""
+    """A classifier from ``pixel_values`` to logits."""
 
     config_class = DfadConfig
     main_input_name = "pixel_values"

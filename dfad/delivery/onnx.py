@@ -16,11 +16,11 @@ from dfad.terminal import quiet
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
-"""They report every pass over the graph, and packages that no classifier needs."""
+"""Loggers that report every pass over the graph, and packages that are not needed."""
 
 
 def missing() -> str:
-    """What is to be installed first; empty where nothing is."""
+    """The package to install first; empty if none is missing."""
     absent = [package for package in PACKAGES if find_spec(package) is None]
     return not_installed(absent[0], "onnx") if absent else ""
 
@@ -49,7 +49,7 @@ def save(exported: ExportedProgram, path: Path) -> None:
             converted: Any = torch.onnx.export(
                 exported, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
             )
-        except Exception as error:  # the exporter's own, of many kinds
+        except Exception as error:  # the exporter raises errors of many kinds
             raise ExportError(
                 f"The student cannot be written in ONNX: {first_line(error)}. Name the --formats without onnx."
             ) from error
@@ -57,7 +57,7 @@ def save(exported: ExportedProgram, path: Path) -> None:
 
 
 def read(path: Path) -> Function:
-    """The function that such a file holds, run by ONNX Runtime on the CPU."""
+    """The function in such a file, run by ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

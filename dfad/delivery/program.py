@@ -1,4 +1,4 @@
-"""The student as a program of ``torch.export``: it needs PyTorch alone, and not the code of the network."""
+"""The student as a program of ``torch.export``, which needs only PyTorch, not the code of the network."""
 
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ def exported(classifier: nn.Module, example: torch.Tensor) -> ExportedProgram:
     """The program of a classifier, for batches of any size.
 
     Args:
-        classifier: from images to logits.
+        classifier: a module from images to logits.
         example: two images.
 
     Raises:
-        ExportError: if torch.export cannot follow it, or finds that it takes batches of one size alone.
+        ExportError: if torch.export cannot trace it, or finds that it takes batches of only one size.
     """
     with torch.no_grad():
         try:
             return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        except Exception as error:  # of what a network may do, there is no end
+        except Exception as error:  # a network may fail in any way
             raise ExportError(
                 f"torch.export cannot make a program of the student: {first_line(error)}. Its forward must be made of "
-                "PyTorch's operations, take batches of any size, and branch on no value of a tensor. Name the "
+                "PyTorch's operations, take batches of any size, and not branch on values of tensors. Name the "
                 "--formats that need no program, such as safetensors and huggingface."
             ) from error
 
@@ -52,6 +52,6 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 
 def read(path: Path) -> Function:
-    """The function that such a file holds."""
+    """The function in such a file."""
     function: Any = torch.export.load(path).module()
     return function

@@ -19,6 +19,6 @@ def write(delivery: Delivery, path: Path) -> None:
 
 
 def read(path: Path) -> Function:
-    """The classifier that such a file holds."""
+    """The classifier in such a file."""
     network, manifest = load_model(path, taps=())
     return Classifier(network, *((manifest["mean"], manifest["std"]) if manifest["normalise"] else ())).eval()

@@ -1,4 +1,4 @@
-"""A student of timm's own networks as a folder that ``timm.create_model`` loads."""
+"""A student that is a network of timm, as a folder for ``timm.create_model``."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ logits = student(images)
 
 
 def of_family(delivery: Delivery) -> bool:
-    """Whether the student is one of timm's networks, delivered as it is."""
+    """Whether the student is a network of timm, without changes."""
     return not delivery.normalise and member_of_family(delivery.network, "timm") is not None
 
 
@@ -27,12 +27,12 @@ def write(delivery: Delivery, folder: Path) -> None:
     """Write the folder: timm's own config.json, model.safetensors and a model card.
 
     Raises:
-        ModelError: if the student is none of timm's.
+        ModelError: if the student is not a network of timm.
     """
     network: Any = member_of_family(delivery.network, "timm")
     if network is None or delivery.normalise:
         raise ModelError(
-            f"The student {type(delivery.network).__name__} is no network of timm's as it is"
+            f"The student {type(delivery.network).__name__} is not a network of timm"
             + (", with the normalisation built in" if delivery.normalise else "")
             + ". Name the --formats without timm."
         )
@@ -57,7 +57,7 @@ def write(delivery: Delivery, folder: Path) -> None:
 
 
 def read(folder: Path) -> Function:
-    """The classifier that such a folder holds."""
+    """The classifier in such a folder."""
     timm = importlib.import_module("timm")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     options = {"in_chans": config["pretrained_cfg"]["input_size"][0], "num_classes": config["num_classes"]}

@@ -1,4 +1,4 @@
-"""``python -m dfad.compare RUN RUN``: what differs in the settings and results of runs, and their curves overlaid."""
+"""``python -m dfad.compare RUN RUN``: list differences of settings and results, and overlay the curves of runs."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """List what differs in the settings and results of runs; with --output, write a page with their curves as well.
+    """List differences of settings and results of runs; with --output, also write a page with their curves.
 
     Exit codes: 0 done; 2 option or settings file; 4 a folder that holds no run, or a page that cannot be written.
     """
 
     runs: Annotated[tuple[Path, ...], cli.Positional]
-    """Folders of two or more runs; they need not be finished."""
+    """Folders of two or more runs, finished or not."""
 
     output: Path | None = None
     """File for the page, such as comparison.html."""
@@ -44,7 +44,7 @@ class Compare:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments, read the runs, print what differs."""
+    """Parse the arguments, read the runs, print the differences."""
     command = cli.parse_flags(Compare, arguments)
     configure_logging()
     runs = read_runs(command.runs)

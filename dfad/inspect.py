@@ -1,4 +1,4 @@
-"""``python -m dfad.inspect TEACHER``: what a network is made of, what fits it, and the command that distils it."""
+"""``python -m dfad.inspect TEACHER``: describe a network, suitable students, and the command that distils it."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from dfad.terminal import configure_logging
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show what a teacher is made of, what fits it, and the command that distils it; nothing is downloaded.
+    """Describe a teacher, suitable students, and the command that distils it; nothing is downloaded.
 
     Exit codes: 0 done; 2 option; 3 a network that cannot be loaded, or cannot teach.
     """
@@ -38,7 +38,7 @@ class Inspect:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments, look at the network, print what was found."""
+    """Parse the arguments, inspect the network, print the result."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = cli.parse_flags(Inspect, arguments)
     configure_logging()
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _flags_of_teacher(arguments: Sequence[str]) -> list[str]:
-    """Those of the arguments that the command that is printed repeats."""
+    """The arguments that the printed command repeats."""
     kept, keeping = [], False
     for argument in arguments:
         if argument.startswith("--"):
@@ -69,7 +69,7 @@ def _flags_of_teacher(arguments: Sequence[str]) -> list[str]:
 
 
 def tables(found: Inspection) -> list[Table]:
-    """What was found, for people."""
+    """The result as tables."""
     about = Table("", "", title=f"{found.source}: {found.network}", show_header=False)
     channels, height, width = found.image_shape
     rows = {

@@ -1,4 +1,4 @@
-"""What is known of a teacher before anything is distilled: its images, its parts, its students, the next command."""
+"""Inspection of a teacher before a run: its images, parts and taps, suitable students, and the next command."""
 
 import copy
 import inspect
@@ -39,29 +39,29 @@ from dfad.models.sources import Loaded, load, shape_of
 from dfad.modes import evaluating
 
 BATCH_SIZE = 32
-"""Images of a timed batch."""
+"""Number of images in a timed batch."""
 
 TIMED_BATCHES = 3
 
 TRIED, SHOWN = 24, 3
-"""Networks of the same family that are built to be counted, and students that are shown."""
+"""Limits: networks of the same family to build and count, and students to show."""
 
 ACTIVATION_WEIGHT = 0.1
-"""That of the preset's method; docs/experiments.md."""
+"""The weight of the recipe; see docs/experiments.md."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """A smaller network that takes the same images and tells the same classes."""
+    """A smaller network for the same images and the same number of classes."""
 
     source: str
     kwargs: dict[str, Any]
     parameters: int
     taps: list[str]
-    """Of those that pair with the teacher's; empty where none does, or it returns them itself."""
+    """Names of the taps that pair with the teacher's; empty if none do, or if the network returns its own."""
     teacher_taps: list[str]
     fit: str
-    """How its taps fit the teacher's, for people."""
+    """A description of how its taps fit the teacher's."""
     pairs: bool
     """Whether the taps can be compared as they are returned."""
     boundary: bool
@@ -70,7 +70,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a teacher."""
+    """The result of an inspection."""
 
     source: str
     network: str
@@ -87,19 +87,19 @@ class Inspection:
     image_prior: str
     parameters: int
     flops_per_image: int
-    """Of convolutions and matrix products; a multiplication and an addition count as two."""
+    """FLOPs of convolutions and matrix products; a multiplication and an addition count as two."""
     batch_size: int
     seconds_per_batch: float
     device: str
     engine_parts: list[str]
     engine_reasons: list[str]
-    """Why the others will not run, as the log says it."""
+    """Reasons why the other parts will not run, as in the log."""
     taps: list[Tap]
     students: list[Student]
     limits: list[str]
-    """What cannot be done with it, and why."""
+    """Limitations, with reasons."""
     command: str
-    """To run next."""
+    """The command to run next."""
 
 
 def inspection(
@@ -110,14 +110,14 @@ def inspection(
     extras: Sequence[str] = (),
     timed: bool = True,
 ) -> Inspection:
-    """Find out about a teacher.
+    """Inspect a teacher.
 
     Args:
         source: of the network, see :mod:`dfad.models.sources`.
-        config: the rest of what is said of it.
-        device: where it is timed.
-        extras: the flags of the teacher that were given, for the command.
-        timed: measure seconds per batch; else they are 0.
+        config: its other settings.
+        device: for the timing.
+        extras: the given flags of the teacher, for the command.
+        timed: measure seconds per batch; otherwise they are 0.
 
     Raises:
         ModelError: if it cannot be loaded, or cannot teach.
@@ -166,10 +166,10 @@ def inspection(
 
 
 def image_prior(statistics: int) -> str:
-    """What shapes the generated images beside the adversary, for people.
+    """A description of what shapes the generated images besides the adversary.
 
     Args:
-        statistics: how many of the teacher's norms hold statistics.
+        statistics: number of the teacher's norms with statistics.
     """
     if statistics:
         return f"the statistics in {statistics} BatchNorms, one-hot predictions and diversity"
@@ -188,12 +188,12 @@ def _loaded(source: str, config: TeacherConfig) -> Loaded:
     except Exception:
         if hub_of(source) is None:
             raise
-        return load(source, pretrained=False, **options)  # what it is made of is known without its weights
+        return load(source, pretrained=False, **options)  # inspection does not need the weights
 
 
 @contextmanager
 def _messages(*names: str) -> Iterator[list[str]]:
-    """What is logged below some names, instead of in the log."""
+    """Collect the messages of some loggers instead of logging them."""
     said: list[str] = []
 
     class Keeping(logging.Handler):
@@ -217,7 +217,7 @@ def _messages(*names: str) -> Iterator[list[str]]:
 
 
 def _engine(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> tuple[list[str], list[str]]:
-    """Parts of the engine that will run for this teacher, and why the others will not."""
+    """Parts of the engine that will run for this teacher, and the reasons why others will not."""
     with _messages("dfad.engine", "dfad.distillation.frozen_teacher") as said:
         engine = Engine(EngineConfig(), fused=True, device=device)
         frozen = FrozenTeacher(network, engine, shape, BATCH_SIZE)
@@ -270,7 +270,7 @@ def _students(
             if count >= largest or dry_forward(network, shape).logits.shape[1] != classes:
                 continue
             student_taps = candidate_taps(network, shape)
-        except Exception:  # of whatever a network does with such images
+        except Exception:  # a network may raise anything for such images
             continue
         yield _student(candidate, kwargs, count, taps, student_taps, own_taps, boundary)
         shown += 1
@@ -322,7 +322,7 @@ def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Itera
             with torch.device("meta"):
                 try:
                     counted.append((parameter_count(build(f"{prefix}:{other}", kwargs)), other, kwargs))
-                except Exception:  # a network that cannot be made without memory, or of such arguments
+                except Exception:  # a network that cannot be built on the meta device, or with these arguments
                     continue
         own = parameter_count(_on_meta(source, classes)) if counted else 0
         smaller = [entry for entry in sorted(counted, key=lambda entry: -entry[0]) if entry[0] < 0.9 * own]
@@ -334,7 +334,7 @@ def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Itera
 
 
 def _family(name: str) -> str:
-    """What stands before the first digit."""
+    """The part of a name before its first digit."""
     return re.split(r"\d", name.partition(".")[0], maxsplit=1)[0]
 
 

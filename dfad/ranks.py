@@ -1,4 +1,4 @@
-"""The processes that share one run, as PyTorch's launcher starts them: who is who, and what they say to one another.
+"""The processes that share one run, as PyTorch's launcher starts them: their ranks and their communication.
 
 Every process is a rank. All collectives of the project are here, and a process that is alone calls none.
 """
@@ -20,7 +20,7 @@ from dfad.errors import ConfigurationError, DfadError, RankError, first_line
 T = TypeVar("T")
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch in which the way to the process group's store was looked up: it has no public one."""
+"""Versions of PyTorch for which access to the process group's store, which is not public, was checked."""
 
 TIME_LIMIT = "DFAD_TIME_LIMIT"
 """Environment variable: seconds that a rank waits for another."""
@@ -28,36 +28,36 @@ TIME_LIMIT = "DFAD_TIME_LIMIT"
 DEFAULT_TIME_LIMIT = 600.0
 
 GRACE = 3.0
-"""Seconds that a rank waits before it reports what most likely all have found, and the first one reports."""
+"""Seconds that a rank waits before it reports an error that probably all have, and that the first one reports."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of the processes that share a run; by itself it is the only one."""
+    """One of the processes that share a run; by default the only one."""
 
     rank: int = 0
     count: int = 1
     store: dist.Store | None = field(default=None, compare=False, repr=False)
-    """Where ranks leave word when collectives fail."""
+    """Store for messages between ranks when collectives fail."""
 
     @property
     def first(self) -> bool:
-        """Whether it writes files, logs and results."""
+        """Whether this rank writes files, logs and results."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other ranks."""
         return self.count > 1
 
     def capturable(self, device: torch.device) -> bool:
-        """Whether a CUDA graph may hold what ranks say to one another about tensors on a device."""
+        """Whether a CUDA graph may contain the collectives over tensors on a device."""
         return not self.several or "nccl" in dist.get_backend_config().partition(f"{device.type}:")[2].partition(",")[0]
 
     # Batches
 
     def require_divides(self, name: str, batch_size: int) -> None:
-        """Refuse a batch that the ranks cannot share.
+        """Check that the ranks can share a batch.
 
         Raises:
             ConfigurationError: if it is not a multiple of twice their number.
@@ -73,8 +73,8 @@ class Ranks:
     def share(self, batch: Tensor) -> Tensor:
         """This rank's rows of a whole batch.
 
-        They are a part of the first half and the mirrored part of the second one. So a share that is reversed is the
-        share of the reversed batch, and whoever pairs a batch with its reverse needs no images of other ranks.
+        They are a part of the first half and the mirrored part of the second one. So the reverse of a share is the
+        share of the reversed batch, and pairing a batch with its reverse needs no images of other ranks.
         """
         if not self.several:
             return batch
@@ -83,7 +83,7 @@ class Ranks:
         return torch.cat([batch[self.rank * part :][:part], batch[last - part : last]])
 
     def whole(self, share: Tensor) -> Tensor:
-        """The batch that the ranks' shares are of."""
+        """The whole batch from the ranks' shares."""
         if not self.several:
             return share
         first, second = self.gather(share).unflatten(1, (2, -1)).unbind(1)
@@ -92,26 +92,26 @@ class Ranks:
     # Collectives over tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """That of every rank, along a new first dimension; all of one shape. No gradient flows back."""
+        """The tensors of all ranks, which have one shape, along a new first dimension; without gradients."""
         gathered = tensor.new_empty(self.count, *tensor.shape)
         with self._collective():
             dist.all_gather(list(gathered.unbind()), tensor.detach().contiguous())
         return gathered
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place of a contiguous tensor."""
+        """Replace a contiguous tensor by its sum over the ranks, in place."""
         with self._collective():
             dist.all_reduce(tensor)
         return tensor
 
     def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks. What every rank makes of it sends its gradient back to all."""
+        """The mean over the ranks; gradients flow back to all of them."""
         if not self.several:
             return tensor
         average: Tensor = _Average.apply(tensor, self)
         return average
 
-    # Words between hosts; none of them waits for a GPU
+    # Messages between hosts; none of them waits for a GPU
 
     def largest(self, number: int) -> int:
         """The largest of the numbers of all ranks."""
@@ -123,7 +123,7 @@ class Ranks:
         return int(largest)
 
     def all_of(self, value: T) -> list[T]:
-        """The value of every rank; it must be possible to pickle it."""
+        """The values of all ranks, which must be picklable."""
         if not self.several:
             return [value]
         values: list[Any] = [None] * self.count
@@ -132,7 +132,7 @@ class Ranks:
         return values
 
     def of_first(self, work: Callable[[], T]) -> T:
-        """What the first rank's work returns, or raises as an error that is for people; the others do none."""
+        """The first rank's result of a function, or its error for users; the other ranks do not call it."""
         if not self.several:
             return work()
         outcome: list[Any] = [None, None]
@@ -149,13 +149,13 @@ class Ranks:
         return result
 
     def require_equal(self, **values: object) -> None:
-        """Refuse to begin where the ranks were given different things.
+        """Check that all ranks were given the same values.
 
         Args:
-            values: by what they are; it must be possible to pickle and to compare them.
+            values: by name, picklable and comparable.
 
         Raises:
-            ConfigurationError: on every rank, naming those that differ from the first one, and in what.
+            ConfigurationError: on every rank, naming the first rank that differs and its values.
         """
         first, *others = self.all_of(values)
         for rank, other in enumerate(others, start=1):
@@ -174,7 +174,7 @@ class Ranks:
             raise RankError(self._blame(error)) from error
 
     def _blame(self, error: RuntimeError) -> str:
-        """Who took no part in a collective that failed: whoever leaves no word is dead or hangs."""
+        """The error for a failed collective, naming the ranks that took no part: those that leave no message."""
         reason = f"The ranks cannot go on: what rank {self.rank} said to the others failed ({first_line(error)})."
         if self.store is None:
             return reason
@@ -186,7 +186,7 @@ class Ranks:
             while silent and time.monotonic() < deadline:
                 silent = [rank for rank in silent if not self.store.check([words[rank]])]
                 time.sleep(0.05)
-        except RuntimeError:  # whoever kept the store is gone as well
+        except RuntimeError:  # the process with the store has ended as well
             return reason
         if not silent:
             return reason
@@ -272,7 +272,7 @@ def launched() -> tuple[int, int]:
 
 
 def restarts() -> int:
-    """How often the launcher has started the ranks again after one of them had failed."""
+    """Number of restarts of all ranks by the launcher after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -280,7 +280,7 @@ def time_limit() -> float:
     """Seconds that a rank waits for another.
 
     Raises:
-        ConfigurationError: if the environment says something else than a positive number.
+        ConfigurationError: if the environment variable is not a positive number.
     """
     text = os.environ.get(TIME_LIMIT, str(DEFAULT_TIME_LIMIT))
     try:

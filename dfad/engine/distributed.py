@@ -1,8 +1,8 @@
 """A step that several ranks share: statistics of the whole batch, and gradients averaged in one bucket per network.
 
-No DistributedDataParallel: its hooks would fire in the pass of the other network as well, its buckets wait for
-parameters that a turn does not use, and it would send buffers that are the same already. A step of these networks is
-one loss, one backward pass and one collective.
+DistributedDataParallel is not used: its hooks would also fire in the backward pass of the other network, its buckets
+wait for parameters that a step does not use, and it would send buffers that are already equal. A step here is one loss,
+one backward pass and one collective.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,12 +21,12 @@ from dfad_kernels.registration import compute_dtype
 
 
 class WholeBatchNorm(TorchFunctionMode):
-    """For as long as it lasts, each BatchNorm in training mode takes its statistics of the images of all ranks.
+    """Let each BatchNorm in training mode use the statistics of the images of all ranks, for a block.
 
-    It replaces the function that every BatchNorm ends in, whatever module calls it, and no module.
+    It replaces the function that every BatchNorm calls, and no module.
 
     Args:
-        ranks: with shares of one size.
+        ranks: with shares of equal size.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -75,7 +75,7 @@ class WholeBatchNorm(TorchFunctionMode):
 
 
 class _WholeBatchNorm(torch.autograd.Function):
-    """One collective forwards, one backwards. PyTorch's SyncBatchNorm is for GPUs alone, and a module."""
+    """BatchNorm with one collective in each direction. PyTorch's SyncBatchNorm is a module, and only for GPUs."""
 
     @staticmethod
     def forward(
@@ -135,12 +135,12 @@ def _along(channels: Tensor, x: Tensor) -> Tensor:
 
 
 class GradientBucket:
-    """The gradients of the parameters that an optimizer moves, side by side, so that one collective averages all.
+    """The gradients of an optimizer's parameters in one buffer, so that one collective averages all of them.
 
     Args:
-        parameters: on one device, of one dtype.
-        ranks: which all have the same parameters.
-        dtype: of what is sent.
+        parameters: on one device, with one dtype.
+        ranks: with the same parameters.
+        dtype: of the sent gradients.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -149,12 +149,12 @@ class GradientBucket:
         first = self.parameters[0]
         self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=first.device)
         parts = self.flat.split([p.numel() for p in self.parameters])
-        # laid out as the parameters are, for optimizers take the fast way where all strides are alike
+        # in the layout of the parameters, because optimizers are faster if all strides are equal
         self.views = [_laid_out_as(p, part) for p, part in zip(self.parameters, parts, strict=True)]
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace every gradient by the mean over the ranks; a parameter without one gets none."""
+        """Replace every gradient by its mean over the ranks; parameters without a gradient get none."""
         pairs = [(p, view) for p, view in zip(self.parameters, self.views, strict=True) if p.grad is not None]
         if len(pairs) < len(self.views):
             self.flat.zero_()
@@ -177,7 +177,7 @@ def _laid_out_as(tensor: Tensor, part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_statistics(ranks: Ranks, *networks: nn.Module) -> None:
-    """Let the BatchNorms of all ranks hold the same running statistics: their mean."""
+    """Give the BatchNorms of all ranks the mean of their running statistics."""
     statistics = [
         tensor
         for network in networks

@@ -1,6 +1,6 @@
-"""The same for many small tensors in one launch on a GPU.
+"""One operation on many small tensors, in one launch on a GPU.
 
-PyTorch's optimizers compute so; its operations for that have private names alone.
+PyTorch's optimizers use such operations, which have only private names.
 """
 
 import logging
@@ -12,7 +12,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch in which the names were looked up, and that copies to another dtype are one launch."""
+"""Versions of PyTorch for which the names were checked, and that copies to another dtype are one launch."""
 
 
 def add_to_all(tensors: Sequence[Tensor], number: int) -> None:
@@ -31,7 +31,7 @@ def add_to_all(tensors: Sequence[Tensor], number: int) -> None:
 
 
 def copy_to_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy to each tensor, in place.
+    """Copy a source to each tensor, in place.
 
     Args:
         tensors: of one device and dtype, or each is a launch of its own.

@@ -1,4 +1,4 @@
-"""What a network is made of: its norms, its activations, and where it could be tapped."""
+"""The structure of a network: its norms, its activations, and candidate taps."""
 
 import operator
 from collections import Counter
@@ -16,7 +16,7 @@ from dfad.models.probing import answer_to_blanks
 from dfad.modes import BatchNorm, evaluating
 
 BOUNDED = {nn.ReLU: "ReLU", nn.ReLU6: "ReLU6", nn.LeakyReLU: "LeakyReLU", nn.PReLU: "PReLU"}
-"""Activations with a boundary at zero: what they do changes with the sign of what enters them."""
+"""Activations with a boundary at zero: they behave differently for positive and negative inputs."""
 
 SMOOTH = {
     nn.SiLU: "SiLU",
@@ -29,21 +29,21 @@ SMOOTH = {
     nn.Softplus: "softplus",
     nn.Tanh: "tanh",
 }
-"""Activations without one."""
+"""Activations without such a boundary."""
 
 FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "ReLU"),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "LeakyReLU"),
     **{F.relu6: "ReLU6", F.silu: "SiLU", F.gelu: "GELU", F.hardswish: "hard-swish", F.mish: "Mish", F.elu: "ELU"},
 }
-"""The same as calls in a graph, by function or name of a method."""
+"""Activations as calls in a graph, by function or method name."""
 
 OWN_NAMES = {
     **{"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU", "swish": "SiLU", "gelu": "GELU", "geluactivation": "GELU"},
     **{"quickgelu": "GELU", "quickgeluactivation": "GELU", "newgeluactivation": "GELU", "gelutanh": "GELU"},
     **{"hardswish": "hard-swish", "mish": "Mish", "siluactivation": "SiLU"},
 }
-"""Of other packages' own modules, by the name of their class."""
+"""Activations of other packages, by the name of their class."""
 
 BEFORE_ACTIVATIONS = (operator.add, operator.iadd, torch.add, F.batch_norm)
 """Calls in a graph whose results are tapped."""
@@ -58,18 +58,18 @@ NORMS = (
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a network could be tapped."""
+    """A candidate tap."""
 
     name: str
-    """For :func:`dfad.models.taps.with_taps`; of taps that a network returns itself, its place among them."""
+    """Name for :func:`dfad.models.taps.with_taps`; for taps that a network returns itself, the index."""
     shape: tuple[int, int, int]
     """``(channels, height, width)``."""
     found: str
-    """How it was found, for people."""
+    """A description of how it was found."""
 
 
 def norms_of(network: nn.Module) -> Counter[str]:
-    """How many modules of each kind normalise features."""
+    """Number of normalisation modules of each kind."""
     return Counter(
         next((kind.__name__ for kind in NORMS if isinstance(module, kind)), type(module).__name__)
         for module in network.modules()
@@ -78,7 +78,7 @@ def norms_of(network: nn.Module) -> Counter[str]:
 
 
 def activations_of(network: nn.Module) -> Counter[str]:
-    """How often each activation is called, by the graph of a plain network; of others, how many modules there are."""
+    """Number of calls of each activation in the graph of a plain network; for others, the number of modules."""
     try:
         graph = trace(network, training=False).graph
     except NotPlain:
@@ -89,7 +89,7 @@ def activations_of(network: nn.Module) -> Counter[str]:
 
 
 def boundary_of(activations: Counter[str]) -> str:
-    """What the activation regularizer means for such activations, for people."""
+    """A description of what the activation regularizer means for such activations."""
     smooth = sum(count for name, count in activations.items() if name not in WITH_BOUNDARY)
     names = ", ".join(name for name, _ in activations.most_common())
     if not activations:
@@ -104,7 +104,7 @@ def boundary_of(activations: Counter[str]) -> str:
 
 
 def has_boundary(activations: Counter[str]) -> bool:
-    """Whether most activations that were found have one."""
+    """Whether most of the activations have a boundary at zero."""
     smooth = sum(count for name, count in activations.items() if name not in WITH_BOUNDARY)
     return 2 * smooth < activations.total()
 
@@ -112,11 +112,11 @@ def has_boundary(activations: Counter[str]) -> bool:
 def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Tap]:
     """Pre-activation feature maps, the last of each resolution, input side first.
 
-    Those that the network returns itself; else by the graph of a plain network what enters its activations, additions
-    included; else what modules hand to modules of activations.
+    These are the taps that the network returns itself; otherwise the inputs of activations, including additions, in the
+    graph of a plain network; otherwise outputs of modules that are inputs of activation modules.
 
     Args:
-        network: left as it is.
+        network: not changed.
         image_shape: ``(channels, height, width)`` of its images.
     """
     answer = answer_to_blanks(network, image_shape)
@@ -199,7 +199,7 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
-                made[id(output)] = name, output, type(module).__name__  # held, so that no other takes its address
+                made[id(output)] = name, output, type(module).__name__  # held, so that its address is not reused
 
         return hook
 
@@ -220,7 +220,7 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
                     handles.append(module.register_forward_pre_hook(before(kind)))
                 elif isinstance(module, (nn.Conv2d, *NORMS)):
                     handles.append(module.register_forward_hook(after(name)))
-            except RuntimeError:  # TorchScript's modules take none
+            except RuntimeError:  # TorchScript modules accept no hooks
                 return []
         with evaluating(network), torch.no_grad():
             network(images)
@@ -247,11 +247,11 @@ def _shape(tap: Tensor) -> tuple[int, int, int]:
 
 
 def paired(teacher: Sequence[Tap], student: Sequence[Tap]) -> list[tuple[Tap, Tap]]:
-    """Taps of the same resolution, teacher's and student's."""
+    """Pairs of taps of teacher and student with the same resolution."""
     by_size = {tap.shape[1:]: tap for tap in student}
     return [(tap, by_size[tap.shape[1:]]) for tap in teacher if tap.shape[1:] in by_size]
 
 
 def batchnorms_of(network: nn.Module) -> int:
-    """How many of its norms hold statistics of the data that it was trained on."""
+    """Number of norms with statistics of the training data."""
     return sum(isinstance(module, BatchNorm) and module.running_mean is not None for module in network.modules())

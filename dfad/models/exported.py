@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` in ``.pt2`` files: read without running what such a file could hold beside them."""
+"""Programs of ``torch.export`` in ``.pt2`` files, read without running other code that such a file may hold."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from torch import fx, nn
 from dfad.errors import ModelError, first_line
 
 FORMAT = "archive_format"
-"""Name of the entry that makes an archive one of ``torch.export``."""
+"""Entry that identifies an archive of ``torch.export``."""
 
 PICKLED = ("custom_obj_", "opaque_obj_", "opaque_")
-"""What the names of constants begin with that PyTorch unpickles, whatever they are."""
+"""Prefix of the names of constants that PyTorch always unpickles."""
 
 EXPRESSION = re.compile(
-    r"(?:[a-z_]\w*+(?!\s*\()|[A-Z]\w*+|\d[\d.]*|'\w+'|\)(?!\s*\()|[\s+\-*/%(,<>=!&|~])*"  # calls are of Capitals
+    r"(?:[a-z_]\w*+(?!\s*\()|[A-Z]\w*+|\d[\d.]*|'\w+'|\)(?!\s*\()|[\s+\-*/%(,<>=!&|~])*"  # functions are capitalised
 )
 """Of sizes: symbols, numbers, operators and SymPy's functions, such as ``Symbol('s31', integer=True)``; no attributes,
 and no function of Python's."""
@@ -40,7 +40,7 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     """The network of a program, in the one mode that it was exported in, and the size of one input.
 
     Args:
-        path: a file for which :func:`is_exported` holds.
+        path: a file for which :func:`is_exported` is true.
 
     Returns:
         The network, and ``(channels, height, width)``.
@@ -54,7 +54,7 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
         with weights_alone():
             program = torch.export.load(path)
         network = program.module(check_guards=False)  # which are code in the file; what they check is found here
-    except Exception as error:  # of whatever version wrote it
+    except Exception as error:  # files of other versions may raise anything
         raise ModelError(
             f"The program {path} cannot be read by PyTorch {torch.__version__}: {type(error).__name__}: "
             f"{first_line(error)}. Export it again with this version: torch.export.save(program, file)."
@@ -101,7 +101,7 @@ def weights_alone() -> Iterator[None]:
 
 
 def _require_data_alone(path: Path) -> None:
-    """PyTorch unpickles some entries of an archive, and evaluates the expressions and guards in others."""
+    """Check the entries that PyTorch unpickles, and the expressions and guards that it evaluates."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         found = [name for name in names if name.rpartition("/")[2].startswith(PICKLED)]

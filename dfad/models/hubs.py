@@ -1,6 +1,6 @@
-"""Networks of timm, torchvision and Hugging Face by name, with weights as far as their files are on this machine.
+"""Networks of timm, torchvision and Hugging Face by name, with weights if their files are on this machine.
 
-Nothing is downloaded: where a file is missing, the message says how its owner's client brings it here.
+Nothing is downloaded: if a file is missing, the message says how to download it with the owner's client.
 """
 
 import importlib
@@ -41,7 +41,7 @@ class Hub(ABC):
             raise ModelError(
                 f"{self.package} is not installed ({first_line(error)}). Install it with: pip install {self.package}."
             ) from None
-        except Exception as error:  # a build for another PyTorch may fail in any way
+        except Exception as error:  # a build for another PyTorch may raise anything
             raise ModelError(
                 f"{self.package} cannot be imported: {type(error).__name__}: {first_line(error)}. Install the version "
                 f"of it, and of what it needs, that is made for PyTorch {torch.__version__}."
@@ -56,16 +56,16 @@ class Hub(ABC):
         """A network with the published weights.
 
         Raises:
-            ModelError: if their file is not on this machine, or does not fill the network whole.
+            ModelError: if their file is not on this machine, or does not fill the whole network.
         """
 
     @abstractmethod
     def images(self, name: str, network: nn.Module) -> Images:
-        """What the hub's own configuration says of a network's images."""
+        """A network's images, from the hub's own configuration."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """Of all networks."""
+        """Names of all networks."""
 
 
 class Timm(Hub):
@@ -137,7 +137,7 @@ class Torchvision(Hub):
             (crop,) = set(default.transforms().crop_size)
             size = (int(crop), int(crop))
             mean, std = (tuple(map(float, getattr(default.transforms(), key))) for key in ("mean", "std"))
-        except (AttributeError, TypeError, ValueError):  # not every transformation is a classifier's
+        except (AttributeError, TypeError, ValueError):  # not every transformation is for a classifier
             return Images()
         return Images(size, mean, std, origin=f"torchvision's configuration of {default}")
 
@@ -169,7 +169,7 @@ class HuggingFace(Hub):
                 network, report = classifier.from_pretrained(
                     name, config=config, local_files_only=True, output_loading_info=True
                 )
-        except Exception as error:  # of whatever files are there
+        except Exception as error:  # the files may be anything
             raise ModelError(
                 f"The weights of hf:{name} cannot be read: {type(error).__name__}: {first_line(error)}. Nothing is "
                 f"downloaded by this program. {self._remedy(name)}"
@@ -227,7 +227,7 @@ class HuggingFace(Hub):
 
 
 HUBS: dict[str, Hub] = {"timm": Timm(), "torchvision": Torchvision(), "hf": HuggingFace()}
-"""By what stands before the colon of a source."""
+"""Hubs by the part of a source before the colon."""
 
 
 def hub_of(source: str) -> tuple[Hub, str] | None:
@@ -282,7 +282,7 @@ def _in_hugging_face_cache(repository: str, *files: str) -> Path | None:
         return None
     for file in files:
         found = hub.try_to_load_from_cache(repository, file)
-        if isinstance(found, str):  # and not the mark that the Hub has no such file
+        if isinstance(found, str):  # not the marker that the Hub has no such file
             return Path(found)
     return None
 
@@ -295,7 +295,7 @@ def _file_of(name: str, file: str) -> Path | None:
 
 
 def _hugging_face_size(said: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width after all that an image processor does."""
+    """Height and width after an image processor."""
     size = said.get("crop_size") if said.get("do_center_crop") else None
     size = size or said.get("size")
     if isinstance(size, int):

@@ -1,4 +1,4 @@
-"""A network from wherever it is: a hub's name, a factory, a folder or a file."""
+"""Networks by source: a hub's name, a factory, a folder or a file."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network and what its origin says of it."""
+    """A network with information from its source."""
 
     network: nn.Module
     trained: bool
-    """Whether its weights came from a file; of one that a callable returned, nobody knows."""
+    """Whether its weights came from a file; False for a network from a callable, which may be trained or not."""
     image_shape: tuple[int, int, int] | None = None
-    """``(channels, height, width)``, where a file of this project or a program says so."""
+    """``(channels, height, width)``, if a file of this project or a program contains it."""
     images: Images = field(default_factory=Images)
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """Of a file that this project wrote; empty for others."""
+    """Manifest of a file that this project wrote; empty for others."""
     exported: bool = False
-    """Whether it is a program of ``torch.export``, which has one mode and does not learn."""
+    """Whether it is a program of ``torch.export``, which has a single mode and cannot be trained."""
 
 
 def load_network(
@@ -63,7 +63,7 @@ def load_network(
         checkpoint: its weights: safetensors, or a state dict written by ``torch.save``. Without one, those that the
             source itself has: of a hub, the published ones, where its client has them on this machine; of a callable,
             what it returns.
-        checkpoint_key: where in a larger checkpoint they are.
+        checkpoint_key: entry of a larger checkpoint that holds them.
         kwargs: keyword arguments of the factory.
         taps: names for :func:`dfad.models.taps.with_taps`.
 
@@ -87,15 +87,15 @@ def load(
     taps: Sequence[str] = (),
     pretrained: bool = True,
 ) -> Loaded:
-    """As :func:`load_network`, with what the source says of the network's images.
+    """Like :func:`load_network`, with information about the network's images.
 
     Args:
-        source: see there, and for the others.
-        checkpoint: likewise.
-        checkpoint_key: likewise.
-        kwargs: likewise.
-        taps: likewise.
-        pretrained: without a checkpoint, take a hub's published weights; else random ones.
+        source: as there.
+        checkpoint: as there.
+        checkpoint_key: as there.
+        kwargs: as there.
+        taps: as there.
+        pretrained: without a checkpoint, use a hub's published weights instead of random ones.
     """
     arguments = dict(kwargs or {})
     file = file_of(source)
@@ -126,7 +126,7 @@ def load(
             network = hub.trained(name, arguments)
         except ModelError:
             raise
-        except Exception as error:  # whatever a package says of its arguments
+        except Exception as error:  # packages raise various errors for their arguments
             raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
     if checkpoint is not None:
         load_weights(network, Path(checkpoint), checkpoint_key)
@@ -163,12 +163,12 @@ def _refuse_extras(source: str, what: str, checkpoint: object, arguments: Mappin
 
 
 def has_weights(source: str) -> bool:
-    """Whether a source is expected to have weights of its own: a hub's name, or a file."""
+    """Whether a source should come with weights: a hub's name, or a file."""
     return hub_of(source) is not None or file_of(source) is not None
 
 
 def file_of(source: str) -> Path | None:
-    """The file that a source is; None for a source of another kind.
+    """The file of a source; None for other kinds of sources.
 
     Raises:
         ModelError: if it is a folder, or is written as a file's name and there is none, or holds no network.
@@ -186,7 +186,7 @@ def file_of(source: str) -> Path | None:
 
 
 def architecture_of(source: str, kwargs: Mapping[str, Any], taps: Sequence[str] = ()) -> dict[str, Any]:
-    """What a manifest says of how a network is built: of a file, what the file says."""
+    """The architecture for a manifest; for a file, the one of the file."""
     file = file_of(source)
     if file is not None and not is_exported(file):
         architecture = dict(read_manifest(file).get("architecture", {}))
@@ -197,7 +197,7 @@ def architecture_of(source: str, kwargs: Mapping[str, Any], taps: Sequence[str] 
 def shape_of(
     loaded: Loaded, channels: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
-    """``(channels, height, width)`` of a network's images: as given, else as its file or its origin says, else found.
+    """``(channels, height, width)`` of a network's images: as given, else from its file or source, else found by trial.
 
     Raises:
         ModelError: if the network takes no such images.

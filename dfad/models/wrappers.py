@@ -1,4 +1,4 @@
-"""Networks in all but their call: what wraps a network without being seen in its names."""
+"""Wrappers that change only the call of a network, not the names in it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from dfad.models.outputs import as_outputs
 
 CHECKED_WITH = ("2.11", "2.13")
-"""Versions of PyTorch whose ``nn.Module`` was read for where it keeps these, and what moves them to a device."""
+"""Versions of PyTorch for which ``nn.Module``'s storage of these, and its moves to a device, were checked."""
 
 
 class SameNetwork(nn.Module):
-    """A network in all but its call: its modules, parameters, buffers, their names and its mode.
+    """Another call for a network: modules, parameters, buffers, their names and the mode are the network's own.
 
     Args:
-        network: shared, not a submodule: names would get a prefix.
+        network: shared, but not a submodule, which would give names a prefix.
     """
 
     network: nn.Module
@@ -56,10 +56,10 @@ class SameNetwork(nn.Module):
 
 
 class LogitsAlone(SameNetwork):
-    """A network that returns logits, made of one that returns a tuple, a mapping or an object that holds them.
+    """A network that returns logits, made from one that returns a tuple, a mapping or an object with them.
 
     Args:
-        network: in :attr:`network` as it was given; see :func:`dfad.models.outputs.as_outputs` for what it may return.
+        network: unchanged in :attr:`network`; :func:`dfad.models.outputs.as_outputs` lists what it may return.
     """
 
     def __reduce__(self) -> tuple[Callable[..., nn.Module], tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Runs beside one another: what differs in their settings and results, and their curves overlaid."""
+"""Comparison of runs: differences of settings and results, and overlaid curves."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,24 +18,24 @@ RESULTS = {
     "rounds": "{:,}".format, "images": "{:,}".format, "student_images": "{:,}".format, "teacher_queries": "{:,}".format,
     "seconds": "{:,.1f}".format, "rounds_per_second": "{:.3g}".format,
 }  # fmt: skip
-"""Figures of ``result.json`` and how they are shown, in this order."""
+"""Figures of ``result.json``, in this order, and their format."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     name: str
     folder: Path
     settings: Mapping[str, Any]
-    """By the names of their flags."""
+    """Settings by the names of their flags."""
     history: Sequence[Mapping[str, float]]
     result: Mapping[str, Any]
-    """Empty for a run that is not finished."""
+    """Result; empty if the run is not finished."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in folders; each is named by what tells its folder from the others'.
+    """The runs in folders, each named by the distinguishing part of its path.
 
     Raises:
         RunFolderError: if a folder holds no run, or a file in it cannot be read.
@@ -44,7 +44,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths, as many as it takes for no two to be alike."""
+    """The last parts of the folders' paths, as many as are needed to distinguish them."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -129,7 +129,7 @@ def _result(path: Path) -> dict[str, Any]:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        # an empty mapping, and keyword arguments, are values of their own
+        # empty mappings and keyword arguments count as values
         if isinstance(value, Mapping) and value and not name.endswith("kwargs"):
             yield from _flat(value, f"{prefix}{name}.")
         else:

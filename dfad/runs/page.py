@@ -1,4 +1,4 @@
-"""What pages are made of: one file of HTML each, which needs neither a server nor a network."""
+"""Parts of pages: each page is a single HTML file, which needs neither a server nor a network."""
 
 import base64
 import json
@@ -13,15 +13,15 @@ from typing import Any
 Points = Sequence[tuple[float, float]]
 
 POINTS = 400
-"""Of a curve at most: more than a screen can show."""
+"""Largest number of points of a curve: more than a screen can show."""
 
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
-"""Curves differ in more than their colour."""
+"""Dashes of the curves, so that they differ in more than their colour."""
 
 COLOURS = 8
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 46, 352, 8, 184
-"""Of a chart, in its own units: at 400 pixels these are about pixels."""
+"""Layout of a chart in its own units, which are about pixels at a width of 400 pixels."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -65,7 +65,7 @@ def table(caption: str, rows: Iterable[Sequence[str]], header: Sequence[str] = (
         caption: HTML.
         rows: of cells.
         header: of columns.
-        numbers: the other columns are numbers, aligned at the right.
+        numbers: the other columns are numbers, aligned right.
     """
     kind = ' class="number"' if numbers else ""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
@@ -77,22 +77,22 @@ def table(caption: str, rows: Iterable[Sequence[str]], header: Sequence[str] = (
 
 
 def scrolled(name: str, content: str) -> str:
-    """What may be wider than the page, under a name for those who hear it."""
+    """Content that may be wider than the page, with a name for screen readers."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
 def tiles(facts: Mapping[str, str]) -> str:
-    """The figures that matter, large."""
+    """The most important figures, in large type."""
     return f'<ul class="tiles">{"".join(f"<li><strong>{v}</strong>{escape(k)}</li>" for k, v in facts.items())}</ul>'
 
 
 def chart(title: str, series: Mapping[str, Points], unit: str = "round") -> str:
-    """Curves over the rounds; nothing where there is not a single point.
+    """Curves over the rounds; empty if there are no points.
 
     Args:
         title: plain text.
         series: points ``(round, value)`` by name; values that are no numbers are left out.
-        unit: what is counted along the horizontal axis.
+        unit: of the horizontal axis.
     """
     drawn = {name: thinned([(x, y) for x, y in points if math.isfinite(y)]) for name, points in series.items()}
     drawn = {name: points for name, points in drawn.items() if points}
@@ -142,13 +142,13 @@ def chart(title: str, series: Mapping[str, Points], unit: str = "round") -> str:
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
-    """At most :data:`POINTS` of them, evenly, the last one among them."""
+    """At most :data:`POINTS` points, evenly spaced, including the last one."""
     step = math.ceil(len(points) / POINTS) if points else 1
     return [point for index, point in enumerate(points) if (len(points) - 1 - index) % step == 0]
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """About four round numbers that reach around a range."""
+    """About four round numbers that enclose a range."""
     if high <= low:
         low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
     rough = (high - low) / 4
@@ -159,7 +159,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short, for an axis."""
+    """A number in short form, for an axis."""
     if value and not 1e-3 <= abs(value) < 1e5:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{float(digits):g}e{int(exponent)}".replace("-", "−")
@@ -167,12 +167,12 @@ def number(value: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """For people; a dash where there is no value."""
+    """A value as text; a dash if there is none."""
     return "–" if value is None else f"{value:.2%}"
 
 
 def script_json(value: Any) -> str:
-    """JSON that ends no script element."""
+    """JSON that cannot close a script element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -184,7 +184,7 @@ def image(pixels: Any) -> str:
 def png(pixels: Any) -> bytes:
     """An array ``uint8 (height, width[, 3])`` as PNG.
 
-    Own code, so that a page needs no package for pictures: ISO/IEC 15948, 8 bits, no filter.
+    Implemented here, so that a page needs no package for pictures: ISO/IEC 15948, 8 bits, no filter.
     """
     height, width = pixels.shape[:2]
     colour = 2 if pixels.ndim == 3 else 0

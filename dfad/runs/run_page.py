@@ -1,4 +1,4 @@
-"""``report.html``: what a run was, what came out, and how that is used; for people who have the run's folder alone."""
+"""``report.html``: description, results and use of a run, for readers who have only its folder."""
 
 import math
 import os
@@ -24,10 +24,10 @@ from dfad.runs.trend import verdict
 REPORT = "report.html"
 
 IMAGE_BYTES = 450_000
-"""For all images of a page together, before they are packed."""
+"""Bytes of all images of a page before compression."""
 
 LISTED = 20
-"""Classes whose confusion is shown whole, and confusions that are listed of more classes."""
+"""Largest number of classes with a full confusion matrix, and number of listed confusions for more classes."""
 
 PANELS: dict[str, Sequence[str]] = {
     "Agreement and accuracy": ("agreement", "accuracy"),
@@ -41,7 +41,7 @@ PANELS: dict[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything that the page shows."""
+    """The content of the page."""
 
     config: Any
     """A dataclass of settings."""
@@ -49,11 +49,11 @@ class RunFacts:
     history: Sequence[Mapping[str, float]]
     snapshots: Sequence[Snapshot]
     teacher_logits: Tensor
-    """Of generated images, ``(B, classes)``, on the CPU."""
+    """The teacher's logits for generated images, ``(B, classes)``, on the CPU."""
     student_logits: Tensor
-    """The last student's, of the same images."""
+    """The last student's logits for the same images."""
     parameters: Mapping[str, int]
-    """Of teacher, student and generator."""
+    """Parameter counts of teacher, student and generator."""
     teacher_hash: str
     """SHA-256 of its weights."""
     architecture: Mapping[str, Any]
@@ -85,11 +85,11 @@ def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
     )
     figures = {"agreement with the teacher on generated images": percent(best)}
     if result.get("accuracy") is not None:
-        figures["accuracy on test images, which chose nothing"] = percent(
+        figures["accuracy on test images, not used for selection"] = percent(
             result.get("best_accuracy") if result.get("best_accuracy") is not None else result["accuracy"]
         )
     figures |= {
-        "size of the student in parts of the teacher": f"{parameters['student'] / max(1, parameters['teacher']):.1%}",
+        "size of the student relative to the teacher": f"{parameters['student'] / max(1, parameters['teacher']):.1%}",
         "rounds": f"{result['rounds']:,}",
         "images generated": f"{result['images']:,}",
         "seconds": f"{result['seconds']:,.0f}",
@@ -118,7 +118,7 @@ def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
 
 
 def charts(history: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """The charts of a history of metrics, those of losses' terms among them."""
+    """The charts of a history of metrics, including the terms of the losses."""
     names = {name for record in history for name in record}
     panels = dict(PANELS)
     for network in ("student", "generator"):
@@ -133,12 +133,12 @@ def curve(history: Iterable[Mapping[str, float]], name: str) -> list[tuple[float
 
 
 def plain(name: str) -> str:
-    """A metric's name for people."""
+    """A metric's readable name."""
     return name.rpartition("/")[2].replace("_", " ")
 
 
 def environment(device: str) -> dict[str, str]:
-    """Where a run ran, for people."""
+    """A description of the machine of a run."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -207,7 +207,7 @@ def _images(facts: RunFacts) -> Iterator[str]:
 
 
 def shrunk(pixels: Any, limit: int) -> Any:
-    """Images ``uint8 (B, height, width[, 3])`` of at most so many bytes each, averaged where they have more."""
+    """Images ``uint8 (B, height, width[, 3])``, averaged down to at most this number of bytes each."""
     _, height, width, *channels = pixels.shape
     size = height * width * math.prod(channels)
     if size <= limit:
@@ -241,8 +241,8 @@ def _confusion(teacher_logits: Tensor, student_logits: Tensor) -> Iterator[str]:
     confusion = confusion_matrix(student_logits, teacher_logits.argmax(dim=1))
     total, same = int(confusion.sum()), int(confusion.diagonal().sum())
     yield (
-        f"<p>The last student takes {same / total:.2%} of {total:,} generated images for what the teacher takes them "
-        "for. These images are made to be hard for the student: on real ones it usually agrees more.</p>"
+        f"<p>The last student gives {same / total:.2%} of {total:,} generated images the class that the teacher gives "
+        "them. These images are made to be hard for the student: on real ones it usually agrees more.</p>"
     )
     if len(confusion) <= LISTED:
         yield _matrix(confusion)

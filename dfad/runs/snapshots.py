@@ -1,4 +1,4 @@
-"""Generated images of several moments of a run, of the same noise, as files in its folder."""
+"""Generated images from several points of a run and the same noise, as files in its folder."""
 
 import logging
 from collections.abc import Sequence
@@ -16,38 +16,38 @@ from dfad.files import write_atomically
 log = logging.getLogger(__name__)
 
 SNAPSHOTS = "samples"
-"""Folder in a run's."""
+"""Folder in the run's folder."""
 
 MOMENTS = 6
-"""In a run, its end among them."""
+"""Number of snapshots in a run, including its end."""
 
 IMAGES = 8
-"""Of a moment."""
+"""Number of images in a snapshot."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Images of a moment."""
+    """Generated images at one point of a run."""
 
     round: int
     pixels: Any
     """Array ``uint8 (B, height, width[, 3])``."""
     labels: Sequence[int]
-    """The teacher's."""
+    """The teacher's predicted classes."""
     confidences: Sequence[float]
-    """Its probabilities of them."""
+    """The teacher's probabilities of these classes."""
 
 
 def moments(rounds: int) -> set[int]:
-    """After which rounds of so many images are kept."""
+    """The rounds after which images are kept."""
     return {max(1, round(rounds * (index + 1) / MOMENTS)) for index in range(MOMENTS)}
 
 
 def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Write one into a run's folder."""
+    """Write a snapshot into a run's folder."""
     (folder / SNAPSHOTS).mkdir(exist_ok=True)
     tensors: dict[str, Tensor] = {
-        "pixels": torch.from_numpy(snapshot.pixels).contiguous(),  # of three channels they come channels last
+        "pixels": torch.from_numpy(snapshot.pixels).contiguous(),  # with three channels they are channels-last
         "labels": torch.tensor(snapshot.labels),
         "confidences": torch.tensor(snapshot.confidences),
     }
@@ -56,11 +56,11 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def load_snapshots(folder: Path, last_round: int) -> list[Snapshot]:
-    """Those of a run's folder up to a round, in order; unreadable ones are left out, with a line in the log."""
+    """The snapshots in a run's folder up to a round, in order; unreadable ones are skipped, with a line in the log."""
     found = []
     for path in sorted((folder / SNAPSHOTS).glob("round-*.safetensors")):
         number = int(path.stem.removeprefix("round-"))
-        if number > last_round:  # of a run that was stopped, and went on from an earlier checkpoint
+        if number > last_round:  # from a run that was stopped and continued from an earlier checkpoint
             continue
         try:
             tensors = load_file(path)

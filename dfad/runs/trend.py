@@ -1,18 +1,18 @@
-"""Whether a student still gets better: the trend of its agreement with the teacher."""
+"""The trend of a student's agreement with the teacher: whether it still improves."""
 
 from collections.abc import Mapping, Sequence
 
 STEADY = 0.005
-"""A change of the agreement below this is none: half an image in a hundred."""
+"""Smallest change of the agreement that counts: half an image in a hundred."""
 
 FEWEST = 3
-"""Evaluations that it takes to speak of a trend."""
+"""Smallest number of evaluations for a trend."""
 
 
 def recent_change(history: Sequence[Mapping[str, float]], name: str = "agreement") -> tuple[float, int] | None:
-    """How a metric changed over the last half of its evaluations, and over how many rounds; None for too few of them.
+    """The change of a metric over the last half of its evaluations, and the number of rounds; None for too few of them.
 
-    The change is that of the least-squares line, so that one lucky evaluation at the end is no trend.
+    The change is that of the least-squares line, so that a single outlier at the end is no trend.
 
     Args:
         history: records of metrics, each with its ``round``.
@@ -30,7 +30,7 @@ def recent_change(history: Sequence[Mapping[str, float]], name: str = "agreement
 
 
 def direction(change: float) -> str:
-    """A change in a word."""
+    """A change as a word."""
     return "steady" if abs(change) < STEADY else "rising" if change > 0 else "falling"
 
 
@@ -38,10 +38,10 @@ def verdict(history: Sequence[Mapping[str, float]]) -> str:
     """A sentence on whether the student still improved at the end."""
     found = recent_change(history)
     if found is None:
-        return "Agreement was measured too seldom to say whether it still rises: --selection.every sets how often."
+        return "Agreement was measured too seldom to say whether it still rises: --selection.every sets the interval."
     change, span = found
     if direction(change) == "steady":
-        return f"Agreement was steady over the last {span:,} rounds: the student has about what these settings give it."
+        return f"Agreement was steady over the last {span:,} rounds: these settings will hardly improve it further."
     moved = "still rose" if change > 0 else "fell"
     return f"Agreement {moved} by {abs(change):.1%} of the images over the last {span:,} rounds."
 
@@ -53,7 +53,7 @@ def improves(history: Sequence[Mapping[str, float]]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds for people."""
+    """A duration as text."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

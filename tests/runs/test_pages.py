@@ -82,7 +82,7 @@ class TestReport:
         student = torch.eye(4)[[0, 0, 2, 1, 2]]
         text = written(facts(teacher_logits=teacher, student_logits=student), tmp_path)
         assert "finds 3 of its 4 classes in 5 images" in text
-        assert "takes 60.00% of 5 generated images" in text
+        assert "gives 60.00% of 5 generated images" in text
         assert '<tr><th scope="row">0</th><td style="--share:0.667">2</td><td style="--share:0.000"></td>' in text
         assert '<tr><th scope="row">3</th><td class="number">2</td><td class="number">1</td></tr>' in text
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from dfad.config import DistillConfig, TeacherConfig
+from dfad.copies import in_float32
 from dfad.data.evaluation import Evaluator
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ModelError
-from dfad.models.probing import in_float32
 from dfad.models.sources import SOURCES, Loaded, has_weights, load, shape_of
 from dfad.seeds import seeded, stream_seed
 from dfad.supervised.cache import cached_teacher

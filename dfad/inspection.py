@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfad import models
 from dfad.config import EngineConfig, TeacherConfig
+from dfad.copies import in_float32
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.preflight import require_finite, usable_answers
 from dfad.engine import Engine, wait_for
@@ -34,7 +35,7 @@ from dfad.models.anatomy import (
 )
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
-from dfad.models.probing import dry_forward, in_float32, parameter_count
+from dfad.models.probing import dry_forward, parameter_count
 from dfad.models.sources import Loaded, load, shape_of
 from dfad.modes import evaluating
 

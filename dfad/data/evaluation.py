@@ -37,7 +37,7 @@ def predict(network: nn.Module, source: BatchSource, count: int, ranks: Ranks | 
     each = -(-count // ranks.count)
     own = in_order(count).part(slice(ranks.rank * each, (ranks.rank + 1) * each))
     answers = []
-    with evaluating(network), torch.inference_mode():
+    with evaluating(network), torch.no_grad():  # what networks keep of it, they may train with
         for images, truth in source.batches(own, BATCH_SIZE, drop_last=False) if len(own) else ():
             answers.append((as_outputs(network(images)).logits.float().cpu(), truth.cpu()))
     logits, labels = zip(*itertools.chain(*ranks.all_of(answers)), strict=True)

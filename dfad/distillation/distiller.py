@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dfad import functional
 from dfad.config import DistillConfig
+from dfad.copies import in_float32
 from dfad.distillation import preflight
 from dfad.distillation.collapse import CollapseGuard
 from dfad.distillation.frozen_teacher import FrozenTeacher
@@ -23,7 +24,7 @@ from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, RankError, RunFolderError
 from dfad.models.model_file import weights_hash
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import image_shape_of, in_float32, parameter_count
+from dfad.models.probing import image_shape_of, parameter_count
 from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.folder import extend, open_folder
@@ -89,6 +90,7 @@ class Distiller:
         ConfigurationError: if the machine does not support what the configuration asks for.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         teacher: nn.Module,
@@ -108,7 +110,10 @@ class Distiller:
             config.engine, fused=config.fused, device=self.device, optimizer_backend=config.optimizer.backend
         )
         log.info("Loss kernels: %s, on %s.", _loss_kernels(self.device, fused=config.fused), self.device)
-        teacher, student = in_float32(teacher, copied=True), in_float32(student, copied=False)
+        preflight.check_keywords(config)
+        preflight.require_usable(teacher, "teacher")
+        preflight.require_usable(student, "student")
+        teacher = in_float32(teacher, copied=True)
         self.teacher_hash = weights_hash(teacher.state_dict())
         self.ranks = self.engine.ranks
         student_hash = weights_hash(student.state_dict()) if self.ranks.several else ""
@@ -169,7 +174,7 @@ class Distiller:
             RunFolderError: if the run cannot use the folder, or it cannot be written to.
             ModelError: if the student cannot be stored, or a run is resumed with another teacher.
         """
-        with self.round.student_placed():
+        with torch.inference_mode(False), torch.enable_grad(), self.round.student_placed():
             return self._fit(Path(run_dir) if run_dir is not None else None, resume=resume, overwrite=overwrite)
 
     def _fit(self, folder: Path | None, *, resume: bool, overwrite: bool) -> Result:

@@ -51,6 +51,37 @@ def check_networks(
     return teacher_outputs, student_outputs
 
 
+def require_usable(network: nn.Module, role: str) -> None:
+    """Refuse a network that cannot be computed with, or cannot learn.
+
+    Args:
+        network: any.
+        role: ``teacher`` or ``student``.
+
+    Raises:
+        ConfigurationError: if PyTorch makes new tensors in another precision than float32.
+        ModelError: if tensors have no values or were made in inference mode; if no parameter of a student learns.
+    """
+    if torch.get_default_dtype() != torch.float32:
+        raise ConfigurationError(
+            f"PyTorch's default dtype is {torch.get_default_dtype()}, and distilling needs float32: call "
+            "torch.set_default_dtype(torch.float32) before. Networks may have weights of any dtype."
+        )
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"The {role} cannot be used: its {name} is on the meta device, which holds shapes and no values. Load "
+                "its weights first (load_state_dict with assign=True)."
+            )
+        if tensor.is_inference():
+            raise ModelError(
+                f"The {role} cannot be used: its {name} was made under torch.inference_mode, and cannot take part in "
+                "training. Build the network outside of it."
+            )
+    if role == "student" and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ModelError("The student cannot learn: none of its parameters has requires_grad.")
+
+
 def require_finite(network: nn.Module, role: str) -> None:
     """Check that a network has no NaN or infinity in its weights or in the statistics of its BatchNorms.
 
@@ -90,7 +121,7 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     reason = "its logits carry none"
     with evaluating(teacher), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        outputs = as_outputs(teacher(images))
+        outputs = as_outputs(teacher(images.clone()))  # not a leaf: networks may write into their images
         gradient = None
         if outputs.logits.requires_grad:
             try:
@@ -108,7 +139,14 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
             "could not learn from it. A network that is quantised, runs under torch.no_grad or leaves PyTorch cannot "
             "teach; give the one in floating point that it was made of."
         )
-    return Outputs(outputs.logits.detach(), tuple(tap.detach() for tap in outputs.taps))
+    logits = outputs.logits.detach()
+    if bool((logits >= 0).all()) and bool((logits.sum(dim=1) - 1).abs().max() < 1e-3):
+        log.warning(
+            "The teacher %s seems to return probabilities: none is negative, and those of an image have the sum 1. The "
+            "losses need logits, and would apply a softmax again. Let it return the input of its softmax.",
+            type(teacher).__name__,
+        )
+    return Outputs(logits, tuple(tap.detach() for tap in outputs.taps))
 
 
 def _require_pre_activations(taps: Sequence[Tensor], role: str) -> None:
@@ -160,9 +198,23 @@ def check_files(student: nn.Module, config: DistillConfig) -> None:
 
     Raises:
         ModelError: if the student's state cannot be stored.
-        ConfigurationError: if the keyword arguments of a factory cannot.
     """
     divided(student.state_dict())
+    if not config.student.factory:
+        log.warning(
+            "The student %s is given without a factory: its files will hold weights alone. Build the network and load "
+            "them with dfad.models.weights.load_weights(network, path); or name the callable that builds it in "
+            "student.factory and student.kwargs, and the files will say how.",
+            type(student).__name__,
+        )
+
+
+def check_keywords(config: DistillConfig) -> None:
+    """Refuse keyword arguments of factories that a run's files could not hold.
+
+    Raises:
+        ConfigurationError: with those that are no JSON.
+    """
     for role, kwargs in (("teacher", config.teacher.kwargs), ("student", config.student.kwargs)):
         try:
             json.dumps(kwargs)
@@ -171,13 +223,6 @@ def check_files(student: nn.Module, config: DistillConfig) -> None:
                 f"{role}.kwargs {kwargs} cannot be written down: {error}. Name a callable of your own as factory, "
                 "which passes such arguments itself."
             ) from None
-    if not config.student.factory:
-        log.warning(
-            "The student %s is given without a factory: its files will hold weights alone. Build the network and load "
-            "them with dfad.models.weights.load_weights(network, path); or name the callable that builds it in "
-            "student.factory and student.kwargs, and the files will say how.",
-            type(student).__name__,
-        )
 
 
 def check_room(folder: Path, needed: int) -> None:

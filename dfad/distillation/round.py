@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfad import functional
 from dfad.config import DistillConfig, MethodConfig
+from dfad.copies import in_float32
 from dfad.distillation.augmentation import Augmentation
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.image_bank import ImageBank
@@ -23,9 +24,11 @@ from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrep
 from dfad.models.anatomy import activations_of, boundary_of, has_boundary
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
+from dfad.models.likeness import require_same
 from dfad.models.outputs import as_outputs
+from dfad.models.sources import load
 from dfad.models.taps import Outputs, has_batchnorm
-from dfad.modes import frozen, set_mode
+from dfad.modes import frozen, random_state_kept, set_mode
 from dfad.seeds import seeded, stream_seed
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,13 @@ class Round:
         self.image_shape = image_shape
         method = config.method
         uses_taps = bool(method.activation.weight or method.activation.generator_weight)
-        teacher_outputs, student_outputs = check_networks(teacher, student, image_shape, uses_taps=uses_taps)
+        as_computed, given = in_float32(student, copied=True), config.student
+        teacher_outputs, student_outputs = check_networks(teacher, as_computed, image_shape, uses_taps=uses_taps)
+        if given.factory:
+            with random_state_kept():
+                built = load(given.factory, kwargs=given.kwargs, taps=given.taps, pretrained=False).network
+            described = f"{given.factory} with {dict(given.kwargs)}"
+            require_same(as_computed, built, described, image_shape, "student")
         self.matches_statistics = _matches_statistics(method, teacher)
         if uses_taps and not has_boundary(activations := activations_of(teacher)):
             log.warning("Of the teacher's activation boundary: %s.", boundary_of(activations))
@@ -95,13 +104,16 @@ class Round:
         for connector in connectors.modules():
             if isinstance(connector, nn.Sequential):
                 engine.place(connector, role="connector")
-        self.student = self.placement.take()
+        self.image_bank = (
+            ImageBank(method.image_bank.size, image_shape, self.device) if method.image_bank.size else None
+        )
         try:
+            self.student = self.placement.take()
             self.student_optimizer = engine.optimizer(
                 config.optimizer.student, [*student.parameters(), *connectors.parameters()]
             )
             self.generator_optimizer = engine.optimizer(config.optimizer.generator, generator.parameters())
-        except Exception:
+        except BaseException:
             self.placement.give_back()
             raise
 
@@ -131,8 +143,6 @@ class Round:
             ranks=self.ranks,
         )
         self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"], self.ranks)
-        size = method.image_bank.size
-        self.image_bank = ImageBank(size, image_shape, self.device) if size else None
 
     def __call__(self) -> Terms:
         """Student steps, then generator steps; returns the metrics of the last ones, on the device."""
@@ -162,8 +172,8 @@ class Round:
     @contextmanager
     def student_placed(self) -> Iterator[None]:
         """Place the student for a block, and restore it afterwards, also after an exception."""
-        self.placement.take()
         try:
+            self.placement.take()
             yield
         finally:
             self.placement.give_back()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dfad.copies import copy_network
+from dfad.copies import copy_network, in_float32
 from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.cast_weights import cast_in, cast_weights
 from dfad.engine.fold_batchnorm import fold_batchnorm
@@ -87,6 +88,8 @@ class Placement:
         self.changes = dict(changes or {})
         self.learns = any(parameter.requires_grad for parameter in network.parameters())
         self.parts = self._parts()
+        self.writes_inputs = False
+        """Whether it changes the images that it is given, which others are to see as well."""
         if input_shape is not None:
             comparison = _Comparison(self, tuple(input_shape), batch_size, read)
             with random_state_kept(), _state_kept(network):
@@ -97,11 +100,11 @@ class Placement:
         """Place the network; returns what to call instead of it, which may be the network itself."""
         if self._before is None:
             self._before = _State(self.network)
-            self.placed = self.arrange(self.network, self.parts)
+            self.placed = self.arrange(in_float32(self.network, copied=False, announced=False), self.parts)
         return self.placed
 
     def give_back(self) -> None:
-        """Restore the network's own call, memory format, modes and flags, with its current weights. It stays on a GPU
+        """Restore the network's own call, memory, dtypes, modes and flags, with its current weights. It stays on a GPU
         if it was taken there, and its gradients are dropped."""
         if self._before is not None:
             self._before.restore(keep_device=self.engine.device.type != "cpu")
@@ -115,8 +118,8 @@ class Placement:
             network = _frozen(fold_batchnorm(network))
         network.to(engine.device)
         if "channels_last" in parts:
-            for tensor in (*network.parameters(), *network.buffers()):
-                if tensor.ndim == 4 and tensor.layout == torch.strided:
+            for tensor in _of_their_own(network):
+                if tensor.ndim == 4:
                     # contiguous() would not change tensors of one channel, whose strides fit both formats
                     tensor.data = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor.data)
         for name, change in self.changes.items():
@@ -141,8 +144,8 @@ class Placement:
             network.compile(dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
         exact = engine.dtype != torch.float32 and "precision" not in parts
-        if formats or exact:
-            _convert_inputs(network, formats=formats, exact=exact)
+        if formats or exact or self.writes_inputs:
+            _convert_inputs(network, formats=formats, exact=exact, copied=self.writes_inputs)
         return network
 
     def _parts(self) -> list[str]:
@@ -217,13 +220,14 @@ def _frozen(network: nn.Module) -> nn.Module:
     return network
 
 
-def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool) -> None:
-    """Make a network run on contiguous inputs, or in float32, among networks that do not."""
+def _convert_inputs(network: nn.Module, *, formats: bool, exact: bool, copied: bool) -> None:
+    """Make a network run on contiguous inputs, in float32, or on copies, among networks that do not."""
     call = present_call(network)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
+        value = value.clone() if copied else value
         value = value.float() if exact else value
         return value.contiguous() if formats else value
 
@@ -255,34 +259,51 @@ class _State:
     """The state of a network that placing changes, to be restored."""
 
     def __init__(self, network: nn.Module) -> None:
+        self.network = network
         self.modes = modes_of(network)
         self.calls = {module: replaced_call(module) for module in (network, *network.modules())}
-        self.layouts = {
-            name: (tensor.device, tensor.stride() if tensor.layout == torch.strided else None)
-            for name, tensor in _named_tensors(network).items()
-        }
+        self.tensors = [(tensor, tensor.data) for tensor in _tensors(network) if not is_lazy(tensor)]
+        """Each with its memory, which its owner may hold under other names, or share with other processes."""
         self.learning = {parameter: parameter.requires_grad for parameter in network.parameters()}
-        self.network = network
 
     def restore(self, *, keep_device: bool) -> None:
         for module, call in self.calls.items():
             replace_call(module, call)
-        for name, tensor in _named_tensors(self.network).items():
-            device, stride = self.layouts.get(name, (tensor.device, None))
-            if not keep_device and tensor.device != device:
-                tensor.data = tensor.data.to(device)
-            if stride is not None and tensor.stride() != stride:
-                tensor.data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(
-                    tensor.data
-                )
+        for tensor, before in self.tensors:
+            now = tensor.data
+            if now.shape != before.shape or before.layout != torch.strided:
+                tensor.data = now.to(before.dtype) if keep_device else now.to(before)
+            elif keep_device and now.device != before.device:
+                tensor.data = torch.empty_like(before, device=now.device).copy_(now)
+            elif now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
+                tensor.data = before.copy_(now)
         for parameter, learns in self.learning.items():
             parameter.requires_grad = learns
             parameter.grad = None
         restore_modes(self.modes)
 
 
-def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _of_their_own(network: nn.Module) -> list[Tensor]:
+    """The tensors of a network whose memory is no other's of its: the others would move apart."""
+    tensors = [tensor for tensor in _tensors(network) if tensor.layout == torch.strided and not is_lazy(tensor)]
+    shared = set()
+    furthest, owner = -1, -1
+    for start, end, number in sorted((*_span(tensor), number) for number, tensor in enumerate(tensors)):
+        if start < furthest:
+            shared |= {owner, number}
+        if end > furthest:
+            furthest, owner = end, number
+    return [tensor for number, tensor in enumerate(tensors) if number not in shared]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of that after its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size() * bool(tensor.numel())
 
 
 class _Comparison:
@@ -304,19 +325,18 @@ class _Comparison:
         """The parts that do not change the network's results."""
         placement = self.placement
         try:
-            plain = copy_network(placement.network)
+            self.plain = self._copied()
         except Exception as error:  # whatever a user's attributes raise
             reason = f"it cannot be copied to be compared ({type(error).__name__}: {first_line(error)})"
             for part in parts:
                 if part != "precision":
                     placement.leave_out(part, reason)
             return [part for part in parts if part == "precision"]
-        self.plain = plain.to(self.engine.device)
         self.exact = self._check_plain()
         self.scales = _scales(self.exact)
         if not parts:
             return parts
-        self.noise = self._noise(self._run(copy_network(placement.network).to(self.engine.device), perturbed=True))
+        self.noise = self._noise(self._run(self._copied(), perturbed=True))
         self.rounding = self._rounding() if "precision" in parts else {}
         unsteady = any(name.startswith("output") and noise > UNSTEADY for name, noise in self.noise.items())
         if not unsteady and self._difference(parts) is None:
@@ -338,9 +358,12 @@ class _Comparison:
                 placement.leave_out(part, reason_against)
         return kept
 
+    def _copied(self) -> nn.Module:
+        return in_float32(copy_network(self.placement.network), copied=False, announced=False).to(self.engine.device)
+
     def _check_plain(self) -> Values:
         try:
-            values = self._run(self.plain)
+            values = self._run(self.plain, watched=True)
         except ModelError:
             raise
         except Exception as error:
@@ -354,6 +377,11 @@ class _Comparison:
                 f"Before the first round {self.name} returns NaN or infinity for inputs of random numbers. Look at its "
                 "weights, and at what it divides by or takes the logarithm of."
             )
+        if self.placement.learns and not any(name.startswith("gradient of a parameter") for name in values):
+            raise ModelError(
+                f"Before the first round no gradient reaches a parameter of {self.name}, so that it cannot learn. Look "
+                "for torch.no_grad, detach() or NumPy in its forward pass."
+            )
         if not any(name.startswith("gradient of the input") for name in values):
             log.warning("No gradient flows through %s to its input; the generator learns nothing from it.", self.name)
         return values
@@ -363,7 +391,7 @@ class _Comparison:
 
     def _rounding(self) -> dict[str, float]:
         try:
-            values = self._run(copy_network(self.placement.network).to(self.engine.device), autocast=True)
+            values = self._run(self._copied(), autocast=True)
         except Exception:  # the part itself will raise it again, and be left out
             return {}
         return self._noise(values)
@@ -381,7 +409,7 @@ class _Comparison:
     def _difference_in(self, parts: Sequence[str], *, autocast: bool) -> str | None:
         try:
             # also for small features, because rounds have larger batches
-            placed = self.placement.arrange(copy_network(self.placement.network), parts, smallest=0)
+            placed = self.placement.arrange(self._copied(), parts, smallest=0)
             with redirect_stderr(io.StringIO()):  # where graphs print what they raise
                 values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last)
         except Exception as error:  # a network that is called differently may raise anything
@@ -421,13 +449,21 @@ class _Comparison:
         autocast: bool = False,
         perturbed: bool = False,
         channels_last: bool = False,
+        watched: bool = False,
     ) -> Values:
         values: Values = {}
         for number, (training, seed) in enumerate(self.modes):
             where = f"in {'training' if training else 'eval'} mode" + (", the second time" if number >= 2 else "")
             set_mode(network, training=training)
-            for key, value in self._pass(network, self._inputs(seed, perturbed, channels_last), seed, autocast).items():
+            inputs = self._inputs(seed, perturbed, channels_last)
+            # not leaves, which may not be written; copies, of which it shows
+            with torch.enable_grad():
+                given = inputs.to(self.engine.dtype if autocast else inputs.dtype, copy=True)
+            before = given.detach().clone() if watched else None
+            for key, value in self._pass(network, inputs, given, seed, autocast).items():
                 values[f"{key} {where}"] = value
+            if before is not None and not torch.equal(before, given):
+                self.placement.writes_inputs = True
         return values
 
     def _inputs(self, seed: int, perturbed: bool, channels_last: bool) -> Tensor:
@@ -439,16 +475,13 @@ class _Comparison:
             inputs = inputs.contiguous(memory_format=torch.channels_last)  # as the generator makes them
         return inputs.to(self.engine.device).requires_grad_()
 
-    def _pass(self, network: nn.Module, inputs: Tensor, seed: int, autocast: bool) -> Values:
-        dtype = self.engine.dtype if autocast else inputs.dtype  # as the generator makes them
+    def _pass(self, network: nn.Module, inputs: Tensor, given: Tensor, seed: int, autocast: bool) -> Values:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 the stream that networks draw from
         with torch.enable_grad():
             with self.engine.autocast() if autocast else nullcontext():
-                outputs = [
-                    leaf for leaf in tree_leaves(self.read(network(inputs.to(dtype)))) if isinstance(leaf, Tensor)
-                ]
+                outputs = [leaf for leaf in tree_leaves(self.read(network(given))) if isinstance(leaf, Tensor)]
             outputs = [output for output in outputs if output.is_floating_point()]
             values = {f"output, number {i}": output.detach().float().cpu() for i, output in enumerate(outputs)}
             differentiable = [output for output in outputs if output.requires_grad]
@@ -464,7 +497,7 @@ class _Comparison:
         tensors |= {f"state, {name}": buffer for name, buffer in network.named_buffers()}
         for parameter in network.parameters():
             parameter.grad = None
-        return values | {name: t.detach().float().cpu().clone() for name, t in tensors.items() if t is not None}
+        return values | {name: _real(t.detach()).cpu().clone() for name, t in tensors.items() if t is not None}
 
 
 def _scales(values: Values) -> dict[str, float]:
@@ -476,6 +509,10 @@ def _scales(values: Values) -> dict[str, float]:
         kind = name.partition(",")[0]
         kinds[kind] = max(kinds.get(kind, 0.0), length)
     return {name: max(length, 1e-3 * kinds[name.partition(",")[0]]) for name, length in lengths.items()}
+
+
+def _real(value: Tensor) -> Tensor:
+    return (torch.view_as_real(value) if value.is_complex() else value).float()
 
 
 def _length(value: Tensor) -> float:

@@ -53,14 +53,22 @@ def logits_entry(result: Any) -> tuple[str, Tensor]:
     entries = dict(_entries(result))
     if isinstance(entries.get("logits"), Tensor):
         return "logits", entries["logits"]
-    for name, value in entries.items():
-        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
-            return name, value
+    for name, value in matrices(result).items():
+        return name, value
     shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in entries.items())
     raise ModelError(
         f"A network returned a {type(result).__name__}{f' of {shapes}' if shapes else ''}; it must return logits, a "
         "tensor (batch, classes), alone or in a tuple, a mapping or an object, or dfad.models.taps.Outputs."
     )
+
+
+def matrices(result: Any) -> dict[str, Tensor]:
+    """What may be logits among the entries of what a network returned."""
+    return {
+        name: value
+        for name, value in _entries(result)
+        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+    }
 
 
 def _entries(result: Any) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """Properties of a network that can be determined without data."""
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad.errors import ModelError, first_line
-from dfad.models.outputs import Outputs, as_outputs, logits_entry
+from dfad.models.outputs import Outputs, as_outputs, logits_entry, matrices
 from dfad.modes import evaluating
 
 log = logging.getLogger(__name__)
@@ -159,30 +158,18 @@ def _are_sizes(value: Any, count: int) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == count and all(isinstance(n, int) and n > 0 for n in value)
 
 
-def in_float32(network: nn.Module, *, copied: bool) -> nn.Module:
-    """A network whose floating-point parameters and buffers are float32, as distilling needs them.
+def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int], *, graph: bool = False) -> Any:
+    """What a network returns, as it is, for two blank images, in eval mode; its mode is restored.
 
     Args:
-        network: returned unchanged if they already are.
-        copied: cast a copy, and leave the network unchanged.
+        network: any.
+        image_shape: ``(channels, height, width)``.
+        graph: record how it is computed.
     """
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    others = {tensor.dtype for _, tensor in tensors if tensor.is_floating_point()} - {torch.float32}
-    if not others:
-        return network
-    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
-    log.info("%s has weights in %s; they are cast to float32.", type(network).__name__, names)
-    if copied:
-        network = copy.deepcopy(network)
-    return network.float()
-
-
-def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int]) -> Any:
-    """What a network returns, as it is, for two blank images, in eval mode and without a graph; its mode is
-    restored."""
     parameter = next(network.parameters(), torch.empty(0))
-    with evaluating(network), torch.no_grad():
-        return network(torch.zeros(2, *image_shape, device=parameter.device))
+    with evaluating(network), torch.set_grad_enabled(graph):
+        images = torch.zeros(2, *image_shape, device=parameter.device, requires_grad=graph)
+        return network(images.clone())  # not a leaf: networks may write into their images
 
 
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:
@@ -199,10 +186,12 @@ def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announ
     result = answer_to_blanks(network, image_shape)
     outputs = as_outputs(result)
     name = type(network).__name__
+    if announce and len(matrices(result)) > 1:
+        _refuse_features(answer_to_blanks(network, image_shape, graph=True), name)
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:
         raise ModelError(
             f"For 2 images, {name} returned logits of shape {tuple(outputs.logits.shape)}; needed is (2, classes)."
-            + (f" {BINARY}" if outputs.logits.numel() == 2 else "")
+            + (f" {BINARY}" if outputs.logits.numel() == 2 and outputs.logits.is_floating_point() else "")
         )
     if outputs.logits.shape[1] < 2:
         raise ModelError(
@@ -212,6 +201,32 @@ def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announ
         log.info("%s returns a %s; its entry %r is taken as the logits.", name, type(result).__name__,
                  logits_entry(result)[0])  # fmt: skip
     return outputs
+
+
+def _refuse_features(result: Any, name: str) -> None:
+    """Refuse a result whose first matrix, taken for the logits, is what a later one is computed from."""
+    entry, taken = logits_entry(result)
+    for other, value in matrices(result).items():
+        if entry != "logits" and other != entry and taken.grad_fn in _ancestors(value):
+            raise ModelError(
+                f"{name} returns a {type(result).__name__} of several matrices, and its entry {entry!r} "
+                f"{tuple(taken.shape)}, which would be taken for the logits, is what entry {other!r} "
+                f"{tuple(value.shape)} is computed from, as features are. Let it return the logits alone, first, or "
+                "under the name 'logits'."
+            )
+
+
+def _ancestors(tensor: Tensor) -> set[Any]:
+    """The operations that a tensor was computed by, but the last."""
+    found: set[Any] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        for before, _ in node.next_functions if node is not None else ():
+            if before is not None and before not in found:
+                found.add(before)
+                waiting.append(before)
+    return found
 
 
 BINARY = (

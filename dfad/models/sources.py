@@ -13,6 +13,7 @@ from dfad.errors import ModelError
 from dfad.models.exported import is_exported, load_exported
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
+from dfad.models.likeness import require_origin
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.outputs import Outputs
 from dfad.models.probing import Images, answer_to_blanks, channels_of, declared_images, image_shape_of
@@ -130,6 +131,7 @@ def load(
             raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
     if checkpoint is not None:
         load_weights(network, Path(checkpoint), checkpoint_key)
+        require_origin(network, Path(checkpoint), source, arguments)
     images = found[0].images(found[1], network) if found else declared_images(network)
     if images.mean and channels_of(network) not in (None, len(images.mean)):  # built for other images than published
         images = replace(images, mean=(), std=())

@@ -293,11 +293,33 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
         ModelError: if they belong to another architecture; names the first missing, unexpected and mis-shaped entries.
     """
     wanted = network.state_dict()
-    given = _without_prefix(weights, wanted, path)
+    given = without_prefix(weights, wanted, path)
     junk = [name for name in given if name not in wanted and JUNK.search(name)]
     _log_skipped(path, junk)
     given = {name: value for name, value in given.items() if name not in junk}
+    unfit = misfit(wanted, given)
+    if unfit:
+        raise ModelError(
+            f"The checkpoint {path} belongs to another architecture than {type(network).__name__}. {unfit} "
+            "Check factory and kwargs against the network that was saved."
+        )
+    try:
+        network.load_state_dict(given, strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # tensors without values, sparse ones, other sizes than said
+        detail = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
+        raise ModelError(
+            f"The checkpoint {path} cannot be loaded into {type(network).__name__}: {detail} Save dense tensors that "
+            "have values."
+        ) from error
 
+
+def misfit(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Sentences on what a state dict lacks, has too much, or has in other shapes; nothing where it fits.
+
+    Args:
+        wanted: a network's state dict.
+        given: another one, which is to be loaded into it.
+    """
     tied = shared_tensors(wanted)
     there = {tied.get(name, name) for name in given}
     missing = [n for n in wanted if n not in given and not _dispensable(n) and tied.get(n, n) not in there]
@@ -307,29 +329,21 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
         for n, value in wanted.items()
         if isinstance(value, Tensor) and n in given and not is_lazy(value) and given[n].shape != value.shape
     ]
-    if missing or unexpected or misshaped:
-        raise ModelError(
-            f"The checkpoint {path} belongs to another architecture than {type(network).__name__}. "
-            + _count_and_first("missing", missing)
-            + _count_and_first("unexpected", unexpected)
-            + _count_and_first("mis-shaped", misshaped)
-            + _other_classes(given, wanted, misshaped)
-            + "Check factory and kwargs against the network that was saved."
-        )
-    network.load_state_dict(given, strict=False)
+    counts = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    found = [f"{len(names)} {kind}, first {names[0]}." for kind, names in counts.items() if names]
+    return " ".join([*found, *_other_classes(given, wanted, misshaped)])
 
 
-def _other_classes(given: Mapping[str, Any], wanted: Mapping[str, Any], misshaped: list[str]) -> str:
-    """Where the last layer alone differs in its length: how many classes the file is for."""
+def _other_classes(given: Mapping[str, Any], wanted: Mapping[str, Any], misshaped: list[str]) -> Iterator[str]:
+    """If only the last layer differs in its length: how many classes the file is for."""
     last = [name for name, value in wanted.items() if isinstance(value, Tensor) and value.ndim == 2][-1:]
     for name in last:
-        if name in given and len(misshaped) <= 2 and given[name].shape[1:] == wanted[name].shape[1:]:
+        if misshaped and name in given and len(misshaped) <= 2 and given[name].shape[1:] == wanted[name].shape[1:]:
             classes = given[name].shape[0]
-            return f"The file is of a network with {classes} classes: kwargs '{{\"num_classes\": {classes}}}'. "
-    return ""
+            yield f"The file is of a network with {classes} classes: kwargs '{{\"num_classes\": {classes}}}'."
 
 
-def _without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The weights under the names of the network; further entries are skipped if all of these exist."""
     needed = [name for name in wanted if not _dispensable(name)]
     if not needed or given.keys() & wanted.keys():
@@ -379,7 +393,3 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _common_prefix(names: Iterable[str]) -> str:
     return next((prefix for prefix in WRAPPER_PREFIXES if all(name.startswith(prefix) for name in names)), "")
-
-
-def _count_and_first(kind: str, names: list[str]) -> str:
-    return f"{len(names)} {kind}, first {names[0]}. " if names else ""

@@ -86,7 +86,7 @@ def test_as_teacher(trait, precision):
         x.requires_grad_()
         seed_everything(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocasts and precision == "bfloat16"):
-            logits = as_outputs(call(x)).logits
+            logits = as_outputs(call(x.clone())).logits
         if logits.requires_grad:
             logits.float().square().sum().backward()
         results.append((logits.detach(), torch.zeros_like(x) if x.grad is None else x.grad))
@@ -204,7 +204,7 @@ def test_statistics_are_of_each_call(trait):
     images = torch.randn(8, *SHAPE)
     with torch.no_grad():
         seed_everything(6)
-        network(images)
+        network(images.clone())
         seed_everything(6)
         _, features = frozen.with_statistics(images)
     assert len(features) == len(frozen.norms) == len(seen)

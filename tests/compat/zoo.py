@@ -911,6 +911,54 @@ class PatchedForward(Small):
 
 
 @trait
+class HandsOver(Small):
+    """a hook that hands features to the forward pass"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = None
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.kept = output
+
+        self.bn1.register_forward_hook(keep)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        kept, self.kept = self.kept, None
+        return logits + kept.mean((1, 2, 3))[:, None]
+
+
+@trait
+def _() -> nn.Module:
+    """a forward pass that is a closure"""
+    network = Small()
+    network.forward = lambda x: network.head(network.body(network.stem(x * 2)))  # type: ignore[method-assign]
+    return network
+
+
+@trait
+class WritesImages(Small):
+    """images normalised in place"""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.sub_(0.5).div_(0.5))
+
+
+@trait
+class OneMemory(Small):
+    """two weights in one memory"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
+        self.again.weight = nn.Parameter(self.conv2.weight.data)
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(F.relu(self.again(x)))
+
+
+@trait
 class KeepsMode(Small):
     """BatchNorm that stays in eval mode"""
 

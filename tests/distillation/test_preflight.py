@@ -219,7 +219,7 @@ def test_networks_of_other_outputs_and_precisions_distil(plain, caplog):
     config = replace(plain, teacher=TeacherConfig(image_size=8))
     assert Distiller(teacher, student, config).fit().rounds == 6
     assert caplog.text.count("Unusual returns a dict; its entry 'logits' is taken as the logits.") == 2
-    assert "Unusual has weights in bfloat16; they are cast to float32." in caplog.text
+    assert "Unusual has weights in bfloat16; distilling casts them to float32." in caplog.text
     assert teacher.linear.weight.dtype == torch.bfloat16
 
 
@@ -258,3 +258,74 @@ def test_taps_after_a_relu_are_refused_where_they_are_used(student, config, plai
 def test_a_student_that_is_larger_than_its_teacher_is_warned_of(teacher, student, plain, caplog):
     Distiller(student, teacher, replace(plain, teacher=TeacherConfig(image_size=8)))
     assert "more than its teacher's" in caplog.text
+
+
+class TestWhatCannotBeUsed:
+    @pytest.mark.parametrize(
+        ("spoil", "words"),
+        [
+            (lambda network: network.to("meta"), "on the meta device"),
+            (lambda network: network.requires_grad_(False), "none of its parameters has requires_grad"),
+        ],
+    )
+    def test_a_student_is_refused(self, spoil, words, teacher, student, plain):
+        with pytest.raises(ModelError, match=words):
+            Distiller(teacher, spoil(student), plain)
+
+    def test_a_student_of_inference_mode_is_refused(self, teacher, plain):
+        with torch.inference_mode():
+            student = ConvNet(channels=(4, 8), num_classes=4, in_channels=1)
+        with pytest.raises(ModelError, match=r"made under torch\.inference_mode"):
+            Distiller(teacher, student, plain)
+
+    def test_another_default_dtype_is_refused(self, teacher, student, plain):
+        torch.set_default_dtype(torch.float64)
+        try:
+            with pytest.raises(ConfigurationError, match=r"default dtype is torch\.float64"):
+                Distiller(teacher, student, plain)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_a_student_that_no_gradient_reaches_is_refused(self, teacher, plain):
+        class Detached(ConvNet):
+            def forward(self, images):
+                return super().forward(images).logits.detach()
+
+        student = Detached(channels=(4, 8), num_classes=4, in_channels=1)
+        with pytest.raises(ModelError, match="no gradient reaches a parameter of the student Detached"):
+            Distiller(teacher, student, plain)
+
+    def test_a_student_that_its_factory_does_not_build_is_refused(self, teacher, student, plain):
+        config = replace(plain, student=StudentConfig("convnet", {"channels": [4, 9], "num_classes": 4}))
+        with pytest.raises(ModelError, match=r"is not the network that student\.factory, convnet with .*, builds"):
+            Distiller(teacher, student, config)
+
+
+class Several(ConvNet):
+    """Features and logits, in an order."""
+
+    def __init__(self, order, **settings) -> None:
+        super().__init__(**settings)
+        self.order = order
+
+    def forward(self, images):
+        logits = super().forward(images).logits
+        features = logits[:, :3] * 2
+        found = {"features": features, "scores": features @ torch.ones(3, 4)}
+        return tuple(found[name] for name in self.order)
+
+
+def test_features_are_not_taken_for_logits(teacher, plain):
+    settings = {"channels": (4, 8), "num_classes": 4, "in_channels": 1}
+    with pytest.raises(ModelError, match=r"its entry '0' \(2, 3\), .* is what entry '1' \(2, 4\) is computed from"):
+        Distiller(teacher, Several(("features", "scores"), **settings), plain)
+    Distiller(teacher, Several(("scores", "features"), **settings), plain)
+
+
+def test_probabilities_are_announced(teacher, student, plain, caplog):
+    class Softmax(ConvNet):
+        def forward(self, images):
+            return super().forward(images).logits.softmax(dim=1)
+
+    Distiller(Softmax(channels=(4, 8), num_classes=4, in_channels=1), student, plain, image_shape=IMAGE_SHAPE)
+    assert "seems to return probabilities" in caplog.text

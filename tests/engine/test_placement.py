@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, prune
+from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 import dfad
 from dfad.config import ActivationConfig, DistillConfig, EngineConfig, TeacherConfig
@@ -269,6 +269,36 @@ class TestGivenBack:
         assert vector.numel() == sum(p.numel() for p in student.parameters())
         prune.l1_unstructured(student.conv2, "weight", 0.5)
         assert not torch.allclose(student(images), expected)
+
+    def test_its_memory_is_that_which_it_came_with(self, config):
+        student = Small()
+        flat = parameters_to_vector(student.parameters()).detach()
+        vector_to_parameters(flat, student.parameters())
+        before = {name: tensor.data_ptr() for name, tensor in student.state_dict().items()}
+        dfad.distill(Small().eval(), student, replace(without_taps(config), teacher=TeacherConfig(image_size=8)))
+        assert {name: tensor.data_ptr() for name, tensor in student.state_dict().items()} == before
+        assert torch.equal(parameters_to_vector(student.parameters()), flat)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_its_dtype_is_that_which_it_came_with(self, dtype, config):
+        student = Small().to(dtype)
+        tensors = [*student.parameters(), *student.buffers()]
+        weights = [tensor.clone() for tensor in tensors]
+        dfad.distill(Small().eval(), student, replace(without_taps(config), teacher=TeacherConfig(image_size=8)))
+        assert [*map(id, (*student.parameters(), *student.buffers()))] == [*map(id, tensors)]
+        assert all(tensor.dtype in (dtype, torch.int64) for tensor in tensors)
+        assert any(not torch.equal(tensor, before) for tensor, before in zip(tensors, weights, strict=True))
+
+    def test_gradients_switched_off_around_it_are_its_caller_s_matter(self, config, caplog):
+        teacher, student = Small().eval(), Small()
+        config = replace(without_taps(config), teacher=TeacherConfig(image_size=8))
+        before = student.fc.weight.clone()
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                dfad.distill(teacher, student, config)
+            assert not torch.equal(student.fc.weight, before)
+            before = student.fc.weight.clone()
+        assert "No gradient flows" not in caplog.text
 
     def test_after_an_exception(self, config, tmp_path):
         student = Small()

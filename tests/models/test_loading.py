@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dfad.copies import in_float32
 from dfad.errors import ModelError
 from dfad.models import factory as factories
 from dfad.models import outputs as outputs_module
@@ -541,13 +542,13 @@ class TestFloat32:
     def test_weights_of_other_precisions_are_cast(self, dtype, caplog):
         caplog.set_level("INFO")
         network = Plain().to(dtype)
-        cast = probing.in_float32(network, copied=True)
+        cast = in_float32(network, copied=True)
         assert probing.dry_forward(cast, (3, 8, 8)).logits.dtype == torch.float32
         assert network.conv.weight.dtype == dtype
         assert f"has weights in {str(dtype).removeprefix('torch.')}" in caplog.text
-        assert probing.in_float32(network, copied=False) is network
+        assert in_float32(network, copied=False) is network
         assert network.conv.weight.dtype == torch.float32
 
     def test_a_network_in_float32_is_itself(self):
         network = Plain()
-        assert probing.in_float32(network, copied=True) is network
+        assert in_float32(network, copied=True) is network

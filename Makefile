@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/*/*)
 
-.PHONY: demo test compat bench report docs gpu gpu-wheels lint sanitize clean
+.PHONY: demo test compat proof bench report docs gpu gpu-wheels lint sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m dfad.train --fused
@@ -16,6 +16,10 @@ test: $(VENV)/.dev lint
 # Real architectures as well, as far as they are installed: pip install -e '.[compat]' installs them.
 compat: $(VENV)/.dev
 	$(BIN)/pytest tests/compat -rs
+
+# Those architectures from inspection to a delivered student, in half an hour; writes docs/architectures.md.
+proof: $(VENV)/.dev
+	$(BIN)/python -m tests.compat.proof docs/architectures.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

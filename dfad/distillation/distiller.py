@@ -187,7 +187,7 @@ class Distiller:
                 preflight.check_teacher(folder, state.get("teacher"), self.teacher_hash)
                 self.load_state_dict(state)
             if resume:
-                extend(folder, self.config)
+                self.ranks.of_first(lambda: extend(folder, self.config))
         started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
         networks = f"networks-{self.ranks.rank}" if self.ranks.rank else "networks"

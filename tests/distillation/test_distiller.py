@@ -301,6 +301,7 @@ class TestRun:
         assert names == {
             "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint.pt", "checkpoint-previous.pt", "result.json",
             "student.safetensors", "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png",
+            "samples", "report.html",
         }  # fmt: skip
         assert result.rounds == 6
         assert result.images == 6 * 3 * 16

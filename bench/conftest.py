@@ -79,6 +79,7 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
     return run
 
 
+@pytest.hookimpl(trylast=True)  # after the table of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """All times, followed by one table of ratios."""
     session = getattr(config, "_benchmarksession", None)

@@ -219,6 +219,7 @@ def test_pytest_bench(tmp_path):
     table = told.partition(" ratios, ")[2].splitlines()
     (line,) = [line for line in table if line.startswith("size 1 ")]
     assert line.split() == ["size", "1", "1000.000", "8.00", "×", "0.50", "×"]
+    assert "Name (time in" in told.partition(" ratios, ")[0]  # pytest-benchmark's own table comes before
 
     told, found = run("--full", "--contenders=ours;floor")
     assert "3 passed" in told

@@ -4,6 +4,8 @@ import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["dfad.distillation.distiller"])  # imported once, and not once per rank
 
 
-def run_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+def run_ranks(
+    count: int, work: Callable[..., Any], folder: Path, *arguments: Any, time_limit: float = TIME_LIMIT
+) -> list[Any]:
     """What a function of a module returns in each of several processes that speak by gloo.
 
     Args:
@@ -25,8 +29,11 @@ def run_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: An
         work: which all call.
         folder: an empty one.
         arguments: of the function.
+        time_limit: of a collective, in seconds.
     """
-    ranks = [_context.Process(target=_rank, args=(rank, count, work, folder, arguments)) for rank in range(count)]
+    ranks = [
+        _context.Process(target=_rank, args=(rank, count, work, folder, arguments, time_limit)) for rank in range(count)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -44,15 +51,24 @@ def run_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: An
     return [result for result, _ in outcomes]
 
 
-def _rank(rank: int, count: int, work: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, count: int, work: Callable[..., Any], folder: Path, arguments: tuple[Any, ...], time_limit: float
+) -> None:
     torch.set_num_threads(1)
     result = error = None
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=time_limit),
+        )
         result = work(*arguments)
     except BaseException:
         error = traceback.format_exc()
     (folder / f"outcome-{rank}").write_bytes(pickle.dumps((result, error)))
     if error is None:
-        dist.barrier()  # whoever kept the connections stays until all have done
+        with suppress(RuntimeError):  # where it is a collective that is to fail
+            dist.barrier()  # whoever kept the connections stays until all have done
         dist.destroy_process_group()

@@ -1,11 +1,15 @@
 """Who is who among several processes, and what they say to one another."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 
 from dfad import ranks
-from dfad.errors import ConfigurationError
-from dfad.ranks import Ranks
+from dfad.errors import ConfigurationError, RankError, RunFolderError
+from dfad.ranks import Ranks, current_ranks
+from tests.ranks import run_ranks
 
 
 def test_the_way_to_the_store_is_the_one_that_was_checked():
@@ -40,3 +44,50 @@ def test_a_time_limit_that_is_none_is_refused(text, monkeypatch):
     monkeypatch.setenv(ranks.TIME_LIMIT, text)
     with pytest.raises(ConfigurationError, match=f"{ranks.TIME_LIMIT} is '{text}'"):
         ranks.time_limit()
+
+
+def refuse() -> None:
+    raise RunFolderError("There is no room.")
+
+
+def words() -> dict[str, Any]:
+    own = current_ranks()
+    found: dict[str, Any] = {"largest": own.largest(own.rank * 15), "all": own.all_of(own.rank)}
+    found["of first"] = own.of_first(lambda: f"by rank {own.rank}")
+    for name, call in {
+        "refused by the first": lambda: own.of_first(refuse),
+        "different": lambda: own.require_equal(configuration=1, teacher_file=own.rank),
+    }.items():
+        with pytest.raises((RunFolderError, ConfigurationError)) as error:
+            call()
+        found[name] = str(error.value)
+    x = torch.full((3,), float(own.rank), requires_grad=True)
+    (own.average(x) * (own.rank + 1)).sum().backward()
+    found["gradient"] = x.grad
+    own.require_equal(configuration=1)
+    return found
+
+
+def test_ranks_speak_to_one_another(tmp_path):
+    for found in run_ranks(2, words, tmp_path):
+        assert found["largest"] == 15
+        assert found["all"] == [0, 1]
+        assert found["of first"] == "by rank 0"
+        assert found["refused by the first"] == "There is no room."
+        assert "Rank 1 of 2 has another teacher file than rank 0." in found["different"]
+        assert torch.equal(found["gradient"], torch.full((3,), (1 + 2) / 2))  # of both ranks' losses
+
+
+def silent() -> str:
+    own = current_ranks()
+    if not own.first:
+        time.sleep(2 + ranks.GRACE + 3)
+        return ""
+    with pytest.raises(RankError) as error:
+        own.largest(1)
+    return str(error.value)
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    message, _ = run_ranks(2, silent, tmp_path, time_limit=2)
+    assert message.startswith("Rank 1 of 2 took no part any more")

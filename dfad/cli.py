@@ -104,6 +104,9 @@ class Command:
         return self.resume is not None or again
 
 
+REPORTED = "reported"
+"""Message of a rank to the others that it has shown the error."""
+
 CommandT = TypeVar("CommandT", bound=Command)
 T = TypeVar("T")
 
@@ -172,6 +175,8 @@ def run(command: Callable[[], None]) -> NoReturn:
     prepare_streams()
     rank, _ = launched()
     code = _exit_code_of_rank(rank, command) if rank else _exit_code(command)
+    if code:
+        current_ranks().leave_word(REPORTED)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -185,7 +190,8 @@ def _exit_code_of_rank(rank: int, command: Callable[[], None]) -> Any:
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
         code = _exit_code(command)
     if code:
-        time.sleep(GRACE)  # what the first rank reports as well ends the others
+        time.sleep(GRACE)
+    if code and not current_ranks().heard(REPORTED):
         print(textwrap.indent(said.getvalue().strip(), f"rank {rank}: "), file=sys.stderr)
     return code
 

@@ -6,7 +6,7 @@ Every process is a rank. All collectives of the project are here, and a process 
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -166,6 +166,18 @@ class Ranks:
                     "with the same command, on the same files."
                 )
 
+    def leave_word(self, word: str) -> None:
+        """Leave a message for all ranks, which they find even if collectives fail."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # the process with the store has ended
+                self.store.set(word, "")
+
+    def heard(self, word: str) -> bool:
+        """Whether a rank has left that message."""
+        with suppress(RuntimeError):
+            return self.store is not None and self.store.check([word])
+        return False
+
     @contextmanager
     def _collective(self) -> Iterator[None]:
         try:
@@ -176,18 +188,14 @@ class Ranks:
     def _blame(self, error: RuntimeError) -> str:
         """The error for a failed collective, naming the ranks that took no part: those that leave no message."""
         reason = f"The ranks cannot go on: what rank {self.rank} said to the others failed ({first_line(error)})."
-        if self.store is None:
+        self.leave_word(f"failed/{self.rank}")
+        if not self.heard(f"failed/{self.rank}"):
             return reason
-        words = [f"failed/{rank}" for rank in range(self.count)]
         silent = list(range(self.count))
-        try:
-            self.store.set(words[self.rank], "")
-            deadline = time.monotonic() + GRACE
-            while silent and time.monotonic() < deadline:
-                silent = [rank for rank in silent if not self.store.check([words[rank]])]
-                time.sleep(0.05)
-        except RuntimeError:  # the process with the store has ended as well
-            return reason
+        deadline = time.monotonic() + GRACE
+        while silent and time.monotonic() < deadline:
+            silent = [rank for rank in silent if not self.heard(f"failed/{rank}")]
+            time.sleep(0.05)
         if not silent:
             return reason
         who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"

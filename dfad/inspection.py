@@ -37,7 +37,7 @@ from dfad.models.factory import build
 from dfad.models.hubs import hub_of
 from dfad.models.probing import dry_forward, parameter_count
 from dfad.models.sources import Loaded, load, shape_of
-from dfad.modes import evaluating
+from dfad.modes import BatchNorm, evaluating
 
 BATCH_SIZE = 32
 """Number of images in a timed batch."""
@@ -221,12 +221,12 @@ def _engine(network: nn.Module, shape: tuple[int, int, int], device: torch.devic
     """Parts of the engine that will run for this teacher, and the reasons why others will not."""
     with _messages("dfad.engine", "dfad.distillation.frozen_teacher") as said:
         engine = Engine(EngineConfig(), fused=True, device=device)
-        frozen = FrozenTeacher(network, engine, shape, BATCH_SIZE)
+        FrozenTeacher(network, engine, shape, BATCH_SIZE)
     left_out = " ".join(said)
     names = [name for name, switch in vars(EngineConfig()).items() if switch == "auto" and name != "precision"]
     running = [name for name in names if getattr(engine, name) and f"engine.{name} for the teacher" not in left_out]
-    if frozen.measured is None and "fuse_batchnorm" in running and not batchnorms_of(network):
-        running.remove("fuse_batchnorm")
+    if not any(isinstance(module, BatchNorm) for module in network.modules()):
+        running = [name for name in running if name not in ("fold_batchnorm", "fuse_batchnorm")]
     return [f"precision {engine.precision}", *running], [message.removesuffix(".") for message in said]
 
 

@@ -81,6 +81,7 @@ def test_a_transformer_is_distilled_by_its_logits_alone(inspected):
     assert "--method.regularizers.batchnorm 0" in found["command"]
     assert "activation.weight" not in found["command"]
     assert "one-hot" in found["image_prior"]
+    assert not {"fold_batchnorm", "fuse_batchnorm"} & set(found["engine_parts"])
     assert any("pre-norm transformers" in limit for limit in found["limits"])
     assert "no boundary at zero" in found["boundary"]
 

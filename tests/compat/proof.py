@@ -127,7 +127,7 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
     with torch.no_grad():
         torch.testing.assert_close(as_outputs(back(batch)).logits, one, rtol=1e-3, atol=1e-4)
     norms = ", ".join(f"{count} {name}" for name, count in found.norms.items()) or "none"
-    parts = [part for part in found.engine_parts if part.startswith(("fold", "fuse"))]
+    parts = [part for part in found.engine_parts if part.startswith(("fold_", "fuse_"))]
     return Row(
         source=source if not source.startswith("hf:") else f"hf:{Path(source).name}",
         parameters=found.parameters,

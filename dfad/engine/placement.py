@@ -317,7 +317,7 @@ class _Comparison:
         self.name = placement.name
         self.read = read
         # few, so that all of it takes less than two rounds
-        count = batch_size if "compile" in placement.parts else max(2, min(8, batch_size // 5))
+        count = batch_size if "compile" in placement.parts else max(2, min(4, batch_size // 5))
         self.shape = (count, *input_shape)
         self.modes = [(training, seed) for training, seed in MODES if placement.learns or not training]
 

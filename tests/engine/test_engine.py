@@ -200,8 +200,9 @@ def test_that_test_would_notice_a_copy():
 
 
 def test_all_off_is_everything_off():
-    switches = {field.name: getattr(ALL_OFF, field.name) for field in fields(ALL_OFF) if field.name != "precision"}
-    assert set(switches.values()) == {"off"}
+    switches = {field.name: getattr(ALL_OFF, field.name) for field in fields(ALL_OFF)}
+    of_no_part = {"precision", "batchnorm", "sent_gradients"}  # what they say has no off
+    assert {value for name, value in switches.items() if name not in of_no_part} == {"off"}
 
 
 class TestWhatTheMachineAdmits:

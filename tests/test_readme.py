@@ -66,7 +66,7 @@ def users_folder(tmp_path):
 
 def execute(folder: Path, command: list[str]) -> None:
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 

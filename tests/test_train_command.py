@@ -460,7 +460,8 @@ BUNDLES = {
     "loss": """--fused --seed 3 --device cpu --method.discrepancy kl --method.temperature 2 --method.adversarial 0.5
         --method.student_batchnorm eval --method.activation.weight 0.2 --method.activation.margin 0.5
         --method.activation.scaling batchmean --method.activation.stage_weights halving
-        --method.activation.generator_weight 0.1 --method.interpolation.weight 0.3
+        --method.activation.generator_weight 0.1 --method.feature_matching.weight 0.1
+        --method.interpolation.weight 0.3
         --method.interpolation.concentration 0.4 --method.interpolation.coefficient batch
         --method.interpolation.labels teacher --method.interpolation.temperature 2
         --method.interpolation.batchnorm keep --method.interpolation.step own
@@ -478,7 +479,8 @@ BUNDLES = {
     "engine": """--no_fused --engine.precision bfloat16 --engine.channels_last on --engine.fused_optimizers on
         --engine.fold_batchnorm on --engine.fuse_batchnorm on --engine.merge_upsampling on
         --engine.fuse_convolutions off --engine.keep_memory on --engine.cuda_graph off --engine.compile off
-        --engine.two_streams off --engine.cast_weights off""",
+        --engine.two_streams off --engine.cast_weights off --engine.batchnorm local
+        --engine.sent_gradients bfloat16""",
     "recipe": """--method.warm_up 3 --method.generator_steps 2 --method.adversary agreeing
         --method.image_bank.size 64 --method.image_bank.newest 0.5 --method.augmentation.flip
         --method.augmentation.crop 0.25 --method.augmentation.padding zero --method.augmentation.cutout 0.25
@@ -487,7 +489,8 @@ BUNDLES = {
         --optimizer.generator.warm_up 0.1""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
-        --method.activation.weight 0""",
+        --method.activation.weight 0 --method.feature_matching.unpaired skip
+        --method.regularizers.without_statistics skip""",
     "files": """--config settings.yaml --teacher.factory tests.models.test_loading:Plain --teacher.kwargs {"channels":1}
         --teacher.checkpoint teacher.pt --teacher.checkpoint_key ema --teacher.taps conv
         --student.factory tests.models.test_loading:Plain

@@ -164,7 +164,7 @@ def work() -> dict[str, Any]:
     results["functional"] = functional()
     bank = METHODS["a bank of images, a share of them mixed"]
     results["local"] = state_after_rounds(distiller(bank, batchnorm="local"))
-    results["bfloat16"] = state_after_rounds(distiller(METHOD, sent_gradients="bfloat16"))
+    results["bfloat16"] = state_after_rounds(distiller(METHOD, sent_gradients="bfloat16"), ROUNDS)
     counted = distiller(bank)
     unused_parts_stay(counted)
     with Collectives() as collectives, NoWaiting():

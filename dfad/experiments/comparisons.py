@@ -215,12 +215,5 @@ COMPARISONS = {
         ceiling=None,
         claims=(Reaches(RECIPE_FULL, accuracy=0.82),),
     ),
-    # 1.5 million student-images
-    "cifar10-resnet20-whole": Comparison(
-        arms={RECIPE_FULL: _of_rounds(CIFAR10_RESNET20, 2350)},
-        teacher=None,
-        ceiling=None,
-        claims=(Reaches(RECIPE_FULL, accuracy=0.88),),
-    ),
 }
 """The comparisons by name."""

@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from dfad.engine.calls import replaced_call, uncompiled
 from dfad.engine.multi_tensor import copy_to_all
+from dfad.errors import ModelError
 from dfad.modes import BatchNorm
 from dfad.ranks import Ranks
 from dfad_kernels.registration import compute_dtype
+
+OPERATOR = type(torch.ops.aten.relu.default)
+"""What the nodes of an exported program call, past all functions of PyTorch."""
 
 
 class WholeBatchNorm(TorchFunctionMode):
@@ -72,6 +77,36 @@ class WholeBatchNorm(TorchFunctionMode):
         cudnn_enabled: bool,
     ) -> Tensor:
         return self._normalise(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def require_reachable(network: nn.Module, name: str) -> None:
+    """Refuse a network with BatchNorms that :class:`WholeBatchNorm` would not see, in which each rank would silently
+    normalise with the statistics of its own images.
+
+    Args:
+        network: that learns.
+        name: what messages call it.
+
+    Raises:
+        ModelError: if there may be any.
+    """
+    for place, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = "TorchScript"
+        elif replaced_call(module) is not None or uncompiled(module) is not module:
+            kind = "compiled"
+        elif isinstance(module, fx.GraphModule) and any(
+            isinstance(node.target, OPERATOR) for node in module.graph.nodes
+        ):
+            kind = "a graph of operators, as torch.export makes it,"
+        elif isinstance(module, nn.SyncBatchNorm):
+            kind = "a SyncBatchNorm, which shares statistics in a way of its own,"
+        else:
+            continue
+        raise ModelError(
+            f"Several ranks share {name}, but its {place or 'root'} is {kind} and its BatchNorms would not take the "
+            "statistics of all ranks' images. Give the plain PyTorch module, or --engine.batchnorm local."
+        )
 
 
 class _WholeBatchNorm(torch.autograd.Function):

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from dfad.copies import copy_network, in_float32
 from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.cast_weights import cast_in, cast_weights
+from dfad.engine.distributed import require_reachable
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
@@ -166,6 +167,7 @@ class Placement:
         }
         parts = [name for name, there in available.items() if there]
         if self.learns and engine.whole_batch_norms:  # which the engine has said
+            require_reachable(self.network, self.name)
             for part in (part for part in parts if part in OWN_NORMS and self._demanded(part)):
                 self.leave_out(part, "its BatchNorms take their statistics of the images of all ranks")
             parts = [part for part in parts if part not in OWN_NORMS]

@@ -24,7 +24,8 @@ from dfad.config import (
     RegularizerConfig,
 )
 from dfad.distillation.distiller import Distiller
-from dfad.errors import ConfigurationError
+from dfad.engine.distributed import require_reachable
+from dfad.errors import ConfigurationError, ModelError
 from tests.ranks import run_ranks
 from tests.waiting import NoWaiting
 
@@ -232,3 +233,23 @@ def test_a_round_has_the_collectives_that_it_needs_and_waits_for_nothing(ranks):
 
 def test_one_process_is_alone():
     assert not distiller(METHOD).round.ranks.several
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (torch.jit.script, "its root is TorchScript"),
+        (torch.compile, "its root is compiled"),
+        (
+            lambda network: torch.export.export(network.eval(), (torch.zeros(2, 3, 8, 8),)).module(),
+            "graph of operators",
+        ),
+        (nn.SyncBatchNorm.convert_sync_batchnorm, "its 1 is a SyncBatchNorm"),
+    ],
+    ids=["torchscript", "compiled", "exported", "synchronised"],
+)
+def test_networks_whose_statistics_would_stay_each_ranks_own_are_refused(make, words):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    require_reachable(network, "the student")
+    with pytest.raises(ModelError, match=f"share the student, but .*{words}.*--engine.batchnorm local"):
+        require_reachable(make(network), "the student")

@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -303,8 +304,10 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
             f"The checkpoint {path} belongs to another architecture than {type(network).__name__}. {unfit} "
             "Check factory and kwargs against the network that was saved."
         )
+    filled = OrderedDict(given)
+    vars(filled).update(vars(wanted))  # the version of each module's entries, which some refuse to do without
     try:
-        network.load_state_dict(given, strict=False)
+        network.load_state_dict(filled, strict=False)
     except (RuntimeError, NotImplementedError) as error:  # tensors without values, sparse ones, other sizes than said
         detail = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
         raise ModelError(

@@ -552,3 +552,23 @@ class TestFloat32:
     def test_a_network_in_float32_is_itself(self):
         network = Plain()
         assert in_float32(network, copied=True) is network
+
+
+class Versioned(nn.Linear):
+    """Refuses entries of a version that it does not know, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") not in (1, 2):
+            raise ValueError(f"version is {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_modules_learn_the_version_of_their_entries(name, tmp_path):
+    network, other = Versioned(3, 2), Versioned(3, 2)
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(dict(network.state_dict()), tmp_path / name)
+    weights.load_weights(other, tmp_path / name)
+    assert torch.equal(other.weight, network.weight)

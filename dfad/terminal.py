@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dfad.ranks import launched
-
 console = Console(stderr=True)
 """Writes to standard error: standard output is for results only. Rich respects NO_COLOR."""
 
@@ -57,6 +55,8 @@ def silence_stdout() -> None:
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Log lines through the console: styled on a terminal, plain elsewhere; errors alone of ranks after the first."""
+    from dfad.ranks import launched  # which needs PyTorch, and --version does not
+
     if launched()[0]:
         level = logging.ERROR
     handler: logging.Handler

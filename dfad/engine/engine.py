@@ -103,7 +103,8 @@ class Engine:
                 raise ConfigurationError(
                     f"engine.{name} is on, but cannot run here: {reason}. Leave it on auto, or switch it off."
                 ) from None
-            log.info("Without engine.%s: %s.", name, reason)
+            # its words: a log record that is kept would keep the exception, its frames, and all that they hold
+            log.info("Without engine.%s: %s.", name, str(reason))
             return False
         return True
 

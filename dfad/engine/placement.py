@@ -180,7 +180,7 @@ class Placement:
                 parts_are_plain = next(plain_parts(self.network, training=self.learns), None) is not None
                 if demanded and (demanded[0] == "fold_batchnorm" or not parts_are_plain):
                     raise ModelError(f"engine.{demanded[0]} is on, but {reason} Leave it on auto.") from reason
-                log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, reason)
+                log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, str(reason))
                 parts = [name for name in parts if name != "fold_batchnorm"]
         if "compile" in parts and calls_are_fixed(self.network):
             self.leave_out("compile", "hooks are called in it, which compilation may drop")

@@ -288,7 +288,7 @@ class TestRun:
     def test_the_log_counts_the_steps_of_the_warm_up(self, distiller, caplog):
         with caplog.at_level("INFO", logger="dfad"):
             distiller.fit()
-        assert next(m for m in caplog.messages if m.startswith("Warm-up")).startswith("Warm-up 1/3  rounds/s")
+        assert next(m for m in caplog.messages if m.startswith("Warm-up")).startswith("Warm-up 1/3  generator")
         assert any(m.startswith("Round 6/6") for m in caplog.messages)
 
     def test_a_checkpoint_of_before_the_recipe_is_resumed(self, teacher, config):

@@ -245,6 +245,7 @@ PARTS = (
     "losses, folding, merging",
     "losses, folding, merging, optimizers",
     "losses, folding, merging, optimizers, BatchNorm",
+    "ours, weights cast one by one",
 )
 """Contenders with more and more parts of the engine."""
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.device import DEVICE, ON_GPU, seconds_of, wait
+from bench.device import DEVICE, ON_GPU, seconds_of
 from bench.rounds import CASES
 from dfad.config import EngineConfig
 from dfad.distillation.distiller import Distiller
+from dfad.engine import wait_for
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS
 
 LISTED = 40
@@ -33,7 +34,7 @@ def measure(name: str) -> dict[str, Any]:
         seconds = min(seconds_of(distiller.run_round) for _ in range(5))
         with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as profiler:
             distiller.run_round()
-            wait()
+            wait_for(DEVICE)
         return {
             "round": name,
             "captured": distiller.engine.captured,

@@ -82,4 +82,4 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without the full stop: those of other packages are often long."""
-    return str(error).strip().partition("\n")[0].rstrip(".")
+    return str(error).strip().partition("\n")[0].rstrip(".") or "without a message"

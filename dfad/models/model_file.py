@@ -95,7 +95,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return dict(json.loads(read_metadata(path).get(MANIFEST, "{}"))) if is_safetensors(path) else {}
 
 
-def load_model(path: Path, *, taps: Sequence[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: Path | str, *, taps: Sequence[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """A network in eval mode, built and filled from its file alone, and its manifest.
 
     Args:
@@ -105,6 +105,7 @@ def load_model(path: Path, *, taps: Sequence[str] | None = None) -> tuple[nn.Mod
     Raises:
         ModelError: if the file does not name an architecture, or its weights do not match their hash.
     """
+    path = Path(path)
     manifest = read_manifest(path)
     architecture = manifest.get("architecture", {})
     if not architecture.get("factory"):

@@ -87,6 +87,11 @@ def require_file(path: Path) -> None:
         else:
             hint = f"No file in it ends in {', '.join(WEIGHT_FILES)}."
         raise ModelError(f"The checkpoint {path} is a folder; a file of weights is needed. {hint}")
+    if path.name.endswith(".index.json"):
+        raise ModelError(
+            f"The checkpoint {path} lists the parts of weights, and holds none. Save them as one file (save_pretrained "
+            "with a max_shard_size), and name that."
+        )
     if not path.is_file():
         raise ModelError(f"The checkpoint {path} does not exist. Name a safetensors file or a torch.save state dict.")
     with reading(path), path.open("rb") as file:

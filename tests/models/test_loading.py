@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dfad.copies import in_float32
-from dfad.errors import ModelError
+from dfad.errors import ModelError, first_line
 from dfad.models import factory as factories
 from dfad.models import outputs as outputs_module
 from dfad.models import probing, weights
@@ -572,3 +572,14 @@ def test_modules_learn_the_version_of_their_entries(name, tmp_path):
     save(dict(network.state_dict()), tmp_path / name)
     weights.load_weights(other, tmp_path / name)
     assert torch.equal(other.weight, network.weight)
+
+
+def test_a_list_of_parts_is_no_file_of_weights(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match="lists the parts.*max_shard_size"):
+        weights.read_weights(tmp_path / "model.safetensors.index.json")
+
+
+def test_an_error_without_a_message_says_so():
+    assert first_line(AssertionError()) == "without a message"
+    assert first_line(ValueError("One.\nTwo.")) == "One"

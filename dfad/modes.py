@@ -29,7 +29,7 @@ def set_mode(network: nn.Module, *, training: bool) -> None:
     """Put a network into training or eval mode; one that torch.export made has a single mode, and stays in it."""
     try:
         network.train(training)
-    except NotImplementedError:
+    except NotImplementedError:  # what programs of torch.export raise: they were traced in the mode that they run in
         return
 
 

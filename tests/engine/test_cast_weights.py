@@ -19,6 +19,7 @@ from dfad.engine.placement import Placement
 from dfad.errors import ConfigurationError
 from dfad.models.generator import Generator
 from dfad.models.outputs import as_outputs
+from tests.engine.steps import results_of_a_step
 from tests.kernels.implementations import interpreted
 
 CPU = torch.device("cpu")
@@ -46,15 +47,8 @@ class Casts(TorchDispatchMode):
 
 def a_step(network: nn.Module, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """What the network returns, its gradients and its buffers."""
-    x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype):
-        outputs = as_outputs(network(x))
-    values = [outputs.logits, *outputs.taps]
-    generator = torch.Generator().manual_seed(2)
-    torch.autograd.backward(values, [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values])
-    found = {f"output {i}": value.detach() for i, value in enumerate(values)}
-    found |= {f"gradient {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
-    return {**found, "gradient x": x.grad, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
+        return results_of_a_step(network, x.clone().requires_grad_())
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

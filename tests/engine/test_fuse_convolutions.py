@@ -19,10 +19,10 @@ from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_convolutions import chained_flops, fuse_convolutions
 from dfad.errors import ConfigurationError
-from dfad.models.outputs import as_outputs
 from dfad.models.taps import with_taps
 from dfad.modes import statistics_kept
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Link
+from tests.engine.steps import results_of_a_step
 from tests.engine.test_fuse_batchnorm import Residual as ThreeChannels
 
 CPU = torch.device("cpu")
@@ -57,13 +57,7 @@ def after_a_step(network: nn.Module, x: Tensor, *, autocast: bool) -> dict[str, 
     # what is added to a convolution's result is of its dtype, or the sum were none of bfloat16
     x = (x.bfloat16() if autocast else x.bfloat16().float()).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = as_outputs(network(x))
-    values = [outputs.logits, *outputs.taps]
-    generator = torch.Generator().manual_seed(2)
-    torch.autograd.backward(values, [torch.randn(v.shape, generator=generator).to(v.dtype) for v in values])
-    found = {f"output {i}": value.detach() for i, value in enumerate(values)}
-    found |= {f"gradient {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
-    return {**found, "gradient x": x.grad, **{name: buffer.clone() for name, buffer in network.named_buffers()}}
+        return results_of_a_step(network, x)
 
 
 def assert_as_near_as_autocast(network: nn.Module, plain: nn.Module, x: Tensor) -> None:

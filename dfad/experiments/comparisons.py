@@ -141,9 +141,11 @@ CIFAR10_RESNET20 = replace(
     method=RECIPE,
     recording=RecordingConfig(log_every=10, checkpoint_every=47),
 )
+CIFAR10_RESNET32 = replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, factory="resnet32"))
 
 RECIPE_FULL, RECIPE_BARE = "recipe", "recipe without either part"
 RECIPE_UNMATCHED = "recipe without feature matching"
+RECIPE_LONGER = "recipe, six times as long"
 
 
 def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
@@ -209,7 +211,8 @@ COMPARISONS = {
     # the recipe was not tuned on this pair
     "cifar10-resnet32": Comparison(
         arms={
-            RECIPE_FULL: _of_rounds(replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, factory="resnet32")), 940)
+            RECIPE_FULL: _of_rounds(CIFAR10_RESNET32, 940),
+            RECIPE_LONGER: _of_rounds(CIFAR10_RESNET32, 5640),
         },
         teacher=None,
         ceiling=None,

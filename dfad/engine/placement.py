@@ -48,6 +48,13 @@ PERTURBATION = 1e-6
 UNSTEADY = 0.1
 """Relative change of a result that a perturbation of that size never explains."""
 
+FLOOR = 1e-3
+"""Share of the largest norm of its kind, the least scale at which a value is compared: it may be mere rounding."""
+
+FLOOR_WITHIN = {False: 0.0, True: 0.03}
+"""The same for a parameter's gradient within its module, without and with autocast: that of a bias before a BatchNorm
+is a sum whose terms cancel, and those of bfloat16 do so badly."""
+
 MARGIN = 4.0
 """Tolerance for a placed network, as a multiple of the rounding of plain PyTorch."""
 
@@ -335,10 +342,10 @@ class _Comparison:
                     placement.leave_out(part, reason)
             return [part for part in parts if part == "precision"]
         self.exact = self._check_plain()
-        self.scales = _scales(self.exact)
+        self.scales = {autocast: _scales(self.exact, within) for autocast, within in FLOOR_WITHIN.items()}
         if not parts:
             return parts
-        self.noise = self._noise(self._run(self._copied(), perturbed=True))
+        self.noise = self._noise(self._run(self._copied(), perturbed=True), autocast=False)
         self.rounding = self._rounding() if "precision" in parts else {}
         unsteady = any(name.startswith("output") and noise > UNSTEADY for name, noise in self.noise.items())
         if not unsteady and self._difference(parts) is None:
@@ -388,15 +395,15 @@ class _Comparison:
             log.warning("No gradient flows through %s to its input; the generator learns nothing from it.", self.name)
         return values
 
-    def _noise(self, values: Values) -> dict[str, float]:
-        return {name: self._error(name, values.get(name)) for name in self.exact}
+    def _noise(self, values: Values, *, autocast: bool) -> dict[str, float]:
+        return {name: self._error(name, values.get(name), autocast) for name in self.exact}
 
     def _rounding(self) -> dict[str, float]:
         try:
             values = self._run(self._copied(), autocast=True)
         except Exception:  # the part itself will raise it again, and be left out
             return {}
-        return self._noise(values)
+        return self._noise(values, autocast=True)
 
     def _difference(self, parts: Sequence[str]) -> str | None:
         """How the results of a network with these parts differ; None if they do not."""
@@ -420,7 +427,7 @@ class _Comparison:
             found = values.get(name)
             if found is None and name.startswith("state") and not self.placement.learns:
                 continue  # of a BatchNorm that is folded
-            deviation = self._error(name, found)
+            deviation = self._error(name, found, autocast)
             allowed = MARGIN * self.noise[name] + (1e-2 if name.startswith("gradient") else 1e-3)
             if autocast:
                 allowed += MARGIN * self.rounding.get(name, 0.0) + (0.1 if name.startswith("gradient") else 0.03)
@@ -433,14 +440,14 @@ class _Comparison:
                 return f"it changes {name}{scale}"
         return None
 
-    def _error(self, name: str, found: Tensor | None) -> float:
+    def _error(self, name: str, found: Tensor | None, autocast: bool) -> float:
         exact = self.exact[name]
         if found is None or found.shape != exact.shape:
             return float("inf")
         finite = exact.isfinite()
         if not torch.equal(finite, found.isfinite()) or not torch.equal(exact[~finite].isnan(), found[~finite].isnan()):
             return float("inf")
-        scale = self.scales[name]
+        scale = self.scales[autocast][name]
         difference = _length(torch.where(finite, found - exact, 0.0))
         return difference / scale if scale else float(difference > 0)
 
@@ -502,15 +509,28 @@ class _Comparison:
         return values | {name: _real(t.detach()).cpu().clone() for name, t in tensors.items() if t is not None}
 
 
-def _scales(values: Values) -> dict[str, float]:
-    """The scale of a deviation: the value's norm, or a thousandth of the largest norm of its kind, because a gradient
-    may be nothing but rounding."""
+def _scales(values: Values, within: float) -> dict[str, float]:
+    """The scale of each value's deviation: its norm, or a share of the largest norm of its kind or in its module."""
     lengths = {name: _length(value) for name, value in values.items()}
-    kinds: dict[str, float] = {}
+    largest: dict[tuple[str, ...], float] = {}
     for name, length in lengths.items():
-        kind = name.partition(",")[0]
-        kinds[kind] = max(kinds.get(kind, 0.0), length)
-    return {name: max(length, 1e-3 * kinds[name.partition(",")[0]]) for name, length in lengths.items()}
+        for group in (_kind(name), _module(name)):
+            largest[group] = max(largest.get(group, 0.0), length)
+    return {
+        name: max(length, FLOOR * largest[_kind(name)], within * largest[_module(name)])
+        for name, length in lengths.items()
+    }
+
+
+def _kind(name: str) -> tuple[str]:
+    return (name.partition(",")[0],)
+
+
+def _module(name: str) -> tuple[str, ...]:
+    """Of a parameter's gradient, what it shares with the others of its module and pass; of another value, itself."""
+    kind, _, rest = name.partition(", ")
+    parameter, _, where = rest.partition(" in ")
+    return (kind, parameter.rpartition(".")[0], where) if kind == "gradient of a parameter" else (name, "")
 
 
 def _real(value: Tensor) -> Tensor:

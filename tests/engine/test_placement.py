@@ -23,6 +23,7 @@ from dfad.engine.placement import Placement
 from dfad.engine.tracing import NotPlain, trace
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
+from dfad.models.generator import Generator
 from dfad.models.probing import as_outputs
 from dfad.models.taps import Outputs, with_taps
 from tests.conftest import IMAGE_SHAPE
@@ -95,6 +96,13 @@ class TestComparison:
         with caplog.at_level(logging.INFO, logger="dfad"):
             assert "channels_last" not in self.place(ReadsFormat()).parts
         assert any("Without engine.channels_last for the student ReadsFormat: it changes" in m for m in caplog.messages)
+
+    def test_a_gradient_that_is_nothing_but_rounding_is_no_change(self):
+        """That of the bias before the generator's last BatchNorm, whose exact value is zero."""
+        demanded = engine(precision="bfloat16", channels_last="on", fuse_batchnorm="off")
+        generator = Generator((3, 32, 32), noise_dim=32, width=64)
+        placement = Placement(demanded, generator, role="generator", input_shape=(32,), batch_size=20)
+        assert "channels_last" in placement.parts
 
     @pytest.mark.parametrize("fault", ["value", "gradient", "state", "draw"])
     def test_the_guilty_part_is_found(self, fault, monkeypatch, caplog):

@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -173,8 +174,14 @@ def _in_full(arguments: Sequence[str]) -> list[str]:
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command and exit; an error meant for people is shown as its paragraph alone."""
     prepare_streams()
-    rank, _ = launched()
-    code = _exit_code_of_rank(rank, command) if rank else _exit_code(command)
+    rank = 0
+    with suppress(ConfigurationError):  # which the command will report
+        rank, _ = launched()
+    try:
+        code = _exit_code_of_rank(rank, command) if rank else _exit_code(command)
+    except Exception:
+        current_ranks().leave_word(REPORTED)
+        raise
     if code:
         current_ranks().leave_word(REPORTED)
     try:
@@ -188,10 +195,12 @@ def _exit_code_of_rank(rank: int, command: Callable[[], None]) -> Any:
     """Of a rank after the first: silent, but for an error that is its alone."""
     said = io.StringIO()
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
-        code = _exit_code(command)
-    if code:
-        time.sleep(GRACE)
-    if code and not current_ranks().heard(REPORTED):
+        try:
+            code = _exit_code(command)
+        except Exception:  # which Python would show without the rank
+            traceback.print_exc()
+            code = 1
+    if code and not current_ranks().heard(REPORTED, within=GRACE):
         print(textwrap.indent(said.getvalue().strip(), f"rank {rank}: "), file=sys.stderr)
     return code
 

@@ -28,7 +28,7 @@ TIME_LIMIT = "DFAD_TIME_LIMIT"
 DEFAULT_TIME_LIMIT = 600.0
 
 GRACE = 3.0
-"""Seconds that a rank waits before it reports an error that probably all have, and that the first one reports."""
+"""Seconds that a rank waits for the first one to report an error that probably all have, before it does so itself."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,16 @@ class Ranks:
             with suppress(RuntimeError):  # the process with the store has ended
                 self.store.set(word, "")
 
-    def heard(self, word: str) -> bool:
-        """Whether a rank has left that message."""
-        with suppress(RuntimeError):
-            return self.store is not None and self.store.check([word])
-        return False
+    def heard(self, word: str, within: float = 0.0) -> bool:
+        """Whether a rank has left that message, or leaves it within some seconds."""
+        deadline = time.monotonic() + within
+        while True:
+            with suppress(RuntimeError):
+                if self.store is not None and self.store.check([word]):
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
@@ -275,8 +280,20 @@ def local_rank() -> int:
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of ranks that a launcher has put into the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Rank and number of ranks that a launcher has put into the environment.
+
+    Raises:
+        ConfigurationError: if they are no such numbers, or the one is missing.
+    """
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if rank in ("", "0") and count in ("", "1"):
+        return 0, 1
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise ConfigurationError(
+            f"In the environment, RANK is {rank!r} and WORLD_SIZE {count!r}: a rank counts from 0, and is less than "
+            "the number of ranks. Start with a launcher, such as torchrun, which sets both, or unset both."
+        )
+    return int(rank), int(count)
 
 
 def restarts() -> int:

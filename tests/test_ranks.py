@@ -1,12 +1,11 @@
 """Who is who among several processes, and what they say to one another."""
 
-import time
 from typing import Any
 
 import pytest
 import torch
 
-from dfad import ranks
+from dfad import cli, ranks, train
 from dfad.errors import ConfigurationError, RankError, RunFolderError
 from dfad.ranks import Ranks, current_ranks
 from tests.ranks import run_ranks
@@ -46,6 +45,25 @@ def test_a_time_limit_that_is_none_is_refused(text, monkeypatch):
         ranks.time_limit()
 
 
+@pytest.mark.parametrize(
+    ("rank", "count"), [(None, "2"), ("", "2"), ("1", None), ("2", "2"), ("-1", "2"), ("0", "two"), ("0", "0")]
+)
+def test_ranks_that_no_launcher_gives_are_refused(rank, count, monkeypatch, capsys):
+    for name, value in {"RANK": rank, "WORLD_SIZE": count}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: train.main(["--run_dir=run"]))
+    assert stopped.value.code == ConfigurationError.exit_code
+    assert f"RANK is {rank or ''!r} and WORLD_SIZE {count or ''!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "count", "found"), [(None, None, (0, 1)), ("0", "1", (0, 1)), ("3", "4", (3, 4))])
+def test_ranks_of_a_launcher(rank, count, found, monkeypatch):
+    for name, value in {"RANK": rank, "WORLD_SIZE": count}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    assert ranks.launched() == found
+
+
 def refuse() -> None:
     raise RunFolderError("There is no room.")
 
@@ -80,14 +98,16 @@ def test_ranks_speak_to_one_another(tmp_path):
 
 def silent() -> str:
     own = current_ranks()
+    ranks.GRACE = 0.5
     if not own.first:
-        time.sleep(2 + ranks.GRACE + 3)
+        assert own.heard("named", within=60)
         return ""
     with pytest.raises(RankError) as error:
         own.largest(1)
+    own.leave_word("named")
     return str(error.value)
 
 
 def test_a_rank_that_hangs_is_named(tmp_path):
-    message, _ = run_ranks(2, silent, tmp_path, time_limit=2)
+    message, _ = run_ranks(2, silent, tmp_path, time_limit=1)
     assert message.startswith("Rank 1 of 2 took no part any more")

@@ -1,9 +1,14 @@
 """``torchrun -m dfad.train`` as a user meets it: what survives and what is refused; losses in the hands of others."""
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +19,29 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dfad import train
+from dfad.distillation.round import Round
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
 from dfad.ranks import TIME_LIMIT
-from tests.ranks import run_ranks
+from dfad.runs import checkpoint
+from tests.ranks import run_command, run_ranks
 from tests.test_train_command import SMALL, assert_same_networks, environment, lines_of, wait_until
 
 RANKS = 2
 
-
-def command(*given: object) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    return [*launcher, "--max-restarts=1", "-m", "dfad.train", *SMALL, "--no_evaluate", *map(str, given)]
+RUN = [*SMALL, "--no_evaluate", "--run_dir=run"]
 
 
 def start(*given: object, cwd: Path) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    variables = environment(**{TIME_LIMIT: "60"})
-    return subprocess.Popen(command(*given), cwd=cwd, env=variables, stdout=pipe, stderr=pipe, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return subprocess.Popen(
+        [*launcher, "--max-restarts=1", "-m", "dfad.train", *map(str, given)],
+        cwd=cwd,
+        env=environment(**{TIME_LIMIT: "60"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def process_of_rank(launcher: int, rank: int) -> int:
@@ -40,29 +51,90 @@ def process_of_rank(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(tmp_path):
-    arguments = ("--method.rounds=12", "--run_dir")
-    with start(*arguments, "killed", cwd=tmp_path) as process:
-        wait_until(lambda: lines_of(tmp_path / "killed" / "metrics.jsonl") >= 3, process)
+def test_ranks_that_are_killed_started_again_and_stopped_end_with_the_same_bits(tmp_path):
+    rounds, metrics = "--method.rounds=24", tmp_path / "run" / "metrics.jsonl"
+    with start(*RUN, rounds, cwd=tmp_path) as process:
+        wait_until(lambda: lines_of(metrics) >= 3, process)
         os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
+        killed_after = lines_of(metrics)
+        wait_until(lambda: lines_of(metrics) >= killed_after + 3, process)
+        process.terminate()
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    with start(*arguments, "whole", cwd=tmp_path) as process:
+    assert process.returncode == 1, errors  # the launcher's; that of the ranks is tested below
+    (stopped,) = re.findall(r"Stopped after round (\d+) of 24\. Continue with --resume run\.", errors)
+    assert checkpoint.load(tmp_path / "run")["round"] == int(stopped) == lines_of(metrics) < 24
+    with start("--resume=run", cwd=tmp_path) as process:
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.count("Distilled without data") == 1  # the first rank's
-    assert lines_of(tmp_path / "whole" / "metrics.jsonl") == 12
-    assert_same_networks(tmp_path / "killed", tmp_path / "whole")
+    assert lines_of(metrics) == 24
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert [rank.exit_code for rank in run_command(train.main, [[*RUN, rounds]] * RANKS, whole)] == [0, 0]
+    assert_same_networks(tmp_path / "run", whole / "run")
 
 
-def test_a_batch_that_ranks_do_not_divide_is_one_error(tmp_path):
-    with start("--method.batch_size=10", "--run_dir=run", cwd=tmp_path) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "exitcode  : 2 " in errors  # of the ranks; the launcher's own is 1
-    assert "rank 1: " not in errors
-    assert "batch_size is 10, and 2 ranks share it" in errors
+def test_a_signal_to_one_rank_stops_all_after_one_checkpoint(tmp_path):
+    def stop(ranks: Sequence[BaseProcess]) -> None:
+        while lines_of(tmp_path / "run" / "metrics.jsonl") < 2 and ranks[0].is_alive():
+            time.sleep(0.001)
+        os.kill(ranks[1].pid or 0, signal.SIGTERM)
+
+    first, second = run_command(train.main, [[*RUN, "--method.rounds=1000"]] * RANKS, tmp_path, meanwhile=stop)
+    assert (first.exit_code, second.exit_code) == (128 + signal.SIGTERM, 128 + signal.SIGTERM)
+    (stopped,) = re.findall(r"Stopped after round (\d+) of 1000", first.errors)
+    assert second.errors == ""
+    assert checkpoint.load(tmp_path / "run")["round"] == int(stopped)
+
+
+def fail_in_the_second_round(rank: int) -> None:
+    if rank == 1:
+        steps = iter([Round.generator_step])
+        Round.generator_step = lambda self: next(steps)(self)
+
+
+def fill_the_disk(rank: int) -> None:
+    if rank == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # less than a checkpoint
+
+
+def go_elsewhere(rank: int) -> None:
+    if rank == 1:
+        os.chdir("/")
+
+
+def test_an_error_that_all_have_is_the_first_ranks(tmp_path):
+    first, second = run_command(train.main, [[*RUN, "--method.batch_size=10"]] * RANKS, tmp_path)
+    assert (first.exit_code, second.exit_code) == (2, 2)
+    assert first.errors.count("batch_size is 10, and 2 ranks share it") == 1
+    assert second.errors == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_is_named_and_says_why(tmp_path):
+    first, second = run_command(train.main, [RUN] * RANKS, tmp_path, prepare=fail_in_the_second_round, grace=0.5)
+    assert (first.exit_code, second.exit_code) == (8, 1)
+    assert "Rank 1 of 2 took no part any more" in first.errors
+    assert "rank 1: Traceback" in second.errors
+    assert "rank 1: StopIteration" in second.errors
+
+
+def test_a_full_disk_is_the_first_ranks_error(tmp_path):
+    first, second = run_command(train.main, [RUN] * RANKS, tmp_path, prepare=fill_the_disk)
+    assert (first.exit_code, second.exit_code) == (4, 8)
+    assert "checkpoint.pt cannot be written: File too large" in first.errors
+    assert second.errors == ""
+
+
+def test_a_folder_that_a_rank_does_not_see_is_its_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    given = [["--resume=run", *SMALL]] * RANKS
+    first, second = run_command(train.main, given, tmp_path, prepare=go_elsewhere, grace=0.5)
+    assert (first.exit_code, second.exit_code) == (8, 2)
+    assert "Rank 1 of 2 took no part any more" in first.errors
+    assert "rank 1: run cannot be resumed" in second.errors
 
 
 class Small(nn.Module):
@@ -92,13 +164,13 @@ def losses(outputs: tuple[Tensor, Tensor, Tensor], norm: nn.BatchNorm2d, *, fuse
     )
 
 
-def gradients(wrap: Any, *, fused: bool = True) -> dict[str, Tensor]:
-    """Of a network in eval mode, on the same images on every rank: so they are those of one process."""
+def gradients(wrap: Any, rank: int, *, fused: bool = True) -> dict[str, Tensor]:
+    """Of a network in eval mode, on a rank's images."""
     torch.manual_seed(7)
     network = Small().eval()
     norm = nn.BatchNorm2d(4)
     wrapped = wrap(network)
-    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(8))
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(10 + rank))
     losses(wrapped(images), norm, fused=fused).backward()
     found = {}
     for name, parameter in network.named_parameters():
@@ -110,9 +182,10 @@ def gradients(wrap: Any, *, fused: bool = True) -> dict[str, Tensor]:
 
 def in_the_hands_of_others() -> dict[str, dict[str, Tensor]]:
     mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+    rank = torch.distributed.get_rank()
     return {
-        "DistributedDataParallel": gradients(DistributedDataParallel),
-        "fully_shard": gradients(lambda network: fully_shard(network, mesh=mesh)),
+        "DistributedDataParallel": gradients(DistributedDataParallel, rank),
+        "fully_shard": gradients(lambda network: fully_shard(network, mesh=mesh), rank),
     }
 
 
@@ -123,7 +196,9 @@ def in_others_hands(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard"])
 def test_losses_work_in_the_hands_of_others(wrapper, in_others_hands):
-    expected = gradients(lambda network: network, fused=False)
+    of_each = [gradients(lambda network: network, rank, fused=False) for rank in range(RANKS)]
     for rank in in_others_hands:
-        for name, gradient in expected.items():
-            torch.testing.assert_close(rank[wrapper][name], gradient, rtol=1e-4, atol=1e-6)
+        for name, gradient in rank[wrapper].items():
+            average = sum(alone[name] for alone in of_each) / RANKS
+            torch.testing.assert_close(gradient, average, rtol=1e-4, atol=1e-6)
+            assert all((gradient - alone[name]).abs().max() > 1e-3 for alone in of_each), name

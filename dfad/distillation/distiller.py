@@ -320,16 +320,18 @@ class Distiller:
         """Means over the ranks, whose networks must be the same ones."""
         if not self.ranks.several:
             return metrics
-        first, *others = everyone = self.ranks.all_of(metrics)
-        for rank, other in enumerate(others, start=1):
-            for name in ("student_norm", "generator_norm"):
-                if repr(other[name]) != repr(first[name]):
+        bits = {"student": _checksum(self.student, self.round.connectors), "generator": _checksum(self.generator)}
+        everyone, bits_of_all = zip(*self.ranks.all_of((metrics, bits)), strict=True)
+        agreed = {name: sum(each[name] for each in everyone) / len(everyone) for name in metrics}
+        if all(map(math.isfinite, agreed.values())):  # NaN has more than one form
+            for rank, others in enumerate(bits_of_all):
+                for name in (name for name in bits if others[name] != bits_of_all[0][name]):
                     raise RankError(
-                        f"By round {self.round_index} rank {rank} has another {name.partition('_')[0]} than rank 0. "
-                        "Ranks stay alike where a network computes the same on all of them and holds no buffers, but "
-                        "the statistics of BatchNorms, that follow the images of one."
+                        f"By round {self.round_index} rank {rank} has another {name} than rank 0. Ranks stay alike "
+                        "where a network computes the same on all of them and holds no buffers, but the statistics of "
+                        "BatchNorms, that follow the images of one."
                     )
-        return {name: sum(each[name] for each in everyone) / len(everyone) for name in metrics}
+        return agreed
 
     @torch.no_grad()
     def observe(self) -> dict[str, float]:
@@ -411,8 +413,8 @@ class Distiller:
         of_ranks = saved.get("of_ranks", [saved])
         if len(of_ranks) != self.ranks.count:
             log.warning(
-                "The run was saved by %d ranks and goes on with %d: its images stay the same; its rounding, and what "
-                "networks draw themselves, do not.",
+                "The run was saved with a number of ranks of %d and goes on with %d: its images stay the same; its "
+                "rounding, and what networks draw themselves, do not.",
                 *(len(of_ranks), self.ranks.count),
             )
         return of_ranks[self.ranks.rank] if self.ranks.rank < len(of_ranks) else {}
@@ -460,6 +462,20 @@ def _loss_kernels(device: torch.device, *, fused: bool) -> str:
         return kernel_name(device) if fused else "PyTorch reference"
     except RuntimeError as error:
         raise ConfigurationError(str(error)) from error
+
+
+@torch.no_grad()
+def _checksum(*networks: nn.Module) -> int:
+    """A number that changes with any bit of parameters and buffers. Waits for the device."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = [
+        torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        for network in networks
+        for tensor in (*network.parameters(), *network.buffers())
+    ]
+    # squares, because the rounding of two weights may differ by opposite amounts
+    sums = [tensor.view(integers[tensor.itemsize]).long().square().sum() for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 @torch.no_grad()

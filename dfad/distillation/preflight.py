@@ -60,14 +60,25 @@ def require_usable(network: nn.Module, role: str) -> None:
 
     Raises:
         ConfigurationError: if PyTorch makes new tensors in another precision than float32.
-        ModelError: if tensors have no values or were made in inference mode; if no parameter of a student learns.
+        ModelError: if tensors have no values or were made in inference mode; if no parameter of a student learns; if
+            ranks already share it in another way.
     """
     if torch.get_default_dtype() != torch.float32:
         raise ConfigurationError(
             f"PyTorch's default dtype is {torch.get_default_dtype()}, and distilling needs float32: call "
             "torch.set_default_dtype(torch.float32) before. Networks may have weights of any dtype."
         )
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            f"The {role} is a DistributedDataParallel. The ranks of a run share its gradients without one: give the "
+            "network inside, its .module."
+        )
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if hasattr(tensor, "device_mesh"):
+            raise ModelError(
+                f"The {role} cannot be used: its {name} is a DTensor, divided among ranks. Each rank of a run holds "
+                "whole networks: give the one before fully_shard."
+            )
         if tensor.is_meta:
             raise ModelError(
                 f"The {role} cannot be used: its {name} is on the meta device, which holds shapes and no values. Load "

@@ -23,6 +23,7 @@ from dfad_kernels import (
     batchnorm_distance,
     frozen_batch_norm,
     interpolated_kl_div,
+    normalized_squared_error,
 )
 from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
 from dfad_kernels.testing import CASES, OpCase, relative_error
@@ -58,6 +59,11 @@ def published_activation_boundary(student: Tensor, teacher: Tensor, margin: floa
     return ((student + margin) ** 2 * too_high + (student - margin) ** 2 * too_low).abs().mean()
 
 
+def published_normalized_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """The equation, as it is usually written."""
+    return ((student - teacher) ** 2).sum() / (teacher**2).sum()
+
+
 def published_interpolated_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
     """Softmax, mix, and PyTorch's divergence."""
     soft = teacher.softmax(dim=1)
@@ -84,6 +90,20 @@ def _activation_boundary(shape: tuple[int, ...], name: str) -> Task:
             "reference": activation_boundary_loss.reference,
             "torch.compile": compiled(activation_boundary_loss.reference),
             "ours": activation_boundary_loss,
+        },
+    )
+
+
+def _normalized_squared_error(shape: tuple[int, ...], name: str) -> Task:
+    return Task(
+        CASES[2],
+        name,
+        shape,
+        {
+            "published": published_normalized_squared_error,
+            "reference": normalized_squared_error.reference,
+            "torch.compile": compiled(normalized_squared_error.reference),
+            "ours": normalized_squared_error,
         },
     )
 
@@ -127,6 +147,7 @@ def tasks() -> list[Task]:
     dense = (16, 21, 320, 320) if ON_GPU else (16, 21, 128, 128)
     return [
         *(_activation_boundary(shape, f"activation boundary, taps {_size(shape)}") for shape in taps),
+        *(_normalized_squared_error(shape, f"normalized squared error, taps {_size(shape)}") for shape in taps),
         *(_interpolated_kl_div(shape, f"interpolated KL, logits {_size(shape)}") for shape in logits),
         _interpolated_kl_div(dense, f"interpolated KL, dense {_size(dense)}"),
         _plain((256, 1000), "plain KL, logits 256x1000"),

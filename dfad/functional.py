@@ -10,8 +10,7 @@ from torch import Tensor
 from dfad_kernels import activation_boundary_loss as activation_boundary_loss
 from dfad_kernels import batchnorm_distance as batchnorm_distance
 from dfad_kernels import interpolated_kl_div as interpolated_kl_div
-from dfad_kernels.checks import check_pair
-from dfad_kernels.registration import compute_dtype
+from dfad_kernels import normalized_squared_error as normalized_squared_error
 
 
 def one_hot_loss(teacher_logits: Tensor) -> Tensor:
@@ -38,33 +37,6 @@ def diversity_loss(teacher_logits: Tensor, average: Callable[[Tensor], Tensor] =
     """
     mean_prediction = average(teacher_logits.float().softmax(dim=1).mean(dim=0))
     return -torch.special.entr(mean_prediction).sum()
-
-
-def normalized_squared_error(
-    student: Tensor, teacher: Tensor, average: Callable[[Tensor], Tensor] = lambda mean: mean
-) -> Tensor:
-    r"""Squared error of a tap, relative to the size of the teacher's: 1 for a student that is zero everywhere.
-
-    .. math:: \frac{\lVert s - t \rVert^2}{\lVert t \rVert^2}
-
-    The loss of hints (Romero et al., "FitNets", ICLR 2015), normalized over the batch so that one weight suits every
-    tap and every network.
-
-    Args:
-        student: tap, ``(B, ...)``.
-        teacher: tap of the same shape.
-        average: makes the mean over all shares of a batch of the size of this share's, where they are of one.
-
-    Raises:
-        ValueError: if shapes or devices differ.
-        TypeError: if the dtypes differ or are not floating-point.
-    """
-    check_pair(student, teacher)
-    # the difference of two bfloat16 is rounded as the gradient will be; nothing else is, and no copy in float32 is made
-    error, size = (
-        torch.linalg.vector_norm(x, dtype=compute_dtype(student)).square() for x in (student - teacher, teacher)
-    )
-    return error / average(size).clamp_min(1e-12)
 
 
 def class_entropy(logits: Tensor) -> Tensor:

@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfad.functional import normalized_squared_error
 from dfad.modes import BatchNorm
-from dfad_kernels import FusedLoss, activation_boundary_loss, batchnorm_distance, interpolated_kl_div
+from dfad_kernels import (
+    FusedLoss,
+    activation_boundary_loss,
+    batchnorm_distance,
+    interpolated_kl_div,
+    normalized_squared_error,
+)
 from dfad_kernels.batchnorm_distance import reference as batchnorm_distance_reference
+from dfad_kernels.normalized_squared_error import squared_norm
 from dfad_kernels.registration import compute_dtype
 
 P = ParamSpec("P")
@@ -138,17 +144,20 @@ class FeatureMatchingLoss(nn.Module):
     """:func:`~dfad.functional.normalized_squared_error` summed over pairs of taps.
 
     Args:
-        average: see there.
+        fused: run the operator's kernels instead of its reference.
+        average: returns the mean over all shares of a batch, if the taps are those of a share; errors are then relative
+            to the mean size.
     """
 
-    def __init__(self, average: Callable[[Tensor], Tensor] = lambda mean: mean) -> None:
+    def __init__(self, fused: bool = True, average: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        self.error = _implementation(normalized_squared_error, fused)
         self.average = average
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Both a sequence of taps ``(B, ...)``, in the order of the network; the teacher's get no gradient."""
-        pairs = zip(student, teacher, strict=True)
-        errors = [normalized_squared_error(*_alike(s, t.detach()), self.average) for s, t in pairs]
+        pairs = [_alike(s, t.detach()) for s, t in zip(student, teacher, strict=True)]
+        errors = [self.error(s, t, None if self.average is None else self.average(squared_norm(t))) for s, t in pairs]
         return torch.stack(errors).sum()
 
 

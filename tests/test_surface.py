@@ -27,11 +27,18 @@ NAMES = {
         "BatchNormStatisticsLoss",
         "FeatureMatchingLoss",
     ],
-    "dfad.functional": ["mix", "one_hot_loss", "diversity_loss", "class_entropy", "pairwise_diversity"],
+    "dfad.functional": [
+        "mix",
+        "normalized_squared_error",
+        "one_hot_loss",
+        "diversity_loss",
+        "class_entropy",
+        "pairwise_diversity",
+    ],
     "dfad.models": ["convnet", "lenet5", "resnet20", "resnet18", "resnet34", "vgg11", "wrn_40_2"],
     "dfad.models.taps": ["Outputs"],
     "dfad.models.generator": ["Generator"],
-    "dfad_kernels": ["activation_boundary_loss", "interpolated_kl_div"],
+    "dfad_kernels": ["activation_boundary_loss", "interpolated_kl_div", "normalized_squared_error"],
 }
 
 

@@ -124,10 +124,11 @@ class Round:
             method.activation.scaling,
             fused=config.fused,
         )
-        self.feature_matching = FeatureMatchingLoss(self.ranks.average)
+        average = self.ranks.average if self.ranks.several else None
+        self.feature_matching = FeatureMatchingLoss(fused=config.fused, average=average)
         self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
         self.whole_batchnorm_statistics = BatchNormStatisticsLoss(
-            self.teacher.norms, fused=config.fused, average=self.ranks.average if self.ranks.several else None
+            self.teacher.norms, fused=config.fused, average=average
         )
 
         self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}

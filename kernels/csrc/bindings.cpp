@@ -39,6 +39,7 @@ void bind(nb::module_& module, const char* name, Function function) {
     isa_names.emplace_back(#isa);                         \
     BIND_BOTH(isa##_module, isa, activation_boundary_loss) \
     BIND_BOTH(isa##_module, isa, interpolated_kl_div)     \
+    BIND_BOTH(isa##_module, isa, normalized_squared_error) \
     BIND_BOTH(isa##_module, isa, batch_norm)              \
     BIND_BOTH(isa##_module, isa, frozen_batch_norm)       \
     BIND_BOTH(isa##_module, isa, batchnorm_distance)      \

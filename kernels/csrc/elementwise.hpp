@@ -11,6 +11,43 @@ namespace dfad::DFAD_ISA {
 
 constexpr int64_t block_elements = 1 << 14;
 
+template <class V, int count>
+struct Numbers {
+    V of[count];
+};
+
+// totals = Σ numbers_of(student, teacher). A block's sum does not depend on the thread, nor the order of the blocks.
+template <class T, int count, class F>
+void sum_elements(double (&totals)[count], Array student, Array teacher, int threads, F numbers_of) {
+    using V = vector_t<T>;
+    const auto* s = static_cast<const T*>(student.data);
+    const auto* t = static_cast<const T*>(teacher.data);
+    const int64_t size = student.size();
+    const int64_t blocks = (size + block_elements - 1) / block_elements;
+    Buffer<double> partial(blocks * count);
+    parallel_for(blocks, size, threads, [=, &partial](int64_t block) {
+        const int64_t begin = block * block_elements;
+        const int64_t end = begin + block_elements < size ? begin + block_elements : size;
+        V sums[count][4] = {};
+        int64_t i = begin;
+        for (; i + 4 * lanes<V> <= end; i += 4 * lanes<V>)
+            for (int k = 0; k < 4; ++k) {
+                const Numbers<V, count> numbers = numbers_of(load(s + i + k * lanes<V>), load(t + i + k * lanes<V>));
+                for (int n = 0; n < count; ++n) sums[n][k] += numbers.of[n];
+            }
+        for (; i < end; i += lanes<V>) {
+            const Numbers<V, count> numbers = numbers_of(load(s + i, end - i, 0), load(t + i, end - i, 0));
+            const auto inside = lane_numbers<V>() < static_cast<scalar_t<T>>(end - i);
+            for (int n = 0; n < count; ++n) sums[n][0] += inside ? numbers.of[n] : V{};
+        }
+        for (int n = 0; n < count; ++n)
+            partial[block * count + n] =
+                fold((sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]), [](auto a, auto b) { return a + b; });
+    });
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int n = 0; n < count; ++n) totals[n] += partial[block * count + n];
+}
+
 // loss = scale · Σ op.value(student, teacher), or the scaled values themselves where loss is not a scalar.
 template <template <class> class Op, class... Parameters>
 void elementwise_forward(Array loss, Array student, Array teacher, double scale, int threads,
@@ -19,39 +56,26 @@ void elementwise_forward(Array loss, Array student, Array teacher, double scale,
         using T = std::remove_pointer_t<decltype(type)>;
         using V = vector_t<T>;
         const Op<V> op{parameters...};
+        if (loss.dimensions == 0) {
+            double total[1] = {};
+            sum_elements<T>(total, student, teacher, threads,
+                            [=](V s, V t) { return Numbers<V, 1>{op.value(s, t)}; });
+            return write_scalar(loss, scale * total[0]);
+        }
         const auto* s = static_cast<const T*>(student.data);
         const auto* t = static_cast<const T*>(teacher.data);
-        auto* out = static_cast<scalar_t<T>*>(loss.dimensions ? loss.data : nullptr);
+        auto* out = static_cast<scalar_t<T>*>(loss.data);
         const V factor = broadcast<V>(scale);
         const int64_t size = student.size();
         const int64_t blocks = (size + block_elements - 1) / block_elements;
-        Buffer<double> partial(blocks);
-        parallel_for(blocks, size, threads, [=, &partial](int64_t block) {
+        parallel_for(blocks, size, threads, [=](int64_t block) {
             const int64_t begin = block * block_elements;
             const int64_t end = begin + block_elements < size ? begin + block_elements : size;
-            V sums[4] = {};
             int64_t i = begin;
-            if (out == nullptr) {
-                for (; i + 4 * lanes<V> <= end; i += 4 * lanes<V>)
-                    for (int k = 0; k < 4; ++k)
-                        sums[k] += op.value(load(s + i + k * lanes<V>), load(t + i + k * lanes<V>));
-            }
-            if (out != nullptr) {
-                for (; i + lanes<V> <= end; i += lanes<V>)
-                    store(out + i, factor * op.value(load(s + i), load(t + i)));
-            }
-            for (; i < end; i += lanes<V>) {
-                const V value = op.value(load(s + i, end - i, 0), load(t + i, end - i, 0));
-                if (out == nullptr)
-                    sums[0] += lane_numbers<V>() < static_cast<scalar_t<T>>(end - i) ? value : V{};
-                else store(out + i, factor * value, end - i);
-            }
-            partial[block] = fold((sums[0] + sums[1]) + (sums[2] + sums[3]), [](auto a, auto b) { return a + b; });
+            for (; i + lanes<V> <= end; i += lanes<V>) store(out + i, factor * op.value(load(s + i), load(t + i)));
+            if (i < end)
+                store(out + i, factor * op.value(load(s + i, end - i, 0), load(t + i, end - i, 0)), end - i);
         });
-        if (out != nullptr) return;
-        double total = 0;
-        for (int64_t block = 0; block < blocks; ++block) total += partial[block];
-        write_scalar(loss, scale * total);
     });
 }
 

@@ -7,6 +7,7 @@
 #include "batch_norm/frozen_batch_norm.hpp"
 #include "elementwise.hpp"
 #include "losses/interpolated_kl_div.hpp"
+#include "losses/normalized_squared_error.hpp"
 #include "batch_norm/subsampling.hpp"
 
 namespace dfad::DFAD_ISA {

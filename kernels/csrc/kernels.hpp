@@ -13,6 +13,10 @@ void interpolated_kl_div_forward(Array loss, Array student, Array teacher, Array
 void interpolated_kl_div_backward(Array student_gradient, Array teacher_gradient, Array loss_gradient,
                                   Array student, Array teacher, Array mixing_coefficient, Indices partner,
                                   double temperature, double scale, Array saved, int threads);
+void normalized_squared_error_forward(Array loss, Array student, Array teacher, Array size, double scale, Array saved,
+                                      int threads);
+void normalized_squared_error_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher,
+                                       Array size, double scale, Array saved, int threads);
 
 void batch_norm_forward(Array x, Address y, Address statistics, Address running_mean, Address running_variance,
                         Address weight, Address bias, Address residual, double momentum, double epsilon, double slope,

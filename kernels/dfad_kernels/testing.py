@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from dfad_kernels import activation_boundary_loss, interpolated_kl_div
+from dfad_kernels import activation_boundary_loss, interpolated_kl_div, normalized_squared_error
 from dfad_kernels.registration import FusedLoss, compute_dtype
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
@@ -50,6 +50,9 @@ class OpCase:
 
     bad_calls: tuple[BadCall, ...]
 
+    normalized: bool = False
+    """Whether the loss is divided by what grows with the number of elements."""
+
     @property
     def name(self) -> str:
         """Name of the operator."""
@@ -65,6 +68,14 @@ class OpCase:
         size = student.numel() * student.element_size()
         return 2 * size, (2 + gradients) * size
 
+    def upstream_like(self, loss: Tensor, student: Tensor, reduction: str, generator: Generator) -> Tensor:
+        """An incoming gradient that is not 1, as large as with a loss scaler: no float16 gradient underflows."""
+        factor = {"mean": student.numel(), "batchmean": student.shape[0]}.get(reduction, 1)
+        if self.normalized:
+            factor *= student.numel()
+        random = torch.rand(loss.shape, generator=generator, dtype=torch.float64) + 0.5
+        return (random * factor).to(compute_dtype(student)).to(loss.device)
+
 
 def relative_error(actual: Tensor, exact: Tensor, floor: float = 0.0) -> float:
     """Largest difference over the largest exact value, or over ``floor`` where that is larger."""
@@ -73,13 +84,6 @@ def relative_error(actual: Tensor, exact: Tensor, floor: float = 0.0) -> float:
     difference = (actual.double() - exact.double()).abs().max().item()
     scale = max(exact.double().abs().max().item(), floor)
     return difference / scale if difference else 0.0
-
-
-def upstream_like(loss: Tensor, student: Tensor, reduction: str, generator: Generator) -> Tensor:
-    """An incoming gradient that is not 1, as large as with a loss scaler: no float16 gradient underflows."""
-    factor = {"mean": student.numel(), "batchmean": student.shape[0]}.get(reduction, 1)
-    random = torch.rand(loss.shape, generator=generator, dtype=torch.float64) + 0.5
-    return (random * factor).to(compute_dtype(student)).to(loss.device)
 
 
 def _activation_boundary_settings(samples: int, generator: Generator) -> list[Settings]:
@@ -97,6 +101,10 @@ def _interpolated_kl_div_settings(samples: int, generator: Generator) -> list[Se
             "temperature": 2.0,
         },
     ]
+
+
+def _normalized_squared_error_settings(samples: int, generator: Generator) -> list[Settings]:
+    return [{}, {"size": torch.tensor(12345.0)}]
 
 
 def _bad(*arguments: Any, error: type[Exception] = ValueError, words: str, **settings: Any) -> BadCall:
@@ -154,6 +162,22 @@ CASES = (
             _bad(_x, _y, 0.5, torch.arange(4, device="meta"), words="meta.*cpu"),
             *(_bad(_x, _y, 0.5, words=f"temperature is {t}", temperature=t) for t in (0.0, -2.0, float("nan"))),
         ),
+    ),
+    OpCase(
+        normalized_squared_error,
+        shapes=((1, 1), (3, 5), (7, 4, 5, 3), (2, 3, 2, 5, 3), (2, 2049), (1, 20001)),
+        settings=_normalized_squared_error_settings,
+        gradients=("student",),
+        unit=lambda **_: 0.0,  # errors are exact differences
+        bad_calls=(
+            *_BAD_PAIRS,
+            _bad(_x, _y.clone().requires_grad_(), words="teacher.*detach"),
+            _bad(_x, _y, torch.ones(4), words=r"size.*\(4,\).*\(\)"),
+            _bad(_x, _y, torch.tensor(3), error=TypeError, words="size.*int64"),
+            _bad(_x, _y, torch.ones((), device="meta"), words="size.*meta.*cpu"),
+            _bad(_x, _y, torch.ones((), requires_grad=True), words="size.*detach"),
+        ),
+        normalized=True,
     ),
 )
 """One case per operator; a test fails if one is missing."""

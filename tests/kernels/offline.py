@@ -29,6 +29,7 @@ from dfad_kernels import (
     batchnorm_distance,
     frozen_batch_norm,
     interpolated_kl_div,
+    normalized_squared_error,
 )
 from dfad_kernels.gpu import activation_boundary_loss as activation_boundary_module
 from dfad_kernels.gpu import batch_norm as batch_norm_module
@@ -36,6 +37,7 @@ from dfad_kernels.gpu import batchnorm_distance as batchnorm_distance_module
 from dfad_kernels.gpu import channels as channels_module
 from dfad_kernels.gpu import frozen_batch_norm as frozen_batch_norm_module
 from dfad_kernels.gpu import interpolated_kl_div as interpolated_kl_div_module
+from dfad_kernels.gpu import normalized_squared_error as normalized_squared_error_module
 from dfad_kernels.interpolated_kl_div import RESIDENT_CLASSES
 
 TARGETS = {
@@ -154,6 +156,11 @@ def loss_launches(dtype: torch.dtype) -> list[Launch]:
     """Launches of the losses."""
     taps = torch.empty(256, 64, 32, 32, dtype=dtype, device="meta")
     launches = launches_of(activation_boundary_loss, activation_boundary_module, (taps, taps), [True])
+    for reduction in ("sum", "none"):
+        passes = launches_of(
+            normalized_squared_error, normalized_squared_error_module, (taps, taps), [True], reduction=reduction
+        )
+        launches += passes if reduction == "sum" else passes[2:3]
     for shape in ((256, RESIDENT_CLASSES), (16, 21, 256, 256), (64, 32000)):
         logits = torch.empty(shape, dtype=dtype, device="meta")
         weights = torch.empty(shape[0], device="meta")

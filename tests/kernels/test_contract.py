@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, library
 
 import dfad_kernels
-from dfad_kernels import FusedLoss, activation_boundary_loss, interpolated_kl_div, kernel_name, registration
+from dfad_kernels import (
+    FusedLoss,
+    activation_boundary_loss,
+    interpolated_kl_div,
+    kernel_name,
+    normalized_squared_error,
+    registration,
+)
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import CASES, TOLERANCE, OpCase
 from tests.kernels import implementations
@@ -97,7 +104,8 @@ def test_compiles_into_one_graph_for_all_sizes(case: OpCase, backend: str, gener
 
 @each_case
 def test_a_second_derivative_raises_plainly(case: OpCase, generator: Generator) -> None:
-    student, teacher = (x.requires_grad_() for x in case.pair((4, 3), torch.float32, generator))
+    student, teacher = case.pair((4, 3), torch.float32, generator)
+    student.requires_grad_()
     loss = case.op(student, teacher, **case.settings(4, generator)[0])
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=f"no second derivative. Use {case.name}.reference"):
@@ -402,6 +410,9 @@ def test_more_elements_than_32_bits_count() -> None:
     last = student[-1].double()
     assert divergence.item() == pytest.approx((last.logsumexp(0) - last.mean()).item() - math.log(classes), rel=1e-5)
 
+    error = normalized_squared_error(student, teacher, torch.tensor(2.0))
+    assert error.item() == pytest.approx(3 * 1000**2 / 2, rel=1e-7)
+
 
 @each_implementation
 def test_the_boundary_itself(implementation: Implementation) -> None:
@@ -424,3 +435,27 @@ def test_nan_stays_nan(implementation: Implementation) -> None:
         loss, (gradient,) = implementation(case, pair, {"reduction": "none"}, torch.ones_like)
         assert loss.isnan().tolist() == gradient.isnan().tolist() == [True, False, False]
         assert implementation(case, pair, {}, torch.ones_like)[0].isnan()
+
+
+@each_implementation
+@pytest.mark.parametrize("given", [None, 0.0], ids=["own size", "given size"])
+def test_a_teacher_of_zeros_divides_by_a_little(implementation: Implementation, given: float | None) -> None:
+    student, teacher = torch.tensor([1e-6, 2e-6, -1e-6]), torch.zeros(3)
+    size = None if given is None else torch.tensor(given)
+    loss, (gradient,) = implementation(CASES[2], (student, teacher), {"size": size}, torch.ones_like)
+    torch.testing.assert_close(loss, torch.tensor(6.0))
+    torch.testing.assert_close(gradient, 2e12 * student)
+    loss, (gradient,) = implementation(CASES[2], (teacher, teacher), {"size": size}, torch.ones_like)
+    assert loss == torch.count_nonzero(gradient) == 0
+
+
+@each_implementation
+def test_nan_stays_nan_in_errors(implementation: Implementation) -> None:
+    nan = torch.tensor([math.nan, 1.0, 1.0])
+    for pair, where in (((nan, torch.ones(3)), [True, False, False]), ((torch.ones(3), nan), [True] * 3)):
+        loss, (gradient,) = implementation(CASES[2], pair, {"reduction": "none"}, torch.ones_like)
+        assert loss.isnan().tolist() == gradient.isnan().tolist() == where
+        assert implementation(CASES[2], pair, {}, torch.ones_like)[0].isnan()
+    for pair in ((nan, torch.ones(3)), (torch.ones(3), nan)):
+        assert implementation(CASES[2], pair, {"size": torch.tensor(2.0)}, torch.ones_like)[0].isnan()
+    assert implementation(CASES[2], (nan, nan), {"size": torch.tensor(math.nan)}, torch.ones_like)[0].isnan()

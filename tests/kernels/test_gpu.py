@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from dfad_kernels import activation_boundary_loss, batch_norm, interpolated_kl_div, kernel_name
+from dfad_kernels import (
+    activation_boundary_loss,
+    batch_norm,
+    interpolated_kl_div,
+    kernel_name,
+    normalized_squared_error,
+)
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import OpCase, Settings
 from tests.kernels import implementations, test_batch_norm, test_batchnorm_distance, test_frozen_batch_norm
@@ -165,7 +171,12 @@ def test_more_elements_than_32_bits_count() -> None:
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert gradient[-1, -8:].tolist() == [6.0] * 8
     assert gradient[-1, -9] == 2
-    del gradient, loss, leaf, student, teacher
+    error = normalized_squared_error(leaf, teacher)
+    assert error.item() == pytest.approx(1 + 8 * 8 / student.numel(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(student.numel() * error, leaf)
+    assert gradient[-1, -8:].tolist() == [6.0] * 8
+    assert gradient[-1, -9] == 2
+    del error, gradient, loss, leaf, student, teacher
 
     for shape in ((1 << 16, 1 << 15), ((1 << 31) // 16 + 8, 16)):  # chunked rows, resident rows
         logits = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")

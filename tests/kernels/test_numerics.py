@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.registration import compute_dtype, instruction_sets
-from dfad_kernels.testing import CASES, LOSS_TOLERANCE, TOLERANCE, OpCase, Settings, relative_error, upstream_like
+from dfad_kernels.testing import CASES, LOSS_TOLERANCE, TOLERANCE, OpCase, Settings, relative_error
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation
 from tests.kernels.tables import document
@@ -78,7 +78,7 @@ def check(
     kept: list[Tensor] = []
 
     def upstream(loss: Tensor) -> Tensor:
-        kept.append(upstream_like(loss, student, options["reduction"], generator))
+        kept.append(case.upstream_like(loss, student, options["reduction"], generator))
         return kept[0]
 
     loss, gradients = implementation(case, pair, options, upstream)

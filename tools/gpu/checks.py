@@ -32,7 +32,7 @@ METRICS = {
 }
 """The profiler's metrics in nanoseconds, bytes and percent: their names here, and the factor to the unit."""
 
-KERNELS = "regex:^_(activation_boundary|interpolated_kl)_"
+KERNELS = "regex:^_(activation_boundary|interpolated_kl|normalized_squared_error)_"
 """Names of the kernels that :func:`run_operators` runs."""
 
 

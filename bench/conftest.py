@@ -19,7 +19,7 @@ OURS = "ours"
 
 COLUMNS = {
     "published": ("published", "published, TF32"),
-    "by hand": ("repaired", "reference", "PyTorch", "unfused"),
+    "by hand": ("repaired", "reference", "PyTorch", "unfused", "DistributedDataParallel"),
     "compiled": ("torch.compile", "repaired + torch.compile"),
     "least": ("floor", "copy"),
 }
@@ -123,7 +123,12 @@ def times(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["seconds"]):
             width = f"{row['bytes'] / row['seconds'] / 1e9:8.1f} GB/s" if "bytes" in row else ""
             graph = "as a CUDA graph" if row.get("captured") else ""
-            yield f"  {name:<48}{row['seconds'] * 1e3:11.3f} ms {width} {graph}".rstrip()
+            sent = (
+                f"{row['share_in_collectives']:.0%} of it in {row['collectives']} collectives"
+                if "collectives" in row
+                else ""
+            )
+            yield f"  {name:<48}{row['seconds'] * 1e3:11.3f} ms {width} {graph}{sent}".rstrip()
 
 
 def ratios(measured: Iterable[dict[str, Any]]) -> Iterable[str]:

@@ -120,10 +120,46 @@ def other_groups(records: Records) -> list[str]:
     body = [
         [group.record, group.name, contender, milliseconds(row["seconds"]), _rate(row)]
         for group in groups(records)
-        if not group.name.startswith("round ") and not LOSS_GROUP.fullmatch(group.name)
+        if not group.name.startswith("round ") and not LOSS_GROUP.fullmatch(group.name) and not _of_ranks(group)
         for contender, row in group.rows.items()
     ]
     return table(("record", "task", "contender", "ms", "images per second"), body, figures_from=3)
+
+
+def ranks(records: Records) -> list[str]:
+    """What several ranks share, against one process or DistributedDataParallel."""
+    body = [
+        [
+            group.record,
+            group.name,
+            contender,
+            milliseconds(row["seconds"]),
+            f"{row['rounds_per_second']:,.1f}",
+            _rate(row),
+            str(row.get("collectives", "")),
+            f"{row['bytes_sent'] / 1e6:.2f}" if "bytes_sent" in row else "",
+            percent(row.get("share_in_collectives")),
+        ]
+        for group in groups(records)
+        if _of_ranks(group)
+        for contender, row in group.rows.items()
+    ]
+    head = (
+        "record",
+        "task",
+        "contender",
+        "ms",
+        "per second",
+        "images per second",
+        "collectives",
+        "MB sent",
+        "of the time",
+    )
+    return table(head, body, figures_from=3)
+
+
+def _of_ranks(group: Group) -> bool:
+    return any("ranks" in row for row in group.rows.values())
 
 
 def all_contenders(records: Records) -> list[str]:
@@ -389,6 +425,7 @@ def _sections(records: Records, folder: str | None) -> Iterator[str]:
         "Claims": claims(records),
         "Rounds": all_contenders(records),
         "Losses": losses(records, largest_only=False),
+        "Several ranks": ranks(records),
         "Data and choices": other_groups(records),
         "Checks on a GPU": checks(records),
         "Kernels of a round": list(profiles(records)),

@@ -36,6 +36,12 @@ def record() -> records.Record:
             row(GROUP.replace("8x64", "4x64"), "ours", 1e-3, bytes=200),
             row(GROUP.replace("float32", "bfloat16"), "ours", 3e-3, bytes=800),
             row("decoding 9 images once", "native", 0.5, images_per_second=18),
+            row("ranks, a step", "one process", 0.5, ranks=1, rounds_per_second=1.5, images_per_second=96.0),
+            row(
+                *("ranks, a step", "2 ranks", 0.25),
+                **{"ranks": 2, "rounds_per_second": 3.5, "images_per_second": 224.0},
+                **{"collectives": 13, "bytes_sent": 4_500_000, "share_in_collectives": 0.25},
+            ),
         ],
         "checks": {"apex": "not installed"},
         "teachers": [
@@ -112,6 +118,9 @@ def test_a_record_appears_by_itself(record):
     assert "| nvidia-h200 | apex | not installed |" in everything
     assert "| nvidia-h200 | decoding 9 images once | native | 500 | 18 |" in everything
     assert everything.count("activation boundary") == 4
+    assert "| nvidia-h200 | ranks, a step | one process | 500 | 1.5 | 96 |  |  |  |" in everything
+    assert "| nvidia-h200 | ranks, a step | 2 ranks | 250 | 3.5 | 224 | 13 | 4.50 | 25 % |" in everything
+    assert everything.count("ranks, a step") == 2
 
 
 def test_every_arm_of_a_comparison_is_a_row():

@@ -44,8 +44,8 @@ def test_a_run_needs_no_extra_and_says_once_what_it_leaves_out(tmp_path):
     arguments = [
         "--preset=own", f"--teacher.checkpoint={TEACHER}", "--student.factory=convnet",
         '--student.kwargs={"channels": [4, 8, 8], "in_channels": 1}', "--method.rounds=2", "--method.student_steps=1",
-        "--method.batch_size=8", "--generator.noise_dim=4", "--generator.width=4", "--selection.bank_size=16",
-        "--device=cpu", "--run_dir=run",
+        "--method.warm_up=2", "--method.batch_size=8", "--generator.noise_dim=4", "--generator.width=4",
+        "--selection.bank_size=16", "--device=cpu", "--run_dir=run",
     ]  # fmt: skip
     done = run_without(EXTRAS, f"from dfad import train; train.main({arguments})", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -3,14 +3,14 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dfad import train
 from dfad.errors import DfadError
+from tests.processes import run
 from tests.test_train_command import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -56,19 +56,23 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
+@pytest.fixture(scope="module")
+def made_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mynets.py").write_text(NETWORKS)
+    execute(folder, ["mynets.py"])
+    return folder
+
+
 @pytest.fixture
-def users_folder(tmp_path):
+def users_folder(made_folder, tmp_path):
     """A folder with networks and weights of a user."""
-    (tmp_path / "mynets.py").write_text(NETWORKS)
-    execute(tmp_path, [sys.executable, "mynets.py"])
-    return tmp_path
+    return shutil.copytree(made_folder, tmp_path, dirs_exist_ok=True)
 
 
-def execute(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+def execute(folder: Path, program: list[str]) -> None:
+    done = run(program, folder, os.environ)
+    assert done.returncode == 0, f"{shlex.join(program)}\n{done.stderr}"
 
 
 def run_commands(block: str, folder: Path) -> None:
@@ -76,13 +80,13 @@ def run_commands(block: str, folder: Path) -> None:
         python, dash_m, module, *flags = shlex.split(line)
         assert (python, dash_m) == ("python", "-m")
         more = [] if "--resume" in flags else SHORTENED.get(module, [])
-        execute(folder, [sys.executable, "-m", module, *flags, *more])
+        execute(folder, ["-m", module, *flags, *more])
 
 
 def run_python(block: str, folder: Path) -> None:
     shortened = block.replace("rounds=300", "rounds=2, student_steps=1, batch_size=8")
     assert (shortened != block) == ("Distiller" in block)
-    execute(folder, [sys.executable, "-c", shortened])
+    execute(folder, ["-c", shortened])
 
 
 @pytest.mark.parametrize("block", [*blocks("bash"), *blocks("bash", OWN_TEACHER)], ids=first_line)

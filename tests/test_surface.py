@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
-import subprocess
-import sys
+import os
 
 import pytest
 
 import dfad
 from dfad.config import DistillConfig
+from tests.processes import COMMANDS, run
 
 NAMES = {
     "dfad": ["Distiller", "distill", "DistillConfig", "Result", "load_network"],
@@ -63,13 +63,11 @@ def test_public_signatures_take_what_they_took():
     assert DistillConfig() == dfad.DistillConfig()
 
 
-@pytest.mark.parametrize("command", ["train", "teacher", "evaluate", "reproduce", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_modules_to_run(command, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", f"dfad.{command}", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run(["-m", command, "--help"], tmp_path, os.environ)
     assert done.returncode == 0, done.stderr
-    assert f"dfad.{command}" in done.stdout
+    assert command in done.stdout
 
 
 @pytest.mark.parametrize("package", ["dfad", "dfad_kernels"])

@@ -5,6 +5,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from dfad.models.factory import build
 from dfad.models.model_file import load_model
 from dfad.runs import checkpoint
 from dfad.runs.settings import SETTINGS_FILE, to_tree
+from tests import processes
 from tests.models.test_loading import Exploit
+from tests.processes import Process
 
 SMALL = [
     "--method.rounds=4",
@@ -46,8 +49,8 @@ RUN_FILES = {
 NETWORKS = ("student", "student_best", "generator")
 
 
-def arguments(*given: object) -> list[str]:
-    return [sys.executable, "-m", "dfad.train", *map(str, given)]
+def program(*given: object) -> list[str]:
+    return ["-m", "dfad.train", *map(str, given)]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -56,22 +59,18 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(*given: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments(*given), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=120
-    )
+    return processes.run(program(*given), cwd, environment(**changes))
 
 
-def start(*given: object, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments(*given), cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(*given: object, cwd: Path) -> Process:
+    return Process(program(*given), cwd, environment())
 
 
 def lines_of(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_until(condition, process: subprocess.Popen[str]) -> None:
+def wait_until(condition, process: Process) -> None:
     """Wait until a condition holds or the process has ended."""
     deadline = time.monotonic() + 60
     while not condition() and process.poll() is None:
@@ -91,7 +90,8 @@ def assert_same_networks(folder: Path, expected: Path) -> None:
 
 
 def test_the_default_command(tmp_path):
-    done = run("--fused", *SMALL, cwd=tmp_path)
+    command = [sys.executable, *program("--fused", *SMALL)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for row in ("teacher", "student", "accuracy", "agreement", "parameters", "images generated", "rounds per second"):
         assert row in done.stdout
@@ -213,11 +213,20 @@ class TestInterrupted:
         assert_same_networks(Path("again"), whole)
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """The folder of a finished run of four rounds; tests copy it."""
+    folder = tmp_path_factory.mktemp("short")
+    done = run(*SMALL, "--no_evaluate", "--run_dir=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 class TestExtended:
     """``--resume RUN --method.rounds N`` goes on with a run, a finished one too."""
 
-    def test_a_finished_run_goes_on_as_one_of_the_new_length(self, command):
-        assert command(*SMALL, "--no_evaluate", "--run_dir=run").exit_code == 0
+    def test_a_finished_run_goes_on_as_one_of_the_new_length(self, short, command):
+        shutil.copytree(short, "run")
         bank = checkpoint.load(Path("run"))["bank"]
         extended = command("--resume=run", "--method.rounds=7")
         assert extended.exit_code == 0, extended.stderr
@@ -234,10 +243,9 @@ class TestExtended:
         again = command("--resume=run")
         assert (again.exit_code, recorded_rounds(Path("run"))[-1]) == (0, 7)
 
-    def test_cut_and_resumed_it_ends_with_the_same_bits(self, command):
-        few = [*SMALL, "--no_evaluate", "--method.rounds=3"]
+    def test_cut_and_resumed_it_ends_with_the_same_bits(self, short, command):
         for name in ("one", "two"):
-            assert command(*few, f"--run_dir={name}").exit_code == 0
+            shutil.copytree(short, name)
         assert command("--resume=one", "--method.rounds=9").exit_code == 0
         assert command("--resume=two", "--method.rounds=9").exit_code == 0
         Path("two/checkpoint.pt").unlink()  # as a kill in round 9 leaves it
@@ -246,8 +254,8 @@ class TestExtended:
         assert_same_networks(Path("one"), Path("two"))
 
     @pytest.mark.parametrize("given", [["--method.rounds=3"], ["--method.rounds=9", "--seed=1"]])
-    def test_nothing_else_changes(self, given, command):
-        assert command(*SMALL, "--no_evaluate", "--run_dir=run").exit_code == 0
+    def test_nothing_else_changes(self, given, short, command):
+        shutil.copytree(short, "run")
         before = Path("run/config.yaml").read_bytes()
         refused = command("--resume=run", *given)
         assert refused.exit_code == 2
@@ -351,8 +359,8 @@ class TestBadInput:
             command, [*own, "--teacher.image_size=8"], 3, ["has no BatchNorm", "--method.regularizers.batchnorm 0"]
         )
 
-    def test_a_folder_that_holds_a_run_is_refused_and_its_run_kept(self, command):
-        assert command(*SMALL, "--run_dir=run").exit_code == 0
+    def test_a_folder_that_holds_a_run_is_refused_and_its_run_kept(self, short, command):
+        shutil.copytree(short, "run")
         before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
         self.assert_refused(command, ["--run_dir=run"], 4, ["already holds a run", "--resume run", "--overwrite"])
         for given, words in (
@@ -397,7 +405,7 @@ def test_a_factory_is_found_in_the_current_folder(tmp_path):
     (tmp_path / "save.py").write_text(
         "import torch, mine\ntorch.manual_seed(0)\ntorch.save({'state_dict': mine.net(6).state_dict()}, 'w.pt')\n"
     )
-    subprocess.run([sys.executable, "save.py"], cwd=tmp_path, check=True)
+    assert processes.run(["save.py"], tmp_path, environment()).returncode == 0
     given = [
         *SMALL, "--method.rounds=1", "--no_evaluate", "--run_dir=run",
         "--teacher.factory=mine:net", "--teacher.kwargs={\"width\": 6}", "--teacher.checkpoint=w.pt",
@@ -408,11 +416,11 @@ def test_a_factory_is_found_in_the_current_folder(tmp_path):
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
-def on_terminal(command: list[str], cwd: Path, **changes: str) -> str:
-    """What a command shows on a pseudo-terminal."""
+def on_terminal(program: list[str], cwd: Path, **changes: str) -> str:
+    """What a program shows on a pseudo-terminal."""
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        command,
+        [sys.executable, *program],
         cwd=cwd,
         env=environment(TERM="xterm-256color", COLUMNS="120", **changes),
         stdin=terminal,
@@ -445,13 +453,11 @@ with Recorder(None, 4) as recorder:
 
 
 def test_a_terminal_shows_progress_in_colour_unless_told_otherwise(tmp_path):
-    whole = on_terminal(arguments(*SMALL), tmp_path)
-    plain = on_terminal([sys.executable, "-c", RECORD], tmp_path, NO_COLOR="1")
-    colourful = on_terminal([sys.executable, "-c", RECORD], tmp_path)
-    for shown in (whole, colourful, plain):
+    colourful = on_terminal(program(*SMALL), tmp_path)
+    plain = on_terminal(["-c", RECORD], tmp_path, NO_COLOR="1")
+    for shown in (colourful, plain):
         assert re.search(r"Distilling .*4/4.*student .*generator .*rounds/s ", shown)
         assert "Round 4/4" not in shown
-    assert COLOUR.search(whole)
     assert COLOUR.search(colourful)
     assert not COLOUR.search(plain)
 

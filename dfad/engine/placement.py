@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -444,11 +445,13 @@ class _Comparison:
         exact = self.exact[name]
         if found is None or found.shape != exact.shape:
             return float("inf")
-        finite = exact.isfinite()
-        if not torch.equal(finite, found.isfinite()) or not torch.equal(exact[~finite].isnan(), found[~finite].isnan()):
-            return float("inf")
+        difference = _norm(found - exact)
+        if not math.isfinite(difference):
+            finite, nan = exact.isfinite(), exact.isnan()
+            if not torch.equal(finite, found.isfinite()) or not torch.equal(nan, found.isnan()):
+                return float("inf")
+            difference = _norm(torch.where(finite, found.double() - exact.double(), 0.0))
         scale = self.scales[autocast][name]
-        difference = _length(torch.where(finite, found - exact, 0.0))
         return difference / scale if scale else float(difference > 0)
 
     def _run(
@@ -538,4 +541,10 @@ def _real(value: Tensor) -> Tensor:
 
 
 def _length(value: Tensor) -> float:
-    return float(torch.linalg.vector_norm(torch.where(value.isfinite(), value, 0.0).double()))
+    """The norm of the finite elements."""
+    norm = _norm(value)
+    return norm if math.isfinite(norm) else _norm(torch.where(value.isfinite(), value, 0.0))
+
+
+def _norm(value: Tensor) -> float:
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))

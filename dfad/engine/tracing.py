@@ -103,6 +103,7 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
             with _in_mode(scratch, training):
                 modes = {path: module.training for path, module in scratch.named_modules()}
                 graph = _graph(scratch)
+                text = str(graph)
                 with torch.no_grad(), _all_autocast():  # two traces: a switched global state shows in one of them
                     again = _graph(scratch)
         except _Refusal as reason:
@@ -112,10 +113,10 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
                 other = str(_graph(scratch))
         except _Refusal:
             other = ""
-    if str(graph) != str(again):
+    if text != str(again):
         raise NotPlain(f"{name} is not rewritten: its forward pass differs from call to call.")
     modules = dict(network.named_modules())
-    sensitive = [path for path, module in modules.items() if type(module) not in LAYERS and str(graph) != other]
+    sensitive = [path for path, module in modules.items() if type(module) not in LAYERS and text != other]
     return Trace(network, graph, {modules[path]: modes[path] for path in sensitive}, _replaceable(network, graph))
 
 
@@ -366,10 +367,15 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
+
+
 def _fingerprint(value: Any, depth: int) -> Any:
+    if type(value) in _SCALARS:  # most values of most modules
+        return type(value), repr(value)
     if isinstance(value, fx.Proxy):  # before it is asked for its type
         return _Same(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+    if isinstance(value, _SCALARS):
         return type(value), repr(value)
     if isinstance(value, (list, tuple)) and depth:
         return type(value), [_fingerprint(entry, depth - 1) for entry in value]

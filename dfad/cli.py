@@ -156,19 +156,18 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
 
 NETWORKS = ("--teacher", "--student")
-"""Flags that are short for the factory of a network, with no keyword arguments but those that are given beside them."""
+"""Flags that are short for the factory of a network."""
 
 
 def _in_full(arguments: Sequence[str]) -> list[str]:
-    given = {argument.partition("=")[0] for argument in arguments}
+    """The arguments with ``--teacher`` as ``--teacher.factory``, and without keyword arguments of another factory."""
     full = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if flag in NETWORKS:
-            flag += ".factory"
-        full.append(flag + equals + value)
-    bare = (flag for flag in NETWORKS if flag in given and f"{flag}.kwargs" not in given)
-    return full + [f"{flag}.kwargs={{}}" for flag in bare]
+        full.append(f"{flag}.factory{equals}{value}" if flag in NETWORKS else argument)
+    given = {argument.partition("=")[0] for argument in full}
+    networks = [flag.removesuffix(".factory") for flag in sorted(given) if flag.endswith(".factory")]
+    return full + [f"{network}.kwargs={{}}" for network in networks if f"{network}.kwargs" not in given]
 
 
 def run(command: Callable[[], None]) -> NoReturn:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = str(Path(__file__).parents[1])
@@ -20,6 +21,14 @@ IMPORTED = (*COMMANDS, "torch._dynamo", "torch.utils.tensorboard", "matplotlib.p
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(IMPORTED))
+
+
+def context() -> Any:
+    """The context of multiprocessing whose processes are such forks."""
+    # what a library reads when it is imported: a pool of threads does not survive a fork
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
+    return _context
 
 
 class Process:
@@ -33,11 +42,8 @@ class Process:
 
     def __init__(self, program: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp())
-        # what a library reads when it is imported, and no fork can do with a pool of threads that it does not inherit
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):
-            forkserver.ensure_running()
         given = [str(argument) for argument in program]
-        self._process = _context.Process(target=_run, args=(given, str(cwd), dict(env), str(self._folder)))
+        self._process = context().Process(target=_run, args=(given, str(cwd), dict(env), str(self._folder)))
         self._process.start()
 
     @property

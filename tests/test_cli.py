@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dfad import cli
-from dfad.config import DistillConfig, MethodConfig, OptimizerConfig
+from dfad.config import DistillConfig, MethodConfig, OptimizerConfig, StudentConfig
 from dfad.errors import ConfigurationError
 from dfad.runs.settings import SETTINGS_FILE, to_yaml
 
@@ -48,6 +48,23 @@ def test_precedence_is_default_preset_file_flags(tmp_path):
 
 def test_the_file_may_name_the_preset(tmp_path):
     assert parse("--config", write(tmp_path / "c.yaml", "preset: short\n")).method.rounds == 7
+
+
+def test_keyword_arguments_belong_to_their_factory(tmp_path):
+    preset = {"own": DistillConfig(student=StudentConfig("convnet", {"channels": [4]}))}
+
+    def student(*arguments: object) -> StudentConfig:
+        given = ["--preset=own", *map(str, arguments)]
+        return cli.parse(Example(preset="own"), preset, given).settings.student
+
+    for given in (["--student.factory", "mine:net"], ["--student.factory=mine:net"], ["--student", "mine:net"]):
+        assert student(*given) == StudentConfig("mine:net")
+        assert student(*given, '--student.kwargs={"width": 2}') == StudentConfig("mine:net", {"width": 2})
+    file = write(tmp_path / "c.yaml", "student: {factory: mine:net}\n")
+    assert student("--config", file) == StudentConfig("mine:net")
+    assert student("--config", write(tmp_path / "c.yaml", "student: {taps: [a]}\n")).kwargs == {"channels": [4]}
+    assert student("--teacher=mine:net").kwargs == {"channels": [4]}
+    assert student('--student.kwargs={"width": 2}') == StudentConfig("convnet", {"width": 2})
 
 
 def test_booleans_are_plain_flags():

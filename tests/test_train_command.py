@@ -409,7 +409,7 @@ def test_a_factory_is_found_in_the_current_folder(tmp_path):
     given = [
         *SMALL, "--method.rounds=1", "--no_evaluate", "--run_dir=run",
         "--teacher.factory=mine:net", "--teacher.kwargs={\"width\": 6}", "--teacher.checkpoint=w.pt",
-        "--teacher.image_size=12", "--student.factory=mine:net", "--student.kwargs={}",
+        "--teacher.image_size=12", "--student.factory=mine:net",
     ]  # fmt: skip
     done = run(*given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

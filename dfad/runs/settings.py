@@ -59,6 +59,7 @@ def override(settings: T, tree: Mapping[str, Any], source: str) -> T:
     Args:
         settings: an instance of a dataclass of settings.
         tree: names and values, as YAML or JSON gives them; names that are missing keep the value they have.
+            A ``factory`` without ``kwargs`` beside it has none, because those of ``settings`` belong to another.
         source: where the tree comes from, for messages.
 
     Raises:
@@ -126,7 +127,9 @@ def _override(settings: Any, tree: Any, source: str, prefix: str) -> Any:
         raise ConfigurationError(f"{source} sets {prefix.rstrip('.')} to {tree!r}; it must hold 'name: value' lines.")
     annotations = typing.get_type_hints(type(settings))
     known = [field.name for field in dataclasses.fields(settings)]
-    changes = {}
+    changes: dict[str, Any] = {}
+    if "factory" in tree and "kwargs" in known:
+        changes["kwargs"] = {}
     for name, value in tree.items():
         if name not in known:
             raise ConfigurationError(

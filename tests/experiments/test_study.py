@@ -30,6 +30,7 @@ from dfad.experiments.study import judge
 from dfad.presets import PRESETS
 from dfad.supervised.recipes import RECIPES, NetworkConfig
 from tests.conftest import with_method
+from tests.processes import context
 
 CHANNELS = {"channels": [4, 8, 16]}
 ARMS = [PLAIN, FULL]
@@ -149,12 +150,14 @@ def test_a_stopped_run_goes_on(finished, tmp_path, monkeypatch, one_thread):
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "run_round", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    assert timeless(run(tmp_path)) == timeless(record_in(finished))
+            run(tmp_path, "--arms", PLAIN)
+    resumed = run(tmp_path, "--arms", PLAIN)
+    assert timeless(resumed)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
 
 
 def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: context())
     together = run(tmp_path, "--processes=2", "--arms", PLAIN)
     assert timeless(together)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
 

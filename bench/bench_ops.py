@@ -138,7 +138,7 @@ def _plain(shape: tuple[int, ...], name: str) -> Task:
 
 
 def tasks() -> list[Task]:
-    """Taps of ResNet-18, logits of small to very many classes, dense logits; larger ones where a GPU is."""
+    """Taps of ResNet-18, logits of 10 to 32,000 classes, dense logits; larger ones on a GPU."""
     batch = 256 if ON_GPU else 64
     taps = [(batch, 64, 32, 32), (batch, 128, 16, 16), (batch, 256, 8, 8), (batch, 512, 4, 4)]
     if ON_GPU:
@@ -167,7 +167,7 @@ def inputs(task: Task, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def check(task: Task, loss: Loss, dtype: torch.dtype) -> None:
-    """Against the first contender in float64; dtypes that torch rounds at every step get more room."""
+    """Compare with the first contender in float64; with a wider tolerance for dtypes that torch rounds at each step."""
     student, teacher = (x[:8] for x in inputs(task, dtype))
     exact = task.contenders["published"]
     wide = [x.detach().double().requires_grad_() for x in (student, teacher)]
@@ -181,28 +181,28 @@ def check(task: Task, loss: Loss, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def cold() -> Callable[[], object]:
-    """Empties the GPU's cache, so that a run finds its tensors in memory."""
+    """Empties the GPU's cache, so that a run reads its tensors from memory."""
     return cold_cache()
 
 
 def copying(bytes_moved: int) -> Callable[[], object]:
-    """A copy that moves as many bytes: half of them read, half written. Random ones: a GPU compresses zeros."""
+    """A copy that reads half of these bytes and writes the other half; random ones, because a GPU compresses zeros."""
     source = torch.randint(256, (bytes_moved // 2,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def races() -> Iterator[Any]:
-    """Task, dtype, launch and direction; of a telling part the largest of each kind, forward and backward."""
+    """Task, dtype, launch and direction; without --full only the largest task of each kind, forward and backward."""
     launches = ("eager", "graph") if ON_GPU else ("eager",)
-    telling = {task.kind: task for task in sorted(TASKS, key=lambda task: torch.Size(task.shape).numel())}
+    largest = {task.kind: task for task in sorted(TASKS, key=lambda task: torch.Size(task.shape).numel())}
     for task in TASKS:
         for dtype in (torch.float32, torch.bfloat16):
             for launch in launches:
                 for direction in ("forward", "forward+backward"):
-                    told = telling[task.kind] is task and direction != "forward" and launch == launches[-1]
+                    always = largest[task.kind] is task and direction != "forward" and launch == launches[-1]
                     words = f"{task.id}-{str(dtype).removeprefix('torch.')}-{direction}-{launch}"
-                    marks = () if told else (pytest.mark.full,)
+                    marks = () if always else (pytest.mark.full,)
                     yield pytest.param(task, dtype, launch, direction, id=words, marks=marks)
 
 
@@ -216,7 +216,7 @@ def test_loss(
     cold: Callable[[], object],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Losses beside a copy of as many bytes."""
+    """Losses, and a copy that moves as many bytes."""
     student, teacher = inputs(task, dtype)
     forward, backward = task.case.bytes_moved(student, gradients=1)
     bytes_moved = forward if direction == "forward" else forward + backward
@@ -228,7 +228,7 @@ def test_loss(
             return launched(copying(bytes_moved))
         loss = task.contenders[name]
         if name == "torch.compile":
-            torch.compiler.reset()  # what was compiled for other sizes counts against a limit, past which nothing is
+            torch.compiler.reset()  # code for other sizes counts towards a limit beyond which nothing is compiled
         check(task, loss, dtype)
 
         def run() -> object:

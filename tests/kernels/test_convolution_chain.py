@@ -369,7 +369,7 @@ KERNEL = channels_last(torch.ones(16, 16, 3, 3))
         (Link(0), Layer(KERNEL, torch.ones(16, device="meta")), [X], "statistic of link 0 is .* on meta"),
         (Link(0), Layer(channels_last(torch.ones(48, 16, 3, 3))), [X], "out 16 or divisible by 32"),
         (Link(0), Layer(channels_last(torch.ones(16, 8, 3, 3))), [X], "with a kernel for 8 channels"),
-        (Link(1), Layer(KERNEL), [X], "convolves a value that is none"),
+        (Link(1), Layer(KERNEL), [X], "convolves a value that does not exist"),
         (Link(0, residual=0, stride=2), Layer(KERNEL), [X], r"adds \(2, 16, 4, 4\) to \(2, 16, 2, 2\)"),
         (Link(0), Layer(KERNEL), [X[:1, :, :1, :1]], "no variance"),
         (Link(0), Layer(KERNEL, torch.ones(8)), [X], r"link 0 is \(8,\), torch.float32"),

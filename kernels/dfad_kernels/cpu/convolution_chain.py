@@ -255,12 +255,14 @@ class ConvolutionChain:
             source, residual = operands
             if source is None or source[1] != layer.kernel.shape[1]:
                 raise Misfit(
-                    f"Link {number} convolves {source or 'a value that is none'} with a kernel for "
+                    f"Link {number} convolves {source or 'a value that does not exist'} with a kernel for "
                     f"{layer.kernel.shape[1]} channels."
                 )
             shape = link.result(source, layer.kernel)
             if link.residual is not None and residual != shape:
-                raise Misfit(f"Link {number} adds {residual or 'a value that is none'} to {shape}; make them alike.")
+                raise Misfit(
+                    f"Link {number} adds {residual or 'a value that does not exist'} to {shape}; they must have the same shape."
+                )
             if link.normalises and shape[0] * shape[2] * shape[3] < 2:
                 raise Misfit(f"Link {number} has a single value per channel, which has no variance.")
             if not link.normalises and any(tensor is not None and tensor.requires_grad for tensor in layer[:3]):
@@ -281,7 +283,7 @@ class ConvolutionChain:
 
 
 class _Rounded(torch.autograd.Function):
-    """To bfloat16, as if it were the identity."""
+    """Rounding to bfloat16; its gradient is that of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -342,7 +344,7 @@ class _Chain(torch.autograd.Function):
             values += [pre, post]
             results.append(y)
             batch_statistics.append(of_batch)
-            if not differentiates:  # the memory of what nobody needs any more is the next ones'
+            if not differentiates:  # the next links reuse memory that is no longer needed
                 results[-1] = y if unwritten else None
                 for value, reader in chain.last_reader.items():
                     if value is not None and reader == number and value not in chain.outputs:
@@ -371,17 +373,17 @@ class _Chain(torch.autograd.Function):
             if gradient is not None:
                 gradients[value].append(channels_last(gradient))
         of_parameters: list[Tensor | None] = [None] * (3 * count)
-        of_norms: dict[int, tuple[Tensor, ...]] = {}  # of links whose readers have summed them
+        of_norms: dict[int, tuple[Tensor, ...]] = {}  # of links whose gradients the links that read them have summed
         for number in reversed(range(count)):
             link = chain.links[number]
             kernel, weight, bias = parameters[3 * number : 3 * number + 3]
             needed = needs[inputs + 3 * number :][:3]
             pre, post = inputs + 2 * number, inputs + 2 * number + 1
             of_pre, of_post = _met(gradients[pre], 1), _met(gradients[post], 2)
-            gradients[pre], gradients[post] = [], []  # whose memory is the next ones'
+            gradients[pre], gradients[post] = [], []  # the next links reuse their memory
             if not of_pre and not of_post:
                 continue
-            # where nothing meets and nothing is passed on, what is behind the activation is computed as it is needed
+            # a single gradient that no residual receives is multiplied by the activation's slope where it is read
             simple = not of_post or (link.residual is None and len(of_pre) + len(of_post) == 1)
             behind = None if simple else torch.empty_like((of_pre + of_post)[0])
             maker = chain.makers.get(link.source)
@@ -429,7 +431,7 @@ class _Chain(torch.autograd.Function):
 
 
 def _named(structure: str, **values: Any) -> Any:
-    """A structure of the kernels, tensors by their addresses; what is None is missing in it."""
+    """A struct of the kernels with these members; tensors are passed as addresses, and None is left out."""
     named = getattr(_extension(), structure)()
     for name, value in values.items():
         if value is not None:
@@ -438,7 +440,7 @@ def _named(structure: str, **values: Any) -> Any:
 
 
 def _numbered(tensors: Sequence[Tensor], *names: str) -> dict[str, Tensor]:
-    """As many of the names as there are tensors."""
+    """The tensors under the first names."""
     return dict(zip(names, tensors, strict=False))
 
 
@@ -457,7 +459,7 @@ def _source(
     parameters: Sequence[Tensor | None],
     epsilons: Sequence[float],
 ) -> dict[str, Any]:
-    """Of the link whose result is normalised and activated as it is read."""
+    """Members for the source link, whose result is normalised and activated while it is read."""
     if maker is None:
         return {}
     weight, bias = parameters[3 * maker + 1 : 3 * maker + 3]
@@ -468,12 +470,12 @@ def _source(
 
 
 def _of_norm(channels: int) -> tuple[Tensor, Tensor]:
-    """Room for gradients of a BatchNorm's weight and bias."""
+    """Memory for the gradients of a BatchNorm's weight and bias."""
     return torch.empty(channels, dtype=torch.float32), torch.empty(channels, dtype=torch.float32)
 
 
 def _met(gradients: list[Tensor], most: int) -> list[Tensor]:
-    """So many gradients at most, of the same sum."""
+    """The gradients, the first of them added until at most ``most`` are left."""
     while len(gradients) > most:
         gradients = [gradients[0] + gradients[1], *gradients[2:]]
     return gradients

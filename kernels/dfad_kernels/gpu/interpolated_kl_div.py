@@ -1,11 +1,11 @@
 """Triton kernels of the interpolated KL divergence, over logits of shape (samples, classes, sites).
 
-A program holds the logits of some rows, each a site of a sample, in registers: they are read once in either direction.
-Rows of more than ``RESIDENT_CLASSES`` are walked in chunks. Their softmax is known only after a first walk, which the
-forward pass alone needs: it saves what the backward pass would have to find out again.
+A program keeps a few rows of logits in registers, so that the forward and the backward pass read them once each; a row
+is one site of one sample. Rows of more than ``RESIDENT_CLASSES`` classes are read in chunks. Their softmax is known
+only after a first pass over the row, which the forward kernel makes; it saves the result for the backward kernel.
 
-In the equations s and t are the logits of student and teacher, p and q their probabilities, u those of the
-teacher's partner row, w the mixing coefficient, g the gradient that comes in, h that of the label.
+In the equations s and t are the logits of student and teacher, p and q their probabilities, u the teacher's for the
+partner row, w the mixing coefficient, g the incoming gradient, h the gradient with respect to the label.
 """
 
 from typing import NamedTuple
@@ -22,17 +22,17 @@ CHUNK = 4096
 
 
 class Shares(NamedTuple):
-    """How much of one tensor a program takes at least, and a thread at most."""
+    """Elements of one tensor: at least as many per program, at most as many per thread."""
 
     program: int
     thread: int
 
 
 FORWARD = Shares(program=2048, thread=16)
-"""Three tensors are held at once."""
+"""Three tensors are in registers at once."""
 
 BACKWARD = Shares(program=1024, thread=8)
-"""Up to five are."""
+"""Up to five tensors are in registers at once."""
 
 BACKWARD_NARROW = Shares(program=2048, thread=8)
 """For dtypes of 16 bits: eight elements are one access of 128 bits."""
@@ -46,14 +46,14 @@ def _rows(samples, sites, REVERSED: tl.constexpr, ROWS: tl.constexpr):
     site = (start - first * sites).to(tl.int32) + tl.arange(0, ROWS)
     sample = first + site // sites
     inside = sample < samples
-    if REVERSED:  # partners take turns, so that the second reading of a row finds it in the cache
+    if REVERSED:  # partners alternate, so that a row is still in the cache when it is read again
         sample = tl.where(sample % 2 == 0, sample // 2, samples - 1 - sample // 2)
     return sample, site % sites, inside
 
 
 @triton.jit
 def _partner(partner_ptr, sample, inside, samples, REVERSED: tl.constexpr):
-    """The row to mix with, and whether it exists: logits that do not are read as -inf, which makes the row NaN."""
+    """The row to mix with, and whether it exists; if not, its logits are read as -inf, and the row becomes NaN."""
     if REVERSED:
         other = samples - 1 - sample
     else:
@@ -111,7 +111,7 @@ def _probabilities(
     s_ptr, t_ptr, sample, other, site, inside, exists, c, classes, sites, inverse_temperature,
     CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The student's and their logarithms, the teacher's, and those of its partner rows, of rows as a whole."""
+    """The student's with their logarithms, the teacher's, and the teacher's for the partner rows; of whole rows."""
     s = _load(s_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
     t = _load(t_ptr, sample, site, inside, c, classes, sites, CLASSES_LAST, DTYPE)
     t_other = _load(t_ptr, other, site, exists, c, classes, sites, CLASSES_LAST, DTYPE)
@@ -133,7 +133,7 @@ def _statistics(
     ptr, sample, site, exists, classes, sites, inverse_temperature,
     CLASSES_LAST: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit, and logarithm of the softmax's denominator relative to it, in one walk over a row."""
+    """Largest logit, and logarithm of the softmax's denominator relative to it, in one pass over a row."""
     top = tl.full((ROWS, 1), float("-inf"), DTYPE)
     total = tl.zeros((ROWS, 1), DTYPE)
     for start in range(0, classes, CLASSES):
@@ -161,7 +161,7 @@ def _times(probability, value):
 
 @triton.jit
 def _centred(q, h):
-    """h less its mean; the second sum takes back what Σ q ≠ 1 in the last place has done to the first."""
+    """h minus its mean under q; the second subtraction corrects the rounding error of Σ q in the first."""
     h -= tl.sum(_times(q, h), 1, keep_dims=True)
     return h - tl.sum(_times(q, h), 1, keep_dims=True)
 
@@ -335,7 +335,7 @@ def _interpolated_kl_backward_chunked_kernel(
             log_total_t_source = _saved(saved_ptr, 3, row_source, rows, source_exists)
         own_mean = _saved(saved_ptr, 4, row, rows, inside)
         partner_mean = _saved(saved_ptr, 5, row_source, rows, source_exists)
-    walks: tl.constexpr = 2 if ELEMENTWISE else 1  # with a gradient for each term the sums are not known beforehand
+    walks: tl.constexpr = 2 if ELEMENTWISE else 1  # with a gradient for each term, the sums must be computed first
     if ELEMENTWISE:
         total = tl.zeros((ROWS, 1), DTYPE)
         if TEACHER:
@@ -387,7 +387,7 @@ def _interpolated_kl_backward_chunked_kernel(
 def _launch(
     student: Tensor, coefficient: Tensor, partner: Tensor | None, shares: Shares
 ) -> tuple[int, dict[str, object]]:
-    """Number of programs, and what forward and backward kernels are told alike."""
+    """The number of programs, and the arguments that forward and backward kernels share."""
     samples, classes, sites = student.shape
     resident = classes <= RESIDENT_CLASSES
     columns = max(16, triton.next_power_of_2(classes)) if resident else CHUNK
@@ -453,7 +453,7 @@ def backward(
         "TEACHER": teacher_gradient is not None,
         "ELEMENTWISE": loss_gradient.ndim > 0,
     }
-    # sorting inverts a permutation without waiting for the device, and stays in range for what is none
+    # sorting inverts a permutation without waiting for the device, and its indices are valid for any partner
     inverse = None if partner is None or teacher_gradient is None else partner.argsort(stable=True)
     gradients = (student_gradient, teacher_gradient, loss_gradient)
     inputs = (student, teacher, mixing_coefficient, partner, inverse)

@@ -261,7 +261,8 @@ class ConvolutionChain:
             shape = link.result(source, layer.kernel)
             if link.residual is not None and residual != shape:
                 raise Misfit(
-                    f"Link {number} adds {residual or 'a value that does not exist'} to {shape}; they must have the same shape."
+                    f"Link {number} adds {residual or 'a value that does not exist'} to {shape}; they must have the "
+                    "same shape."
                 )
             if link.normalises and shape[0] * shape[2] * shape[3] < 2:
                 raise Misfit(f"Link {number} has a single value per channel, which has no variance.")

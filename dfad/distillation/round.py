@@ -212,7 +212,9 @@ class Round:
                 method.batch_size, newest, method.batch_size, self.rng["image_bank"], self.ranks
             )
             images = images.to(self.engine.dtype)
-        return self.augmentation(images)
+        images = self.augmentation(images)
+        # plain networks may flatten them by view, and draw dropout in the order of memory
+        return images if self.engine.channels_last else images.contiguous()
 
     def imitation(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The student's loss on one batch of generated images."""

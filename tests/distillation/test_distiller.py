@@ -11,8 +11,10 @@ from torch import nn
 from dfad import functional, models
 from dfad.config import (
     ActivationConfig,
+    AugmentationConfig,
     DistillConfig,
     GeneratorConfig,
+    ImageBankConfig,
     InterpolationConfig,
     OptimizerConfig,
     OptimizersConfig,
@@ -470,6 +472,50 @@ def test_a_few_rounds_at_any_size(size, fused, config):
     assert distiller.image_shape == (3, *size)
     assert distiller.fit().rounds == 2
     assert distiller.samples(2).images.shape == (2, 3, *size)
+
+
+class Flat(nn.Module):
+    """Flattens its images by view, which refuses those that are channels-last."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 64, 4)
+
+    def forward(self, images):
+        return self.fc(images.view(len(images), -1))
+
+
+class TestImagesOfTheBank:
+    @pytest.fixture
+    def settings(self, config):
+        engine = replace(config.engine, precision="float32")
+        optimizer = OptimizersConfig(student=OptimizerConfig(lr=0.1), generator=OptimizerConfig(lr=0.01))
+        settings = replace(config, engine=engine, optimizer=optimizer, teacher=TeacherConfig(image_size=8, channels=3))
+        views = AugmentationConfig(flip=True, crop=0.2)
+        return with_method(
+            settings, **WITHOUT_EXTRAS | {"regularizers": RegularizerConfig(one_hot=1.0), "augmentation": views},
+            image_bank=ImageBankConfig(size=32), warm_up=1,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_network_may_flatten_them_by_view(self, fused, settings):
+        assert distill(Flat(), Flat(), replace(settings, fused=fused)).rounds == settings.method.rounds
+
+    def test_dropout_of_features_is_drawn_alike_with_and_without_the_engine(self, settings):
+        students = []
+        for fused in (True, False):
+            torch.manual_seed(5)
+            teacher, student = (
+                nn.Sequential(
+                    *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 4, 1)),
+                    *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                )
+                for _ in range(2)
+            )
+            distill(teacher, student, replace(settings, fused=fused))
+            students.append(student.state_dict())
+        for name, value in students[0].items():
+            torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-4)
 
 
 class TestTeachersWithoutBatchNorm:

@@ -1,5 +1,5 @@
 "use strict";
-// The curves are there without this; it shows the values under the pointer, or at the place the arrow keys move to.
+// The page has its curves without this script, which shows the values at the pointer or where the arrow keys move.
 for (const figure of document.querySelectorAll(".chart")) {
   const svg = figure.querySelector("svg");
   const { series, left, right, low, high } = JSON.parse(figure.querySelector("script").textContent);

@@ -1,4 +1,4 @@
-"""Architectures of others from inspection to a delivered student: ``make proof`` writes docs/architectures.md.
+"""Published architectures from inspection to a delivered student: ``make proof`` writes docs/architectures.md.
 
 Each network has random weights whose BatchNorms have seen random images. It is inspected, teaches a network of its own
 kind for three rounds, with the engine and in plain PyTorch, is measured on image files, exported and loaded back. A
@@ -85,7 +85,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """What one architecture came to."""
+    """The result for one architecture."""
 
     source: str
     parameters: int
@@ -241,7 +241,7 @@ def make_images(folder: Path) -> Path:
 
 
 def page(rows: list[Row | tuple[str, str]], packages: tuple[str, ...]) -> str:
-    """The document."""
+    """The page as Markdown."""
     there = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
     lines = [
         "# Architectures that were tried",
@@ -275,7 +275,7 @@ def page(rows: list[Row | tuple[str, str]], packages: tuple[str, ...]) -> str:
 
 
 def quietly(work: Callable[[], Row]) -> Row:
-    """Without what the commands print."""
+    """Call a function without the output of the commands."""
     with contextlib.redirect_stdout(io.StringIO()):
         return work()
 

@@ -1,4 +1,4 @@
-"""Architectures of torchvision, timm and transformers, with random weights: placed, they compute what they compute."""
+"""Architectures of torchvision, timm and transformers with random weights: the engine computes what PyTorch computes."""
 
 import importlib
 from collections.abc import Callable

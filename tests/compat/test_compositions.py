@@ -1,4 +1,4 @@
-"""Networks put together from parts of the zoo, at random: the engine computes what plain PyTorch computes."""
+"""Networks composed at random of parts of the zoo: the engine computes what plain PyTorch computes."""
 
 import random
 
@@ -17,7 +17,7 @@ from dfad.modes import set_mode
 from tests.compat.zoo import CHANNELS, SIZE, ZOO, Small
 
 SHAPE = (CHANNELS, SIZE, SIZE)
-UNFIT = {"a forward pass of the instance"}
+UNFIT = {"a forward method on the instance"}
 """A copy of it calls the original, with which it cannot be compared."""
 
 

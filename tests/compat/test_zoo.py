@@ -1,4 +1,4 @@
-"""The engine on networks as others bring them: it computes what plain PyTorch computes, as teacher and as student."""
+"""The engine on networks as users write them: it computes what plain PyTorch computes, as teacher and as student."""
 
 import random
 from dataclasses import replace
@@ -64,8 +64,8 @@ def engine(precision: str, *, fused: bool = True) -> Engine:
     return Engine(EngineConfig(precision=precision), fused=fused, device=torch.device("cpu"))
 
 
-FLOAT32_ALONE = {"a BatchNorm of its own"}
-"""They raise under autocast: an operation in place that takes one dtype."""
+FLOAT32_ALONE = {"a custom BatchNorm"}
+"""They raise under autocast, because an in-place operation needs one dtype."""
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -112,7 +112,7 @@ CONFIG = DistillConfig(
 
 
 class Teacher(Small):
-    """Of as many classes as the student."""
+    """With as many classes as the student."""
 
 
 def a_teacher_for(student: nn.Module) -> nn.Module:
@@ -128,7 +128,7 @@ def a_teacher_for(student: nn.Module) -> nn.Module:
 
 
 def layout(network: nn.Module) -> dict[str, object]:
-    """What an owner may notice of a network, beside its weights."""
+    """What the owner of a network may notice, apart from its weights."""
     found: dict[str, object] = {}
     for name, module in network.named_modules():
         found[f"{name} call"] = replaced_call(module)
@@ -162,7 +162,7 @@ def test_as_student(trait):
 @each_student
 def test_as_student_in_bfloat16(trait):
     network = make(trait, seed=2)
-    plain = network if trait == "a forward pass of the instance" else copy_network(network)
+    plain = network if trait == "a forward method on the instance" else copy_network(network)
     arguments = {"input_shape": SHAPE, "batch_size": 8, "read": as_outputs}
     if trait in FLOAT32_ALONE:
         with pytest.raises(ConfigurationError, match="engine.precision is bfloat16, but not for the network"):

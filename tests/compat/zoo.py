@@ -1,4 +1,4 @@
-"""Small networks as others bring them, each with one trait. A new trait is one class, or one function, here."""
+"""Small networks as users write them, each with one trait. A new trait is one class, or one function, here."""
 
 import random
 from collections import namedtuple
@@ -17,17 +17,17 @@ ZOO: dict[str, Callable[[], nn.Module]] = {}
 """Factories of networks of images ``(3, 8, 8)``, by trait."""
 
 TEACHERS_ALONE = {"exported", "one class"}
-"""What torch.export makes has one mode; of one class there is nothing to learn."""
+"""A program of torch.export has a single mode, and a network with one class has nothing to learn."""
 
 WITHOUT_STATISTICS = {
     *("GroupNorm", "LayerNorm", "InstanceNorm", "no norm", "BatchNorm without running statistics"),
     *("scripted", "traced by jit", "exported"),
 }
-"""They have no BatchNorm with statistics, or hold it as something else than PyTorch's module."""
+"""They have no BatchNorm with statistics, or not as a module of PyTorch."""
 
 
 def trait(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Enter a network; its docstring names the trait."""
+    """Register a network; its docstring is the name of its trait."""
     ZOO[(factory.__doc__ or "").rstrip(".")] = factory
     return factory
 
@@ -174,7 +174,7 @@ def _() -> nn.Module:
 
 @trait
 def _() -> nn.Module:
-    """pruned for good"""
+    """permanently pruned"""
     network = Small()
     prune.l1_unstructured(network.conv1, "weight", 0.5)
     prune.remove(network.conv1, "weight")
@@ -188,7 +188,7 @@ class Doubled(nn.Module):
 
 @trait
 def _() -> nn.Module:
-    """parametrisation of its own"""
+    """a custom parametrisation"""
     network = Small()
     parametrize.register_parametrization(network.conv2, "weight", Doubled())
     return network
@@ -231,7 +231,7 @@ class Reused(Small):
 
 @trait
 class TwoNames(Small):
-    """a module of two names"""
+    """a module with two names"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class Tied(Small):
 
 @trait
 class ReadsWeight(Small):
-    """a weight that the forward pass reads, too"""
+    """a weight that the forward pass also reads"""
 
     def body(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(x))) + F.conv2d(x, self.conv2.weight, padding=1)
@@ -301,7 +301,7 @@ class CounterTensor(Small):
 
 @trait
 class OwnNorm(Small):
-    """a BatchNorm of its own"""
+    """a custom BatchNorm"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ class FunctionalDropout(Small):
 
 @trait
 class AlwaysDropout(Small):
-    """dropout in eval mode, too"""
+    """dropout also in eval mode"""
 
     def body(self, x: Tensor) -> Tensor:
         return F.dropout(super().body(x), 0.1, True)
@@ -373,7 +373,7 @@ class AlwaysDropout(Small):
 
 @trait
 class LayerDrop(Small):
-    """layers that are skipped by Python's random numbers"""
+    """layers skipped at random by Python's random"""
 
     def body(self, x: Tensor) -> Tensor:
         return x if self.training and random.random() < 0.5 else super().body(x)
@@ -399,7 +399,7 @@ class Noise(Small):
 
 @trait
 class FixedNoise(Small):
-    """noise of a shape that is written"""
+    """noise of a fixed shape"""
 
     def stem(self, x: Tensor) -> Tensor:
         return super().stem(x) * (1 + 0.1 * torch.rand(1, WIDTH, 1, 1))
@@ -407,7 +407,7 @@ class FixedNoise(Small):
 
 @trait
 class OwnGenerator(Small):
-    """a random generator of its own"""
+    """its own random generator"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -467,7 +467,7 @@ class Quantized(Small):
 
 @trait
 class Checkpointed(Small):
-    """activations that are computed again"""
+    """activation checkpointing"""
 
     def body(self, x: Tensor) -> Tensor:
         return checkpoint(super().body, x, use_reentrant=False)
@@ -475,7 +475,7 @@ class Checkpointed(Small):
 
 @trait
 class Reentrant(Small):
-    """activations that are computed again, the old way"""
+    """reentrant activation checkpointing"""
 
     def body(self, x: Tensor) -> Tensor:
         return checkpoint(super().body, x, use_reentrant=True) if x.requires_grad else super().body(x)
@@ -483,7 +483,7 @@ class Reentrant(Small):
 
 @trait
 class Precise(Small):
-    """a part in float32 whatever the precision"""
+    """a part that is always float32"""
 
     def body(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -492,7 +492,7 @@ class Precise(Small):
 
 @trait
 class PreciseByName(Small):
-    """a part in float32 on a device that is named"""
+    """a part that is float32 on a named device"""
 
     def body(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -521,7 +521,7 @@ class SavedTensors(Small):
 
 @trait
 class Substituted(Small):
-    """weights that are substituted for a call"""
+    """other weights for one call"""
 
     def head(self, x: Tensor) -> Any:
         weights = {name: 1.5 * parameter for name, parameter in self.fc.named_parameters()}
@@ -530,7 +530,7 @@ class Substituted(Small):
 
 @trait
 class SwapsWeights(Small):
-    """a weight that is another one for the length of a call"""
+    """a weight that is replaced during a call"""
 
     def forward(self, x: Tensor) -> Any:
         weight = self.fc.weight.data.clone()
@@ -592,7 +592,7 @@ class Optional(Small):
 
 @trait
 class Tries(Small):
-    """a forward pass that catches what fails"""
+    """a forward pass that catches an exception"""
 
     def body(self, x: Tensor) -> Tensor:
         try:
@@ -888,7 +888,7 @@ def _() -> nn.Module:
 
 @trait
 class Wrapper(nn.Module):
-    """a plain network in one that cannot be traced"""
+    """a plain network within one that cannot be traced"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -902,7 +902,7 @@ class Wrapper(nn.Module):
 
 @trait
 class PatchedForward(Small):
-    """a forward pass of the instance"""
+    """a forward method on the instance"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -912,7 +912,7 @@ class PatchedForward(Small):
 
 @trait
 class HandsOver(Small):
-    """a hook that hands features to the forward pass"""
+    """a hook that passes features to the forward pass"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -976,7 +976,7 @@ def _() -> nn.Module:
 
 @trait
 class OwnAttributes(Small):
-    """attributes that are made up"""
+    """attributes that __getattr__ computes"""
 
     def __getattr__(self, name: str) -> Any:
         return 2.0 if name == "factor" else super().__getattr__(name)

@@ -1,5 +1,4 @@
-// What crosses the border between Python and the kernels: a tensor without its type, and the choice of its
-// type.
+// How tensors are passed from Python to the kernels: without their type, which is chosen here.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +19,14 @@ struct Array {
     bool exists() const { return data != nullptr; }
 };
 
-// Where a dense tensor begins, told by a number: of what is known to fit another tensor nothing else need be asked.
+// The address of a dense tensor whose shape and type are known from another tensor.
 struct Address {
     void* data = nullptr;
 
     bool exists() const { return data != nullptr; }
 };
 
-// A one-dimensional view of int64 indices; none where data is null.
+// A one-dimensional view of int64 indices; empty if data is null.
 struct Indices {
     const int64_t* data = nullptr;
     int64_t size = 0;

@@ -5,8 +5,8 @@
 
 namespace dfad::DFAD_ISA {
 
-// What a thread has let go of, for when it asks for as much again: between two calls of a kernel the system would take
-// memory back, and clear it page by page when it is touched the next time.
+// Memory that a thread has freed, kept for its next request of the same size: the system would take it back between two
+// calls of a kernel, and clear it page by page when it is touched again.
 class Spares {
 public:
     ~Spares() {
@@ -24,7 +24,7 @@ public:
         return ::operator new(bytes, alignment);
     }
     void give(void* data, int64_t bytes) {
-#if !defined(__SANITIZE_ADDRESS__)  // which watches what was let go of
+#if !defined(__SANITIZE_ADDRESS__)  // which watches freed memory
         if (bytes > most_bytes) return release(data);
         Spare& oldest = spares_[next_];
         next_ = (next_ + 1) % count;

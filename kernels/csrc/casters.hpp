@@ -13,7 +13,7 @@ using dfad::Indices;
 
 namespace nanobind::detail {
 
-// they accept None: what a caller does not need, or leaves to the default
+// they accept None, for what a caller does not need or leaves at its default
 template <>
 struct has_arg_defaults<Array> : std::true_type {};
 template <>

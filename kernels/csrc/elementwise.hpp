@@ -100,7 +100,7 @@ void elementwise_backward(Array student_gradient, Array loss_gradient, Array stu
             const int64_t begin = block * block_elements;
             const int64_t end = begin + block_elements < size ? begin + block_elements : size;
             int64_t i = begin;
-            // whole registers without a question of where the block ends: more than twice as fast
+            // whole registers without a check for the end of the block: more than twice as fast
             if (g == nullptr && streamed) {
                 for (; i + lanes<V> <= end; i += lanes<V>)
                     stream(out + i, factor * op.gradient(load(s + i), load(t + i)));

@@ -7,7 +7,7 @@
 
 namespace dfad {
 
-// A row and those it shares work with: the partner whose soft label it is mixed with, and the row that has it
+// A row and the rows that share work with it: the partner whose soft label it is mixed with, and the row that has it
 // as partner. Where the two are the same row, the pair is closed: both rows are done at once, so each is read
 // once.
 struct Pair {

@@ -4,7 +4,7 @@
 
 namespace dfad::DFAD_ISA {
 
-// Below this many elements a second thread costs more than it brings.
+// Below this many elements a second thread costs more than it saves.
 constexpr int64_t elements_per_thread = 1 << 15;
 
 inline int team_of(int64_t elements, int threads) {
@@ -13,7 +13,7 @@ inline int team_of(int64_t elements, int threads) {
 }
 
 // Calls f(block, memory) for blocks 0 to blocks - 1, with what make_memory() gives each thread. Which thread runs a
-// block is left to chance, so a block must not depend on it.
+// block is not determined, so a block must not depend on it.
 template <class Make, class F>
 inline void parallel_for(int64_t blocks, int64_t elements, int threads, Make&& make_memory, F&& f) {
     const int team = team_of(elements, threads);
@@ -33,8 +33,8 @@ inline void parallel_for(int64_t blocks, int64_t elements, int threads, F&& f) {
 
 enum class Order { forth, back };
 
-// As parallel_for, but each thread has as long a stretch of the blocks, the same one in every walk, and goes through
-// it back and forth: what one walk ended with, the next one begins with in the thread's own caches.
+// As parallel_for, but each thread has the same range of blocks in every pass, and its passes alternate in direction:
+// a pass begins with what the previous one left in the thread's own caches.
 template <class Make, class F>
 inline void parallel_stretches(int64_t blocks, int64_t elements, int threads, Order order, Make&& make_memory, F&& f) {
     const int team = team_of(elements, threads);

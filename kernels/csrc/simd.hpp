@@ -194,8 +194,8 @@ inline V lane_numbers() {
     return v;
 }
 
-// The first `count` elements from p on; the lanes after them hold `fill`. Masks spare a detour through memory: rows
-// of few classes consist of little else.
+// The first `count` elements from p on; the lanes after them hold `fill`. Masks avoid a copy through memory, which
+// would be most of the work for rows of few classes.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 inline uint32_t first_lanes(int64_t count) { return count < 16 ? (1u << count) - 1 : 0xffff; }
 
@@ -255,8 +255,8 @@ inline void store(float* p, floats v, int64_t count) {
 #endif
 #endif
 
-// Whether so many bytes are better written past the caches: a line need not be read before it is written, and what
-// is in the caches stays there. Less than this is likely to be found there by who reads it next.
+// Whether so many bytes are better written past the caches: a line is then not read before it is written, and the
+// caches keep their content. A smaller result is likely to be still in the caches when it is read.
 inline bool is_streamed(int64_t bytes) { return bytes >= 1 << 23; }
 
 // A store past the caches; p is aligned as the stored register is. Visible to other threads after finish_streaming().
@@ -314,7 +314,7 @@ inline auto fold(V v, F combine) {
     else return combine(combine(v[0], v[1]), combine(v[2], v[3]));
 }
 
-// By its coefficients from the highest power to the lowest.
+// A polynomial, given its coefficients from the highest power to the lowest.
 template <class... Rest>
 inline floats polynomial(floats x, float highest, Rest... rest) {
     floats p = broadcast<floats>(highest);

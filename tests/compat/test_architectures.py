@@ -1,4 +1,4 @@
-"""Architectures of torchvision, timm and transformers with random weights: the engine computes what PyTorch computes."""
+"""Architectures of torchvision, timm and transformers, with random weights: the engine keeps their results."""
 
 import importlib
 from collections.abc import Callable

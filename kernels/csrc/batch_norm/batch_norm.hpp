@@ -1,4 +1,4 @@
-// Batch normalisation of a (rows, channels) matrix with what follows it in a network:
+// Batch normalisation of a (rows, channels) matrix, with the addition and the activation that follow it:
 // y = φ(γ (x − μ) / √(σ² + ε) + β + r), φ(v) = v where v > 0, else slope · v.
 #pragma once
 
@@ -131,8 +131,7 @@ struct Affine {
     V operator()(V x, int k) const { return (x - mean[k]) * scale[k] + shift[k]; }
 };
 
-// Of a batch: mean and biased variance, (2, channels). The running ones, of which the variance is unbiased, may be
-// missing.
+// Mean and biased variance of a batch, (2, channels). The running ones, with the unbiased variance, may be missing.
 struct BatchStatistics {
     Address batch, running_mean, running_variance;
     double momentum;
@@ -186,8 +185,8 @@ void sum_blocks_about_means(const Rows<T>& walk, const T* in, double* partial, i
     using S = typename Rows<T>::S;
     using V = typename Rows<T>::V;
     const int64_t channels = walk.channels;
-    // Squares about a block's first row, which no row is so far from that more cancels than the block is long
-    // (Samuelson's inequality).
+    // Squared deviations from a block's first row. By Samuelson's inequality no row is so far from the mean that the
+    // cancellation exceeds the length of the block.
     parallel_stretches(walk.blocks, walk.size, threads, Order::forth, [&](int64_t block) {
         const T* first = in + walk.begin(block);
         double* sums = partial + block * 2 * channels;
@@ -206,7 +205,7 @@ void sum_blocks_about_means(const Rows<T>& walk, const T* in, double* partial, i
     });
 }
 
-// What a BatchNorm multiplies by and adds, repeated over a walk's period.
+// The factor and the offset of a BatchNorm, repeated over a period.
 template <class Walk>
 struct Coefficients {
     using S = typename Walk::S;
@@ -309,7 +308,7 @@ inline void sum_gradients(const Rows<T>& walk, Coefficients<Rows<T>>& coefficien
                         bias_gradient);
 }
 
-// The gradient of what a BatchNorm is given: scale · g − tilt · (x − μ) − level, g being that of what it returns.
+// The gradient of a BatchNorm's input: scale · g − tilt · (x − μ) − level, where g is the gradient of its output.
 template <class Walk>
 struct Gradient {
     using S = typename Walk::S;
@@ -327,8 +326,8 @@ struct Gradient {
     }
 };
 
-// y and residual_gradient are given where something was added before an activation; else the side of zero that y lies on
-// is computed again, which takes less than reading it.
+// y and residual_gradient are given where something was added before an activation; elsewhere the sign of y is computed
+// again, which is faster than reading it.
 void batch_norm_backward(Array x, Address x_gradient, Address weight_gradient, Address bias_gradient,
                          Address residual_gradient, Address y_gradient, Address y, Address statistics, Address weight,
                          Address bias, double epsilon, double slope, int threads) {
@@ -347,7 +346,7 @@ void batch_norm_backward(Array x, Address x_gradient, Address weight_gradient, A
         const V below = broadcast<V>(slope);
         Coefficients<Walk> coefficients(walk, batch, weight, bias, epsilon);
 
-        // g(access, element, x, affine, register) is the gradient behind the activation.
+        // g(access, element, x, affine, register) is the gradient before the activation.
         const auto differentiate = [&](auto g, auto g_again) {
             sum_gradients<T>(walk, coefficients, in, batch, epsilon, weight_gradient, bias_gradient, threads, g);
             Gradient<Walk> gradient(walk, coefficients, batch, epsilon, weight_gradient, bias_gradient);

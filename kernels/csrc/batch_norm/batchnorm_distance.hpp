@@ -5,8 +5,7 @@
 
 namespace dfad::DFAD_ISA {
 
-// What the distance's gradient is made of, (3, channels): μ(x), and tilt and level, of which tilt · (x − μ(x)) + level
-// is the gradient. loss is a scalar.
+// Terms of the distance's gradient tilt · (x − μ(x)) + level: μ(x), tilt and level, (3, channels). loss is a scalar.
 void batchnorm_distance_forward(Array x, Address loss, Address saved, Address mean, Address variance, int threads) {
     with_storage(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

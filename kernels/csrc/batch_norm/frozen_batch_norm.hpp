@@ -1,5 +1,5 @@
-// BatchNorm by statistics that are given, with what follows it: y = φ(γ (x − μ) / √(σ² + ε) + β + r). Each of μ and σ²,
-// γ, β and r may be missing.
+// BatchNorm with given statistics, and the addition and the activation that follow it:
+// y = φ(γ (x − μ) / √(σ² + ε) + β + r). Each of μ and σ², γ, β and r may be missing.
 #pragma once
 
 #include "batch_norm/batch_norm.hpp"

@@ -1,9 +1,9 @@
 // 3×3 convolutions, padded by 1, of channels-last bfloat16 features, by tiles; sums are float32.
 //
-// Images are laid out so that a convolution is one matrix product per tap, with no borders to think of: each row ends
-// with a pixel of zeros and each image with a row of zeros, which are the padding of what follows as well. A tap's
-// pixels are then everybody's own, a constant distance on. What the products give at the padding is thrown away; a
-// stride is a stride of what is kept, or of what zeros are put between.
+// Images are laid out so that a convolution is one matrix product per tap, without special cases at borders: each row
+// ends with a pixel of zeros and each image with a row of zeros, which also pad the next row and image. A tap then
+// reads each pixel at a constant distance. Products at the padding are discarded; with a stride, so are the pixels that
+// it skips, and in the other direction zeros are inserted for them.
 #pragma once
 
 #include <cstring>
@@ -91,11 +91,11 @@ struct Images {
 
     int64_t pitch() const { return width + 1; }
     int64_t plane() const { return (height + 1) * pitch(); }
-    // How far a tap's pixel is from the pixel of the result, at most and exactly.
+    // Distance of a tap's pixel from the pixel of the result: the largest, and that of one tap.
     int64_t reach() const { return pitch() + 1; }
     int64_t distance(int64_t tap) const { return (tap / 3 - 1) * pitch() + tap % 3 - 1; }
-    // How many are worked on at a time: enough for long loops, few enough for the caches, and an even share for each
-    // of any usual number of threads.
+    // How many images are processed at a time: enough for long loops, few enough for the caches, and in a number of
+    // chunks that the usual numbers of threads share evenly.
     int64_t chunk() const {
         int64_t chunks = 1;
         while (chunks < count && (count + chunks - 1) / chunks * plane() > 1280) chunks *= 2;
@@ -404,7 +404,7 @@ inline void each(F&& f) {
 }
 
 // A convolution's gradient with respect to its kernel, (out, taps, in), summed over positions: the product of the
-// upstream gradient, transposed, with what each tap saw. Factors of the latter are pairs of positions, which begin at
+// transposed upstream gradient and the input of each tap. Factors of the latter are pairs of positions, which begin at
 // even ones or at odd ones, whichever a tap's distance asks for.
 class KernelGradient {
 public:
@@ -412,12 +412,13 @@ public:
         : images_(images),
           out_(out),
           before_(round_up(images.reach(), 2)),
-          pitch_(round_up(images.chunk() * images.plane(), tile_depth) + 32),  // no power of two, which caches dislike
+          // not a power of two, for which rows would share cache lines
+          pitch_(round_up(images.chunk() * images.plane(), tile_depth) + 32),
           pairs_((pitch_ - 32 + 2 * before_) / 2),
           pairs_of_{Buffer<bfloat16>(2 * pairs_ * images.channels), Buffer<bfloat16>(2 * pairs_ * images.channels)},
           upstream_(pitch_ * out) {}
 
-    // Adds the products of so many positions to the sums, or begins them.
+    // Adds the products of so many positions to the sums, or starts the sums with them.
     void add(Tiles& tiles, const bfloat16* in, const bfloat16* upstream, int64_t positions, float* sums, bool begins) {
         pair_up(in, 0);
         pair_up(in, 1);

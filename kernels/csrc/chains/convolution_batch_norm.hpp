@@ -1,4 +1,4 @@
-// A 3×3 convolution with the BatchNorm, the addition and the activation behind it: y = conv(x),
+// A 3×3 convolution with the BatchNorm, the addition and the activation that follow it: y = conv(x),
 // pre = γ (y − μ) / √(σ² + ε) + β + r, post = φ(pre).
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace dfad::DFAD_ISA {
 
-// What is convolved: x as it is, or, where statistics are given, what a BatchNorm and an activation make of it. Such
-// an x is a convolution's result that nobody else needs normalised, which saves writing and reading that.
+// The input of the convolution: x itself or, where statistics are given, x after a BatchNorm and an activation. Such an
+// x is another convolution's result that nothing else needs normalised, so that its normalised form is never stored.
 struct Source {
     Address x, statistics, weight, bias;
     double slope, epsilon;
@@ -118,8 +118,8 @@ void convolution_batch_norm_forward(const Link& link, int threads) {
                         static_cast<bfloat16*>(link.post.data), link.negative_slope, threads);
 }
 
-// behind_activation must be given where anything was added or more than one gradient comes in; post then says where the
-// activation passed. Where source_weight and source_bias are given they are summed on the way.
+// behind_activation must be given if there is a residual or more than one incoming gradient; the sign of post then
+// gives the slope of the activation. If source_weight and source_bias are given they are summed on the way.
 void convolution_batch_norm_backward(const Link& link, const LinkGradients& gradients, int threads) {
     using Walk = Rows<bfloat16>;
     const Source source(link);
@@ -207,7 +207,7 @@ void convolution_batch_norm_backward(const Link& link, const LinkGradients& grad
         for (int64_t i = 0; i < 2 * in; ++i) of_block[i] = tilted[i] + (first == number * block ? 0 : of_block[i]);
     };
 
-    // again(element, normalised) is the gradient behind the activation once more.
+    // again(element, normalised) is the gradient before the activation, computed again.
     const auto convolve_back = [&](auto again, auto write_gradient) {
         Gradient<Walk> gradient(walk, coefficients, batch, link.epsilon, gradients.weight, gradients.bias);
         const auto differentiate = [&](bfloat16* to, int64_t from, int64_t pixels) {

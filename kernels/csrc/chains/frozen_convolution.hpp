@@ -1,4 +1,4 @@
-// A 3×3 convolution that does not learn, with the addition and the activation behind it: pre = conv(x) + β + r,
+// A 3×3 convolution that does not learn, with the addition and the activation that follow it: pre = conv(x) + β + r,
 // post = φ(pre).
 #pragma once
 
@@ -16,7 +16,7 @@ inline void resize(const float* in, int64_t rows, int64_t from, int64_t to, floa
         for (int64_t c = 0; c < to; ++c) out[row * to + c] = c < from ? in[row * from + c] : 0;
 }
 
-// What both directions know of a convolution: x is (images, height, width, in), y every step-th pixel of it.
+// The sizes of a convolution, for both directions: x is (images, height, width, in), y every step-th pixel of it.
 struct Convolution {
     int64_t count, height, width, in, out, step;
 

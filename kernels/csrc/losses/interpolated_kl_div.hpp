@@ -14,7 +14,7 @@ namespace dfad::DFAD_ISA {
 
 constexpr double ln2 = 0.693147180559945309417;
 
-// How logits in memory become vectors. They run over the dimension that is contiguous: over the classes of
+// How logits are loaded into vectors. They run over the dimension that is contiguous: over the classes of
 // one site, or over neighbouring sites of one class. A unit is what the kernels hold at once: all classes of
 // one site, or of as many sites as a step has lanes. It is `steps` times `width` vectors, in either case side by
 // side in memory.
@@ -84,7 +84,7 @@ struct Layout {
         return reduce(total, [](auto a, auto b) { return a + b; });
     }
 
-    // What each site has of vectors that were combined for each place.
+    // Each site's value, from vectors that were combined for each place.
     template <class F>
     static PerSite reduce(const V (&parts)[width], F&& combine) {
         PerSite result;
@@ -118,7 +118,7 @@ struct Layout {
         template <bool whole>
         V read(Place<whole> at, scalar_t<S> fill) const {
             const S* p = address(at);
-            // the next unit's line: classes are too far apart for hardware to foresee
+            // the next unit's cache line: classes are too far apart for the hardware prefetcher
             if (!over_classes && at.k * lanes<V> * sizeof(S) % 64 == 0) __builtin_prefetch(p + unit_sites);
             return whole ? load(p) : load(p, at.count, fill);
         }
@@ -168,7 +168,7 @@ private:
     }
 };
 
-// What is left of a unit's logits after a first walk: their softmax is e^{(x − top) / T} · inverse_sum.
+// Statistics of a unit's logits from a first pass: their softmax is e^{(x − top) / T} · inverse_sum.
 template <class L>
 struct Statistics {
     typename L::PerSite top, inverse_sum;
@@ -230,7 +230,7 @@ struct InterpolatedKlDiv {
             static_cast<const S*>(mixing_coefficient.data)[row * mixing_coefficient.stride[0]]);
     }
 
-    // From a first walk over a unit of the student's or the teacher's logits, and saved.
+    // Computed in a first pass over a unit of the student's or the teacher's logits, and saved.
     Softmax<L> softmax(const Array& a, int64_t row, int64_t unit, V* exponential, V* exponents = nullptr) const {
         const auto x = logits(a, row, unit);
         V tops[L::width];
@@ -251,12 +251,12 @@ struct InterpolatedKlDiv {
         layout.save(saved, first_statistic(a) + 1, row, unit, result.inverse_sum);
         return result;
     }
-    // What that walk saved.
+    // What that pass saved.
     Statistics<L> statistics(const Array& a, int64_t row, int64_t unit) const {
         return {layout.saved(saved, first_statistic(a), row, unit),
                 layout.saved(saved, first_statistic(a) + 1, row, unit)};
     }
-    // From a second walk.
+    // Computed in a second pass.
     Softmax<L> softmax_again(const Array& a, int64_t row, int64_t unit, V* exponential,
                              V* exponents = nullptr) const {
         const auto x = logits(a, row, unit);
@@ -320,7 +320,7 @@ void with_problem(const Array& student, const Array& teacher, const Array& mixin
         };
         if (student.stride[1] != 1) call(Layout<T, false>(student));
         else if (student.shape[1] > 4 * lanes<vector_t<T>>) call(Layout<T, true>(student));
-        else call(Layout<T, true, 1>(student));  // a loop over so few vectors would cost more than they do
+        else call(Layout<T, true, 1>(student));  // the loop would cost more than so few vectors
     });
 }
 
@@ -369,7 +369,7 @@ void interpolated_kl_div_forward(Array loss, Array student, Array teacher, Array
     });
 }
 
-// The student's gradient alone, for a scalar loss_gradient g: g · scale · T (p − ỹ). One walk, nothing kept.
+// The student's gradient alone, for a scalar loss_gradient g: g · scale · T (p − ỹ). One pass, nothing saved.
 template <class Problem>
 void student_backward(const Problem& problem, const std::vector<Pair>& pairs, const Array& gradient,
                       double scale, int threads) {
@@ -468,7 +468,7 @@ void full_backward(const Problem& problem, const std::vector<Pair>& pairs, const
         // q (h − Σ q h)
         const auto pull = [&](const auto& q, const V* h, V* pulled) {
             const auto mean = layout.sum(unit, [&](auto at) { return weigh(q, at, h[at.index()]); });
-            // takes back what Σ q ≠ 1 in the last place has done to the mean
+            // corrects the rounding error of Σ q in the mean
             const auto rest =
                 layout.sum(unit, [&](auto at) { return weigh(q, at, h[at.index()] - mean[at.k]); });
             layout.each(unit, [&](auto at) {

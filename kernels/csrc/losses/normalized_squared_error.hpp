@@ -17,7 +17,7 @@ struct SquaredError {
 
 constexpr double smallest_size = 1e-12;
 
-// saved is the size that errors are divided by: the teacher's, or the given one.
+// saved is the divisor of the squared error: the given size, or else the teacher's.
 void normalized_squared_error_forward(Array loss, Array student, Array teacher, Array size, double scale, Array saved,
                                       int threads) {
     double sums[2] = {};

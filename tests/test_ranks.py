@@ -83,6 +83,7 @@ def words() -> dict[str, Any]:
     (own.average(x) * (own.rank + 1)).sum().backward()
     found["gradient"] = x.grad
     own.require_equal(configuration=1)
+    found["capturable"] = own.capturable(torch.device("cuda"))
     return found
 
 
@@ -94,6 +95,14 @@ def test_ranks_speak_to_one_another(tmp_path):
         assert found["refused by the first"] == "There is no room."
         assert "Rank 1 of 2 has another teacher file than rank 0." in found["different"]
         assert torch.equal(found["gradient"], torch.full((3,), (1 + 2) / 2))  # of both ranks' losses
+        assert not found["capturable"]  # by gloo
+
+
+@pytest.mark.parametrize(("backends", "expected"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", False)])
+def test_a_graph_holds_collectives_by_nccl_alone(backends, expected, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    assert Ranks(0, 2).capturable(torch.device("cuda")) is expected
+    assert Ranks().capturable(torch.device("cuda"))
 
 
 def silent() -> str:

@@ -3,11 +3,13 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,17 +33,32 @@ RANKS = 2
 
 RUN = [*SMALL, "--no_evaluate", "--run_dir=run"]
 
+ROUNDS = 24
 
-def start(*given: object, cwd: Path) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+ON_ONE_HOST = ["--standalone", f"--nproc-per-node={RANKS}", "--max-restarts=1"]
+
+
+def start(
+    *given: object, cwd: Path, launch: Sequence[str] = ON_ONE_HOST, within: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[str]:
+    launcher = [*within, sys.executable, "-m", "torch.distributed.run", *launch, "-m", "dfad.train"]
     return subprocess.Popen(
-        [*launcher, "--max-restarts=1", "-m", "dfad.train", *map(str, given)],
+        [*launcher, *map(str, given)],
         cwd=cwd,
-        env=environment(**{TIME_LIMIT: "60"}),
+        env=environment(**{TIME_LIMIT: "60"}, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of ranks on one host."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_command(train.main, [[*RUN, f"--method.rounds={ROUNDS}"]] * RANKS, folder)
+    assert [rank.exit_code for rank in done] == [0] * RANKS, done
+    return folder / "run"
 
 
 def process_of_rank(launcher: int, rank: int) -> int:
@@ -51,27 +68,74 @@ def process_of_rank(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_ranks_that_are_killed_started_again_and_stopped_end_with_the_same_bits(tmp_path):
-    rounds, metrics = "--method.rounds=24", tmp_path / "run" / "metrics.jsonl"
-    with start(*RUN, rounds, cwd=tmp_path) as process:
+def test_ranks_that_are_killed_started_again_and_stopped_end_with_the_same_bits(whole, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with start(*RUN, f"--method.rounds={ROUNDS}", cwd=tmp_path) as process:
         wait_until(lambda: lines_of(metrics) >= 3, process)
         os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
         killed_after = lines_of(metrics)
         wait_until(lambda: lines_of(metrics) >= killed_after + 3, process)
         process.terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors  # the launcher's; that of the ranks is tested below
-    (stopped,) = re.findall(r"Stopped after round (\d+) of 24\. Continue with --resume run\.", errors)
-    assert checkpoint.load(tmp_path / "run")["round"] == int(stopped) == lines_of(metrics) < 24
+    (stopped,) = re.findall(rf"Stopped after round (\d+) of {ROUNDS}\. Continue with --resume run\.", errors)
+    assert checkpoint.load(tmp_path / "run")["round"] == int(stopped) == lines_of(metrics) < ROUNDS
     with start("--resume=run", cwd=tmp_path) as process:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert output.count("Distilled without data") == 1  # the first rank's
-    assert lines_of(metrics) == 24
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert [rank.exit_code for rank in run_command(train.main, [[*RUN, rounds]] * RANKS, whole)] == [0, 0]
-    assert_same_networks(tmp_path / "run", whole / "run")
+    assert lines_of(metrics) == ROUNDS
+    assert_same_networks(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces that reach one another as two hosts do, at 10.213.7.1 and 10.213.7.2."""
+    names = [f"dfad-{os.getpid()}-{number}" for number in (1, 2)]
+
+    def ip(*given: str) -> None:
+        subprocess.run(["ip", *given], check=True, capture_output=True, text=True)
+
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs iproute2 and root")
+    with ExitStack() as stack:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(ip, "netns", "del", name)
+            ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "addr", "add", f"10.213.7.{number}/24", "dev", "wire")
+                for device in ("lo", "wire"):
+                    ip("-n", name, "link", "set", device, "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+        yield names
+
+
+def test_two_hosts_end_with_the_bits_of_one(hosts, whole, tmp_path):
+    processes = []
+    for number, host in enumerate(hosts, start=1):
+        (tmp_path / host).mkdir()  # which the other one does not see
+        meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=10.213.7.1:29500", f"--local-addr=10.213.7.{number}"]
+        meeting.append(f"--rdzv-conf=is_host={int(number == 1)}")  # both have one hostname, by which it is found out
+        process = start(
+            *(*RUN, f"--method.rounds={ROUNDS}"),
+            cwd=tmp_path / host,
+            launch=[f"--nnodes={RANKS}", "--nproc-per-node=1", *meeting],
+            within=["ip", "netns", "exec", host],
+            GLOO_SOCKET_IFNAME="wire",
+        )
+        processes.append(process)
+    try:
+        ended = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * RANKS, ended
+    assert sum(output.count("Distilled without data") for output, _ in ended) == 1
+    (found,) = tmp_path.glob("*/run")  # of the first rank, on whichever host that is
+    assert_same_networks(found, whole)
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """Comparisons: every arm over the seeds, and the claims; finished runs are not repeated."""
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -160,6 +161,17 @@ def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: context())
     together = run(tmp_path, "--processes=2", "--arms", PLAIN)
     assert timeless(together)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
+
+
+def test_several_processes_take_the_gpus_in_turns(monkeypatch, one_thread):
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        study._start_process(1, started)
+    assert taken == [0, 1, 0]
 
 
 def test_the_record_tells_the_commit_that_was_begun_with(finished, tmp_path, monkeypatch):

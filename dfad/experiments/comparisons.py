@@ -161,6 +161,15 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
         RECIPE_BARE: {"interpolation": InterpolationConfig(), "activation": ActivationConfig()},
         "recipe without adversary": {"adversarial": 0.0},
         RECIPE_UNMATCHED: {"feature_matching": FeatureMatchingConfig()},
+        "recipe, activation at 0.02": {"activation": ActivationConfig(weight=0.02)},
+        "recipe, activation at 1.0": {"activation": ActivationConfig(weight=1.0)},
+        # further student-images, each mixed of two: the paper's labels, and the same with the teacher's own
+        "recipe, mixed images as a further term, labels interpolated": {
+            "interpolation": InterpolationConfig(weight=0.5, labels="interpolated", temperature=4.0)
+        },
+        "recipe, mixed images as a further term, teacher queried": {
+            "interpolation": InterpolationConfig(weight=0.5, labels="teacher", temperature=4.0)
+        },
     }
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 

@@ -46,9 +46,7 @@ class Augmentation:
             down, right = int(crop * height), int(crop * width)
             rows = rows + self._integers(batch, -down, down)
             columns = columns + self._integers(batch, -right, right)
-        pixels = images.permute(0, 2, 3, 1)
-        samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
-        view = pixels[samples, _reflected(rows, height).unsqueeze(2), _reflected(columns, width).unsqueeze(1)]
+        view = pixels_at(images.permute(0, 2, 3, 1), _reflected(rows, height), _reflected(columns, width))
         if crop and self.config.padding == "zero":
             inside = _inside(rows, height).unsqueeze(2) & _inside(columns, width).unsqueeze(1)
             view = view * inside.unsqueeze(3)
@@ -77,6 +75,21 @@ class Augmentation:
         """One random number per image, ``(B, 1)``."""
         shape = (batch * self.ranks.count, 1)
         return self.ranks.share(torch.randint(least, most + 1, shape, generator=self.rng, device=self.rng.device))
+
+
+def pixels_at(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Images whose pixel ``(i, j)`` is pixel ``(rows[i], columns[j])`` of the given ones.
+
+    Args:
+        images: ``(B, height, width, channels)``.
+        rows: ``(B, new height)``, none of them negative.
+        columns: ``(B, new width)``, likewise.
+    """
+    batch, height, width, channels = images.shape
+    samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
+    places = (samples * height + rows.unsqueeze(2)) * width + columns.unsqueeze(1)
+    # on a CPU four times as fast as an index for each dimension
+    return images.reshape(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
 
 
 def _reflected(positions: Tensor, length: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Random views of images."""
 
+import itertools
+
 import pytest
 import torch
 
 from dfad.config import AugmentationConfig
-from dfad.distillation.augmentation import Augmentation
+from dfad.distillation.augmentation import Augmentation, pixels_at
 from tests.waiting import NoWaiting
 
 SHAPE = (3, 6, 8)
@@ -52,6 +54,16 @@ def test_a_crop_is_a_window_of_the_padded_image(padding, images):
     # each shift, both ways
     assert (found.sum(dim=0) > 0).all()
     assert (found.sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pixels_are_taken_from_rows_and_columns(memory_format):
+    images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).contiguous(memory_format=memory_format).movedim(1, -1)
+    rows, columns = torch.tensor([[3, 0], [1, 1]]), torch.tensor([[4, 0, 2], [0, 1, 3]])
+    taken = pixels_at(images, rows, columns)
+    for b, i, j in itertools.product(range(2), range(2), range(3)):
+        assert torch.equal(taken[b, i, j], images[b, rows[b, i], columns[b, j]])
+    assert taken.shape == (2, 2, 3, 3)
 
 
 def test_a_crop_of_nothing_and_a_flip_keep_every_value(images):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,3 +123,14 @@ def config() -> DistillConfig:
 def with_method(config: DistillConfig, **changes) -> DistillConfig:
     """A configuration with other settings of the method."""
     return replace(config, method=replace(config.method, **changes))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let PyTorch compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -24,6 +24,7 @@ from dfad.models.model_file import load_model
 from dfad.runs import checkpoint
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests import processes
+from tests.conftest import threads
 from tests.models.test_loading import Exploit
 from tests.processes import Process
 
@@ -203,12 +204,8 @@ class TestInterrupted:
         assert saved["method"]["interpolation"] == to_tree(train.PRESETS["digits"])["method"]["interpolation"]
         printed = command("--config", whole / "config.yaml", "--print_config")
         assert (printed.exit_code, printed.stdout) == (0, (whole / "config.yaml").read_text())
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as the other process had
-        try:
+        with threads(1):  # as in the other process
             again = command("--config", whole / "config.yaml", "--run_dir=again")
-        finally:
-            torch.set_num_threads(threads)
         assert again.exit_code == 0, again.stderr
         assert_same_networks(Path("again"), whole)
 

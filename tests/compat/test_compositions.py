@@ -1,7 +1,5 @@
 """Networks composed at random of parts of the zoo: the engine computes what plain PyTorch computes."""
 
-import random
-
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +12,7 @@ from dfad.engine.calls import replaced_call
 from dfad.engine.placement import Placement
 from dfad.models.probing import as_outputs
 from dfad.modes import set_mode
-from tests.compat.zoo import CHANNELS, SIZE, ZOO, Small
+from tests.compat.zoo import CHANNELS, SIZE, ZOO, Small, seed_everything
 
 SHAPE = (CHANNELS, SIZE, SIZE)
 UNFIT = {"a forward method on the instance"}
@@ -51,11 +49,6 @@ class Composition(nn.Module):
 
     def forward(self, x: Tensor) -> object:
         return self.last.head(self.bodies(self.first.stem(x)))
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
 
 
 def a_step(network: nn.Module, *, training: bool, channels_last: bool) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from dfad.models.probing import as_outputs
 from dfad.models.taps import has_batchnorm
 from dfad.modes import set_mode
 from dfad.trees import tree_leaves
-from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small
+from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small, seed_everything
 
 SHAPE = (CHANNELS, SIZE, SIZE)
 each_trait = pytest.mark.parametrize("trait", ZOO)
@@ -53,11 +53,6 @@ def make(trait: str, seed: int = 0) -> nn.Module:
         for _ in range(3):
             network(2 * torch.randn(8, *SHAPE) + 1)
     return network
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
 
 
 def engine(precision: str, *, fused: bool = True) -> Engine:

@@ -26,6 +26,12 @@ WITHOUT_STATISTICS = {
 """They have no BatchNorm with statistics, or not as a module of PyTorch."""
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the random numbers that the networks draw."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
 def trait(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Register a network; its docstring is the name of its trait."""
     ZOO[(factory.__doc__ or "").rstrip(".")] = factory

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dfad import reproduce
 from dfad.config import GeneratorConfig, InterpolationConfig, RecordingConfig, SelectionConfig, StudentConfig
@@ -30,7 +29,7 @@ from dfad.experiments.comparisons import (
 from dfad.experiments.study import judge
 from dfad.presets import PRESETS
 from dfad.supervised.recipes import RECIPES, NetworkConfig
-from tests.conftest import with_method
+from tests.conftest import threads, with_method
 from tests.processes import context
 
 CHANNELS = {"channels": [4, 8, 16]}
@@ -63,12 +62,8 @@ def comparison() -> Iterator[Comparison]:
 def finished(comparison, tmp_path_factory) -> Path:
     """The folder of the comparison, all of it run on one thread; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("finished")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         run(folder, "--output", str(folder / "results" / "reproduce-tiny.json"), "--root", str(folder))
-    finally:
-        torch.set_num_threads(threads)
     return folder
 
 
@@ -81,10 +76,8 @@ def again(finished: Path, tmp_path: Path, *arguments) -> dict:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Use the threads of the finished comparison, because their number changes the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture

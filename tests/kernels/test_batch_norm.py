@@ -15,6 +15,7 @@ from dfad_kernels import batch_norm
 from dfad_kernels.batch_norm import reference
 from dfad_kernels.registration import compute_dtype
 from dfad_kernels.testing import TOLERANCE, relative_error
+from tests.conftest import threads
 from tests.kernels.implementations import FEATURE_KERNELS, interpreted
 from tests.kernels.memory import guarded
 from tests.waiting import NoWaiting
@@ -175,13 +176,9 @@ def test_neither_runs_nor_threads_change_a_bit_nor_inputs(generator: Generator) 
     before = [value if value is None else value.clone() for value in inputs]
     upstream = channels_last(torch.randn(16, 24, 33, 32, generator=generator).bfloat16())
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5, 5):
+        with threads(number):
             results.append(differentiate(batch_norm, inputs, 0.2, upstream))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
     torch.testing.assert_close(list(inputs), before, rtol=0, atol=0)

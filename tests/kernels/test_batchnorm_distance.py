@@ -13,6 +13,7 @@ from dfad_kernels.batchnorm_distance import reference
 from dfad_kernels.features import channels_last
 from dfad_kernels.registration import compute_dtype
 from dfad_kernels.testing import LOSS_TOLERANCE, TOLERANCE, relative_error
+from tests.conftest import threads
 from tests.kernels.implementations import FEATURE_KERNELS, interpreted
 from tests.kernels.memory import guarded
 from tests.waiting import NoWaiting
@@ -131,13 +132,9 @@ def test_neither_runs_nor_threads_change_a_bit_nor_inputs(generator: Generator) 
     inputs = inputs_of((16, 24, 33, 32), torch.bfloat16, generator)
     before = [value.clone() for value in inputs]
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5, 5):
+        with threads(number):
             results.append(differentiate(batchnorm_distance, inputs, 2.0))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
     torch.testing.assert_close(list(inputs), before, rtol=0, atol=0)

@@ -28,6 +28,7 @@ from dfad_kernels import (
 )
 from dfad_kernels.checks import REDUCTIONS
 from dfad_kernels.testing import CASES, TOLERANCE, OpCase
+from tests.conftest import threads
 from tests.kernels import implementations
 from tests.kernels.implementations import CPU_IMPLEMENTATIONS, Implementation, differentiate
 from tests.kernels.memory import guarded
@@ -189,13 +190,9 @@ def test_the_number_of_threads_does_not_change_a_bit(case: OpCase, generator: Ge
     pair = case.pair((16, 21, 33, 32), torch.float32, generator)
     options = case.settings(16, generator)[-1]
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5):
+        with threads(number):
             results.append(implementations.operator(case, pair, options, torch.ones_like))
-    finally:
-        torch.set_num_threads(threads)
     for loss, gradients in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert all(torch.equal(x, y) for x, y in zip(gradients, results[0][1], strict=True))

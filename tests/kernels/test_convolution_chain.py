@@ -20,6 +20,7 @@ from dfad_kernels.cpu.convolution_chain import (
     instruction_sets,
     unavailable,
 )
+from tests.conftest import threads
 from tests.kernels.memory import guarded
 
 SHAPES = [
@@ -226,13 +227,9 @@ def test_neither_runs_nor_threads_change_a_bit_nor_inputs(normalises: bool, gene
     inputs = [channels_last(torch.randn(33, 32, 16, 16, generator=generator).bfloat16())]
     before = [x.clone() for x in inputs]
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5, 5):
-            torch.set_num_threads(number)
+    for number in (1, 2, 5, 5):
+        with threads(number):
             results.append(differentiate(chain_of(*links), links, layers, inputs))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
     torch.testing.assert_close(inputs, before, rtol=0, atol=0)

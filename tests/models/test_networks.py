@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dfad import models
+from dfad.models.probing import parameter_count
 from dfad.models.resnet import SubsamplingShortcut
 from dfad.models.taps import Outputs
 from dfad.models.weights import load_weights
@@ -69,7 +70,7 @@ def test_every_network_is_tested():
 def test_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         network = getattr(models, name)()
-    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+    assert parameter_count(network) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", TAPS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfad import reproduce
 from dfad.config import GeneratorConfig, InterpolationConfig, RecordingConfig, SelectionConfig, StudentConfig

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import call_rewritten
+from dfad.engine.fuse_batchnorm import Rewriting, call_rewritten
 from dfad.engine.multi_tensor import copy_to_all
-from dfad.engine.tracing import Trace, plain_parts
+from dfad.engine.tracing import Parts, Trace, plain_parts
 
 
 class CastWeights(nn.Module):
@@ -73,10 +73,15 @@ class WithGivenWeights(nn.Module):
         return self.compute(x, weight, bias)
 
 
-def cast_weights(network: nn.Module) -> None:
-    """Let a network that learns cast its weights so, in training mode; parameters and modules stay what they are."""
-    for traced in plain_parts(network, training=True):
-        rewritten = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+def cast_weights(network: nn.Module, *, parts: Parts = plain_parts) -> None:
+    """Let a network that learns cast its weights so, in training mode; parameters and modules stay what they are.
+
+    Args:
+        network: any.
+        parts: finds the plain ones.
+    """
+    for traced in parts(network, training=True):
+        rewritten = Rewriting(traced)
         if cast_in(rewritten, traced):
             call_rewritten(traced, rewritten, in_training=True)
 

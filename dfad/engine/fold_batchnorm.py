@@ -4,10 +4,10 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfad.copies import copy_network
-from dfad.engine.tracing import trace
+from dfad.engine.tracing import Trace, trace
 
 
-def fold_batchnorm(network: nn.Module) -> nn.Module:
+def fold_batchnorm(network: nn.Module, traced: Trace | None = None) -> fx.GraphModule:
     """A copy of a network in eval mode whose BatchNorms that directly follow a convolution are folded into it.
 
     Its outputs are the same up to rounding, including taps: a tap is after a BatchNorm, never between it and its
@@ -15,11 +15,12 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
 
     Args:
         network: in eval mode; not changed.
+        traced: its trace in eval mode, if it is there already.
 
     Raises:
         NotPlain: if the network must not be rewritten.
     """
-    traced = trace(network, training=False)
+    traced = traced or trace(network, training=False)
     network, graph = copy_network(network), traced.graph
     modules = dict(network.named_modules())
     for node in list(graph.nodes):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dfad.engine.calls import present_call, replace_call
 from dfad.engine.multi_tensor import add_to_all
-from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
+from dfad.engine.tracing import Parts, Trace, is_written_in_place, plain_parts
 from dfad_kernels import batch_norm
 from dfad_kernels.registration import compute_dtype
 
@@ -102,6 +102,7 @@ def fuse_batchnorm(
     refine: Callable[[fx.GraphModule, Trace], object] = lambda *_: None,
     *,
     smallest: int | None = None,
+    parts: Parts = plain_parts,
 ) -> None:
     """Make a network compute its BatchNorms this way in training mode; parameters, buffers and modules stay the same.
 
@@ -111,10 +112,11 @@ def fuse_batchnorm(
         network: any.
         refine: further changes to the graph, whose modules are used nowhere else.
         smallest: number of elements from which it is used on a CPU; :data:`SMALLEST` if None.
+        parts: finds the plain ones.
     """
     smallest = SMALLEST if smallest is None else smallest
-    for traced in plain_parts(network, training=True):
-        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+    for traced in parts(network, training=True):
+        fused = Rewriting(traced)
         without_identities(fused)
         counted: list[nn.BatchNorm2d] = []
         for node in list(fused.graph.nodes):
@@ -122,6 +124,18 @@ def fuse_batchnorm(
                 _fuse(fused, node, smallest, counted)
         refine(fused, traced)
         call_rewritten(traced, fused, in_training=True, counted=counted)
+
+
+class Rewriting(fx.GraphModule):
+    """The graph of a plain network, to be rewritten. Its code is generated at the end, by :func:`call_rewritten`."""
+
+    finished = False
+
+    def __init__(self, traced: Trace) -> None:
+        super().__init__(traced.network, traced.graph, type(traced.network).__name__)
+
+    def recompile(self) -> Any:
+        return super().recompile() if self.finished else None
 
 
 def without_identities(fused: fx.GraphModule) -> None:
@@ -134,7 +148,7 @@ def without_identities(fused: fx.GraphModule) -> None:
 
 def call_rewritten(
     traced: Trace,
-    rewritten: fx.GraphModule,
+    rewritten: Rewriting,
     *,
     in_training: bool = False,
     counted: list[nn.BatchNorm2d] | None = None,
@@ -148,6 +162,7 @@ def call_rewritten(
         counted: list of the BatchNorms whose batches a call has to count, all at once.
     """
     rewritten.graph.lint()
+    rewritten.finished = True
     rewritten.recompile()
     network = traced.network
     own = present_call(network)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from dfad.engine.fuse_batchnorm import (
     FusedBatchNorm,
+    Rewriting,
     addend,
     call_rewritten,
     count_batch,
@@ -22,13 +23,13 @@ from dfad.engine.fuse_batchnorm import (
     statistics_to_move,
     without_identities,
 )
-from dfad.engine.tracing import Trace, is_written_in_place, plain_parts
+from dfad.engine.tracing import Parts, Trace, is_written_in_place, plain_parts
 from dfad_kernels.cpu.convolution_chain import ConvolutionChain, Layer, Link, Misfit, admits
 from dfad_kernels.cpu.convolution_chain import unavailable as unavailable
 from dfad_kernels.cpu.subsampling import subsample
 
 
-def fuse_convolutions(network: nn.Module, *, smallest: int | None = None) -> None:
+def fuse_convolutions(network: nn.Module, *, smallest: int | None = None, parts: Parts = plain_parts) -> None:
     """Make a network compute its convolutions as chains; parameters, buffers and modules stay the same.
 
     A trained network does so in training mode, together with its BatchNorms
@@ -38,12 +39,13 @@ def fuse_convolutions(network: nn.Module, *, smallest: int | None = None) -> Non
     Args:
         network: any.
         smallest: as for :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`, for BatchNorms outside of chains.
+        parts: finds the plain ones.
     """
     if any(parameter.requires_grad for parameter in network.parameters()):
-        fuse_batchnorm(network, functools.partial(_chain, learns=True), smallest=smallest)
+        fuse_batchnorm(network, functools.partial(_chain, learns=True), smallest=smallest, parts=parts)
         return
-    for traced in plain_parts(network, training=False):
-        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+    for traced in parts(network, training=False):
+        fused = Rewriting(traced)
         without_identities(fused)
         _chain(fused, traced, learns=False)
         if any(isinstance(module, ChainedConvolutions) for module in fused.children()):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import call_rewritten, following, say_once, without_identities
-from dfad.engine.tracing import plain_parts
+from dfad.engine.fuse_batchnorm import Rewriting, call_rewritten, following, say_once, without_identities
+from dfad.engine.tracing import Parts, plain_parts
 from dfad_kernels import frozen_batch_norm
 from dfad_kernels.registration import compute_dtype
 
@@ -84,7 +84,7 @@ class Unbiased(nn.Module):
         return F.conv2d(x, own.weight, None, own.stride, own.padding, own.dilation, own.groups)
 
 
-def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None) -> None:
+def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None, parts: Parts = plain_parts) -> None:
     """Make a frozen network compute this way; parameters, buffers and modules stay the same.
 
     If it must not be rewritten as a whole, its plain parts are (:mod:`dfad.engine.tracing`).
@@ -93,9 +93,10 @@ def fuse_epilogues(network: nn.Module, *, takes_biases: bool | None = None) -> N
         network: any; what learns in it is left as it is.
         takes_biases: also replace what follows plain convolutions, and add their biases there; None: on a GPU. On a CPU
             that gains nothing: PyTorch adds a bias within the convolution.
+        parts: finds the plain ones.
     """
-    for traced in plain_parts(network, training=False):
-        fused = fx.GraphModule(traced.network, traced.graph, type(traced.network).__name__)
+    for traced in parts(network, training=False):
+        fused = Rewriting(traced)
         without_identities(fused)
         _replace_all(fused, traced.replaceable, takes_biases)
         if any(isinstance(module, FusedEpilogue) for module in fused.children()):

@@ -27,7 +27,7 @@ from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.fuse_epilogues import fuse_epilogues
-from dfad.engine.tracing import NotPlain, calls_are_fixed, plain_parts, trace
+from dfad.engine.tracing import NotPlain, Trace, Traces, calls_are_fixed
 from dfad.errors import ConfigurationError, ModelError, first_line
 from dfad.modes import modes_of, random_state_kept, restore_modes, set_mode
 from dfad.trees import tree_leaves, tree_map
@@ -42,6 +42,9 @@ Change = Callable[[nn.Module], None]
 
 MODES = ((True, 1), (False, 1), (True, 2), (False, 2))
 """The compared passes: whether in training mode, and the seed of their random numbers."""
+
+AGAIN = ", the second time"
+"""What distinguishes the results of the second passes by name."""
 
 PERTURBATION = 1e-6
 """Relative perturbation of the images; its effect in float32 is the tolerance for rounding."""
@@ -96,6 +99,10 @@ class Placement:
         self.own = own
         self.changes = dict(changes or {})
         self.learns = any(parameter.requires_grad for parameter in network.parameters())
+        self._traces: dict[tuple[str, ...], Traces] = {(): Traces()}
+        """By the parts that change the network's graph."""
+        self.is_plain = False
+        """Whether it is known that each forward pass does the same, in both modes, and changes nothing but buffers."""
         self.parts = self._parts()
         self.writes_inputs = False
         """Whether it changes the images that it is given, which others are to see as well."""
@@ -110,6 +117,7 @@ class Placement:
         if self._before is None:
             self._before = _State(self.network)
             self.placed = self.arrange(in_float32(self.network, copied=False, announced=False), self.parts)
+            self._traces = {(): Traces()}  # its owner may change it before it is placed again
         return self.placed
 
     def give_back(self) -> None:
@@ -124,7 +132,9 @@ class Placement:
         :func:`~dfad.engine.fuse_batchnorm.fuse_batchnorm`."""
         engine = self.engine
         if "fold_batchnorm" in parts:
-            network = _frozen(fold_batchnorm(network))
+            folded = fold_batchnorm(network, self._traces[()].whole(network, training=False))
+            self._traces.setdefault(("fold_batchnorm",), Traces({False: Trace.of_rewritten(folded)}))
+            network = _frozen(folded)
         network.to(engine.device)
         if "channels_last" in parts:
             for tensor in _of_their_own(network):
@@ -134,6 +144,8 @@ class Placement:
         for name, change in self.changes.items():
             if name in parts:
                 change(network)
+        form = tuple(name for name in parts if name == "fold_batchnorm" or name in self.changes)
+        plain_parts = self._traces.setdefault(form, Traces()).parts
         if "weights" in parts:
             # cast once; autocast would cast the weights again at each step
             for part in plain_parts(network, training=False):
@@ -142,13 +154,14 @@ class Placement:
                     if type(layer) in (nn.Conv2d, nn.Linear):
                         layer.to(engine.dtype)
         if "fuse_convolutions" in parts:
-            fuse_convolutions(network, smallest=smallest)
+            fuse_convolutions(network, smallest=smallest, parts=plain_parts)
         elif "fuse_batchnorm" in parts and self.learns:
-            fuse_batchnorm(network, *[cast_in] * ("cast_weights" in parts), smallest=smallest)
+            refine = [cast_in] * ("cast_weights" in parts)
+            fuse_batchnorm(network, *refine, smallest=smallest, parts=plain_parts)
         elif "fuse_batchnorm" in parts:
-            fuse_epilogues(network)
+            fuse_epilogues(network, parts=plain_parts)
         elif "cast_weights" in parts:
-            cast_weights(network)
+            cast_weights(network, parts=plain_parts)
         if "compile" in parts:
             network.compile(dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
@@ -182,10 +195,11 @@ class Placement:
         rewriting = [name for name in parts if name in REWRITING]
         if rewriting:
             try:
-                trace(self.network, training=self.learns)
+                traced = self._traces[()].whole(self.network, training=self.learns)
+                self.is_plain = not traced.modes
             except NotPlain as reason:
                 demanded = [name for name in rewriting if self._demanded(name)]
-                parts_are_plain = next(plain_parts(self.network, training=self.learns), None) is not None
+                parts_are_plain = next(self._traces[()].parts(self.network, training=self.learns), None) is not None
                 if demanded and (demanded[0] == "fold_batchnorm" or not parts_are_plain):
                     raise ModelError(f"engine.{demanded[0]} is on, but {reason} Leave it on auto.") from reason
                 log.info("Without %s for %s as a whole: %s", _listed(rewriting), self.name, str(reason))
@@ -346,8 +360,8 @@ class _Comparison:
         self.scales = {autocast: _scales(self.exact, within) for autocast, within in FLOOR_WITHIN.items()}
         if not parts:
             return parts
-        self.noise = self._noise(self._run(self._copied(), perturbed=True), autocast=False)
-        self.rounding = self._rounding() if "precision" in parts else {}
+        self.rounds = "precision" in parts
+        self._measure(again=not placement.is_plain)
         unsteady = any(name.startswith("output") and noise > UNSTEADY for name, noise in self.noise.items())
         if not unsteady and self._difference(parts) is None:
             return parts
@@ -370,6 +384,16 @@ class _Comparison:
 
     def _copied(self) -> nn.Module:
         return in_float32(copy_network(self.placement.network), copied=False, announced=False).to(self.engine.device)
+
+    def _plain_again(self) -> nn.Module:
+        """A plain copy that has not run."""
+        if not self.placement.is_plain:
+            return self._copied()
+        given = self.placement.network.buffers()
+        with torch.no_grad():
+            for buffer, value in zip(self.plain.buffers(), given, strict=True):
+                buffer.copy_(value)
+        return self.plain
 
     def _check_plain(self) -> Values:
         try:
@@ -396,12 +420,27 @@ class _Comparison:
             log.warning("No gradient flows through %s to its input; the generator learns nothing from it.", self.name)
         return values
 
+    def _measure(self, *, again: bool) -> None:
+        """Measure what rounding changes in plain PyTorch; the second passes are taken to be like the first if need be.
+
+        Args:
+            again: also measure the second passes.
+        """
+        self.measured_again = again
+        self.noise = self._noise(self._run(self._plain_again(), perturbed=True, again=again), autocast=False)
+        self.rounding = self._rounding() if self.rounds else {}
+
     def _noise(self, values: Values, *, autocast: bool) -> dict[str, float]:
-        return {name: self._error(name, values.get(name), autocast) for name in self.exact}
+        measured = self._names(again=self.measured_again)
+        errors = {name: self._error(name, values.get(name), autocast) for name in measured}
+        return {name: errors[name if name in errors else name.removesuffix(AGAIN)] for name in self.exact}
+
+    def _names(self, *, again: bool) -> list[str]:
+        return [name for name in self.exact if again or not name.endswith(AGAIN)]
 
     def _rounding(self) -> dict[str, float]:
         try:
-            values = self._run(self._copied(), autocast=True)
+            values = self._run(self._plain_again(), autocast=True, again=self.measured_again)
         except Exception:  # the part itself will raise it again, and be left out
             return {}
         return self._noise(values, autocast=True)
@@ -409,23 +448,33 @@ class _Comparison:
     def _difference(self, parts: Sequence[str]) -> str | None:
         """How the results of a network with these parts differ; None if they do not."""
         single = [part for part in parts if part not in ("precision", "weights", "compile")]
-        difference = self._difference_in(single, autocast=False) if single or not parts else None
+        # another comparison has the second passes
+        again = not self.placement.is_plain or not {"precision", "compile"} & set(parts)
+        difference = self._difference_in(single, autocast=False, again=again) if single or not parts else None
         if difference is None and "precision" in parts:
             difference = self._difference_in(parts, autocast=True)
         elif difference is None and "compile" in parts:
             difference = self._difference_in(parts, autocast=False)
         return difference
 
-    def _difference_in(self, parts: Sequence[str], *, autocast: bool) -> str | None:
+    def _difference_in(self, parts: Sequence[str], *, autocast: bool, again: bool = True) -> str | None:
         try:
             # also for small features, because rounds have larger batches
             placed = self.placement.arrange(self._copied(), parts, smallest=0)
             with redirect_stderr(io.StringIO()):  # where graphs print what they raise
-                values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last)
+                values = self._run(placed, autocast=autocast, channels_last=self.engine.channels_last, again=again)
         except Exception as error:  # a network that is called differently may raise anything
             return f"it raises {type(error).__name__}: {first_line(error)}"
-        for name, exact in self.exact.items():
-            found = values.get(name)
+        difference = self._unexplained(values, autocast=autocast, again=again)
+        if difference is not None and not self.measured_again:
+            self._measure(again=True)
+            difference = self._unexplained(values, autocast=autocast, again=again)
+        return difference
+
+    def _unexplained(self, values: Values, *, autocast: bool, again: bool) -> str | None:
+        """A difference that rounding does not explain."""
+        for name in self._names(again=again):
+            exact, found = self.exact[name], values.get(name)
             if found is None and name.startswith("state") and not self.placement.learns:
                 continue  # of a BatchNorm that is folded
             deviation = self._error(name, found, autocast)
@@ -462,10 +511,13 @@ class _Comparison:
         perturbed: bool = False,
         channels_last: bool = False,
         watched: bool = False,
+        again: bool = True,
     ) -> Values:
         values: Values = {}
-        for number, (training, seed) in enumerate(self.modes):
-            where = f"in {'training' if training else 'eval'} mode" + (", the second time" if number >= 2 else "")
+        for training, seed in self.modes:
+            if seed > 1 and not again:
+                continue
+            where = f"in {'training' if training else 'eval'} mode" + AGAIN * (seed > 1)
             set_mode(network, training=training)
             inputs = self._inputs(seed, perturbed, channels_last)
             # not leaves, which may not be written; copies, of which it shows
@@ -488,7 +540,9 @@ class _Comparison:
         return inputs.to(self.engine.device).requires_grad_()
 
     def _pass(self, network: nn.Module, inputs: Tensor, given: Tensor, seed: int, autocast: bool) -> Values:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks devices that are not used, too
+        if inputs.is_cuda:
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 the stream that networks draw from
         with torch.enable_grad():

@@ -5,11 +5,12 @@ contain what else modules and Python code may do in a forward pass: call hooks, 
 change buffers, count calls or switch gradients off.
 """
 
+import copy
 import operator
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,17 @@ class Trace:
         """Whether the graph may replace a call with these arguments."""
         return len(inputs) == 1 and not options and isinstance(inputs[0], Tensor) and self.holds()
 
+    @classmethod
+    def of_rewritten(cls, network: fx.GraphModule) -> "Trace":
+        """The trace of what a plain network was rewritten to."""
+        return cls(network, network.graph, {}, _replaceable(network, network.graph))
+
+    def of(self, network: nn.Module) -> "Trace":
+        """The trace of a copy of the network, with a graph of its own."""
+        copies = dict(zip(self.network.modules(), network.modules(), strict=True))
+        modes = {copies[module]: mode for module, mode in self.modes.items()}
+        return Trace(network, copy.deepcopy(self.graph), modes, self.replaceable)
+
 
 def trace(network: nn.Module, *, training: bool) -> Trace:
     """The graph of a plain network's forward pass: PyTorch's modules are nodes, others are traced through.
@@ -103,6 +115,8 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
             with _in_mode(scratch, training):
                 modes = {path: module.training for path, module in scratch.named_modules()}
                 graph = _graph(scratch)
+                if all(type(module) in (*LAYERS, nn.Sequential) for module in scratch.modules()):
+                    return Trace(network, graph, {}, _replaceable(network, graph))  # there is no other code in it
                 text = str(graph)
                 with torch.no_grad(), _all_autocast():  # two traces: a switched global state shows in one of them
                     again = _graph(scratch)
@@ -128,9 +142,55 @@ def plain_parts(network: nn.Module, *, training: bool) -> Iterator[Trace]:
     try:
         yield trace(network, training=training)
     except NotPlain:
-        if calls_its_children(network):
-            for child in network.children():
-                yield from plain_parts(child, training=training)
+        yield from _plain_parts_inside(network, training=training)
+
+
+def _plain_parts_inside(network: nn.Module, *, training: bool) -> Iterator[Trace]:
+    if calls_its_children(network):
+        for child in network.children():
+            yield from plain_parts(child, training=training)
+
+
+Parts = Callable[..., Iterator[Trace]]
+"""What finds the plain parts of a network: :func:`plain_parts`, or :meth:`Traces.parts`."""
+
+
+class Traces:
+    """Traces of networks that are copies of one another: each is made once, of the first copy that it is asked for.
+
+    Args:
+        known: by training mode.
+    """
+
+    def __init__(self, known: Mapping[bool, Trace] | None = None) -> None:
+        self._wholes: dict[bool, Trace | str] = dict(known or {})
+        self._parts: dict[bool, dict[str, Trace]] = {}
+
+    def whole(self, network: nn.Module, *, training: bool) -> Trace:
+        """As :func:`trace`."""
+        if training not in self._wholes:
+            try:
+                self._wholes[training] = trace(network, training=training)
+            except NotPlain as reason:  # its words: an exception would keep what its frames hold
+                self._wholes[training] = str(reason)
+        known = self._wholes[training]
+        if isinstance(known, str):
+            raise NotPlain(known)
+        return known.of(network)
+
+    def parts(self, network: nn.Module, *, training: bool) -> Iterator[Trace]:
+        """As :func:`plain_parts`."""
+        if type(network) in LAYERS:
+            return
+        try:
+            yield self.whole(network, training=training)
+        except NotPlain:
+            if training not in self._parts:
+                paths = {module: path for path, module in network.named_modules()}
+                inside = _plain_parts_inside(network, training=training)
+                self._parts[training] = {paths[part.network]: part for part in inside}  # a shared one is there once
+            for path, part in self._parts[training].items():
+                yield part.of(network.get_submodule(path))
 
 
 def calls_its_children(network: nn.Module) -> bool:

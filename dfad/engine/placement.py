@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.copies import copy_network, in_float32
-from dfad.engine.calls import present_call, replace_call, replaced_call
+from dfad.engine.calls import compile_call, present_call, replace_call, replaced_call
 from dfad.engine.cast_weights import cast_in, cast_weights
 from dfad.engine.distributed import require_reachable
 from dfad.engine.fold_batchnorm import fold_batchnorm
@@ -163,7 +163,7 @@ class Placement:
         elif "cast_weights" in parts:
             cast_weights(network, parts=plain_parts)
         if "compile" in parts:
-            network.compile(dynamic=False)
+            compile_call(network, dynamic=False)
         formats = engine.channels_last and "channels_last" not in parts
         exact = engine.dtype != torch.float32 and "precision" not in parts
         if formats or exact or self.writes_inputs:

@@ -16,6 +16,7 @@ from dfad.config import EngineConfig, OptimizerConfig, OptimizersConfig
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine, choose_device
+from dfad.engine.calls import compile_call
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward
@@ -156,7 +157,7 @@ class TestWhatACaptureNeeds:
                     distiller.student,
                     distiller.generator,
                 ):
-                    network.compile(fullgraph=True, backend="eager")
+                    compile_call(network, fullgraph=True, backend="eager")
             terms.append(distiller.round())
         torch.testing.assert_close(terms[1], terms[0])
 

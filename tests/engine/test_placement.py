@@ -20,7 +20,7 @@ from dfad.engine import Engine
 from dfad.engine import placement as placement_module
 from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.placement import Placement
-from dfad.engine.tracing import NotPlain, trace
+from dfad.engine.tracing import NotPlain, Traces, plain_parts, trace
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
 from dfad.models.generator import Generator
@@ -181,6 +181,117 @@ class TestComparison:
         for _ in range(2):
             distiller.round()
         assert 0 < compared <= sum(seen)
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("learns", [True, False])
+    def test_it_traces_a_plain_network_once(self, learns, precision):
+        """Twice in its mode and once in the other, for however many copies."""
+        traced = []
+
+        class Counting(Small):
+            def forward(self, x: Tensor) -> Tensor:
+                if type(x) is not Tensor:
+                    traced.append(x)
+                return super().forward(x)
+
+        own = {} if learns else {"own": ["fold_batchnorm", "weights"]}
+        network = Counting().train(learns).requires_grad_(learns)
+        placement = Placement(engine(precision=precision), network, input_shape=IMAGE_SHAPE, batch_size=16, **own)
+        assert {"channels_last", "fuse_batchnorm"} <= set(placement.parts)
+        placement.take()
+        assert len(traced) == 3
+
+    def test_a_plain_network_is_run_again_as_it_was_given(self, monkeypatch):
+        """Not with the statistics of the passes before."""
+        given = []
+        measure = placement_module._Comparison._run
+
+        def run(self, network, **options):
+            if options.get("perturbed") or options.get("watched"):
+                given.append({name: buffer.clone() for name, buffer in network.named_buffers()})
+            return measure(self, network, **options)
+
+        monkeypatch.setattr(placement_module._Comparison, "_run", run)
+        network = Small()
+        network(torch.randn(8, *IMAGE_SHAPE))
+        self.place(network)
+        first, second = given
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert all(torch.equal(buffer, first[name]) for name, buffer in network.named_buffers())
+
+    def test_second_passes_of_a_plain_network_are_measured_where_the_first_do_not_explain_them(self, monkeypatch):
+        measured = []
+        measure = placement_module._Comparison._measure
+
+        def note(self, *, again):
+            measured.append(again)
+            measure(self, again=again)
+
+        def explains(self, values, **options):
+            return None if measured[-1] else "it changes a value"
+
+        monkeypatch.setattr(placement_module._Comparison, "_measure", note)
+        monkeypatch.setattr(placement_module._Comparison, "_unexplained", explains)
+        assert self.place(Small()).parts == ["channels_last", "fuse_batchnorm"]
+        assert measured == [False, True]
+
+
+class TestTraces:
+    """Traces of a network serve its copies."""
+
+    class Shared(nn.Module):
+        """Not plain itself; one of its parts is there under two names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = Small(), Small(4)
+            self.again = nn.ModuleList([self.first])
+            self.register_forward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.other(x)
+
+    def test_the_parts_of_copies_are_those_of_the_copy(self):
+        traces, network = Traces(), self.Shared()
+        for copied in (network, copy.deepcopy(network), copy.deepcopy(network)):
+            parts = list(traces.parts(copied, training=True))
+            assert [part.network for part in parts] == [copied.first, copied.other]
+            for part, known in zip(parts, plain_parts(copied, training=True), strict=False):
+                assert str(part.graph) == str(known.graph)
+                assert (part.replaceable, part.modes) == (known.replaceable, known.modes)
+                part.graph.erase_node(next(reversed(part.graph.nodes)))  # which no other sees
+
+    def test_modes_are_those_of_the_copy(self):
+        class Differs(Small):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x if self.training else 2 * x)
+
+        traces, network = Traces(), Differs()
+        copied = copy.deepcopy(network)
+        traces.whole(network, training=True)
+        part = traces.whole(copied, training=True)
+        assert part.holds()
+        copied.eval()
+        assert not part.holds()
+
+    def test_a_reason_is_given_to_each(self):
+        traces, network = Traces(), self.Shared()
+        for copied in (network, copy.deepcopy(network)):
+            with pytest.raises(NotPlain, match="Shared is not rewritten: it has hooks"):
+                traces.whole(copied, training=False)
+
+    def test_a_network_that_was_changed_in_between_is_traced_again(self):
+        network = Small()
+        placement = Placement(engine(), network, role="student", input_shape=IMAGE_SHAPE, read=as_outputs)
+        placement.take()
+        placement.give_back()
+        network.bn2, network.fc = nn.Identity(), nn.Linear(6, 7)
+        placed = placement.take()
+        images = torch.randn(4, *IMAGE_SHAPE)
+        expected = copy.deepcopy(network)
+        replace_call(expected, None)
+        torch.testing.assert_close(placed(images), expected(images))
+        placement.give_back()
 
 
 class TestAdmission:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dfad.errors import ModelError
 
+LOGITS = ("logits", "out", "output")
+"""Names of the entry that holds the logits, in the order in which they are looked for."""
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -42,7 +45,8 @@ def as_outputs(result: Any) -> Outputs:
 
 
 def logits_entry(result: Any) -> tuple[str, Tensor]:
-    """Name and tensor of the logits in what a network returned: the entry called logits, else its first matrix.
+    """Name and tensor of the logits in what a network returned: the entry of that name (:data:`LOGITS`), else its first
+    matrix.
 
     Args:
         result: a tuple, list, mapping, or dataclass such as Hugging Face's ``ModelOutput``.
@@ -53,8 +57,10 @@ def logits_entry(result: Any) -> tuple[str, Tensor]:
     entries = dict(_entries(result))
     if isinstance(entries.get("logits"), Tensor):
         return "logits", entries["logits"]
-    for name, value in matrices(result).items():
-        return name, value
+    found = matrices(result)
+    for name in (*LOGITS, *found):
+        if name in found:
+            return name, found[name]
     shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in entries.items())
     raise ModelError(
         f"A network returned a {type(result).__name__}{f' of {shapes}' if shapes else ''}; it must return logits, a "

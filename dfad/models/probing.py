@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad.errors import ModelError, first_line
-from dfad.models.outputs import Outputs, as_outputs, logits_entry, matrices
+from dfad.models.outputs import LOGITS, Outputs, as_outputs, logits_entry, matrices
 from dfad.modes import evaluating
 
 log = logging.getLogger(__name__)
@@ -207,12 +207,12 @@ def _refuse_features(result: Any, name: str) -> None:
     """Refuse a result whose first matrix, taken for the logits, is what a later one is computed from."""
     entry, taken = logits_entry(result)
     for other, value in matrices(result).items():
-        if entry != "logits" and other != entry and taken.grad_fn in _ancestors(value):
+        if entry not in LOGITS and other != entry and taken.grad_fn in _ancestors(value):
             raise ModelError(
                 f"{name} returns a {type(result).__name__} of several matrices, and its entry {entry!r} "
                 f"{tuple(taken.shape)}, which would be taken for the logits, is what entry {other!r} "
                 f"{tuple(value.shape)} is computed from, as features are. Let it return the logits alone, first, or "
-                "under the name 'logits'."
+                f"under one of the names {', '.join(map(repr, LOGITS))}."
             )
 
 

@@ -1,5 +1,6 @@
 """Weights from files."""
 
+import codecs
 import json
 import logging
 import pickle
@@ -100,6 +101,11 @@ def require_file(path: Path) -> None:
         raise ModelError(f"The checkpoint {path} is a pointer of Git LFS, not the file itself. Fetch it: git lfs pull.")
     if start.startswith((b"<!doctype html", b"<html")):
         raise ModelError(f"The checkpoint {path} is a web page, not a file of weights. Download the file itself.")
+    if _is_text(start):
+        raise ModelError(
+            f"The checkpoint {path} is a text file, not a file of weights. Name a safetensors file or a torch.save "
+            "state dict."
+        )
     foreign = _foreign_format(path, start)
     if foreign:
         raise ModelError(f"The checkpoint {path} is {OF_ANOTHER_FRAMEWORK.format(foreign)}")
@@ -116,6 +122,15 @@ OF_ANOTHER_FRAMEWORK = (
     "{}, not PyTorch's. Networks of other frameworks cannot be distilled here: rebuild the network in PyTorch, copy "
     "its weights over, and save them with torch.save(network.state_dict(), file)."
 )
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file that begins like this is text."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def _foreign_format(path: Path, start: bytes) -> str | None:
@@ -232,6 +247,9 @@ def _below(content: Mapping[Any, Any], key: str, path: Path) -> Mapping[Any, Any
     inner = dict(_state_dicts(content))
     if key in inner:
         return inner[key]
+    deeper = [name for name in inner if name.startswith(key + ".")]
+    if len(deeper) == 1:
+        return inner[deeper[0]]
     for state in (content, *inner.values()):
         below = {name.removeprefix(key + "."): value for name, value in state.items() if _starts(name, key + ".")}
         if _tensors(below):

@@ -17,7 +17,7 @@ from dfad.distillation.distiller import Distiller, distill
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
 from dfad.models.convnet import ConvNet
 from dfad.models.model_file import load_model
-from dfad.models.outputs import Outputs
+from dfad.models.outputs import Outputs, as_outputs
 from dfad.models.weights import load_weights
 from dfad.runs import checkpoint
 from tests.conftest import IMAGE_SHAPE, with_method
@@ -320,6 +320,22 @@ def test_features_are_not_taken_for_logits(teacher, plain):
     with pytest.raises(ModelError, match=r"its entry '0' \(2, 3\), .* is what entry '1' \(2, 4\) is computed from"):
         Distiller(teacher, Several(("features", "scores"), **settings), plain)
     Distiller(teacher, Several(("scores", "features"), **settings), plain)
+
+
+@pytest.mark.parametrize("name", ["logits", "out", "output"])
+def test_logits_are_taken_by_their_name(name, teacher, plain, caplog):
+    class Named(ConvNet):
+        def forward(self, images):
+            features = super().forward(images).logits
+            found = features @ torch.ones(4, 4)
+            return {"features": features, name: found, "probabilities": found.softmax(dim=1)}
+
+    network = Named(channels=(4, 8), num_classes=4, in_channels=1).eval()
+    with caplog.at_level("INFO"):
+        Distiller(teacher, network, plain, image_shape=IMAGE_SHAPE)
+    assert f"its entry {name!r} is taken as the logits" in caplog.text
+    images = torch.randn(2, *IMAGE_SHAPE)
+    assert torch.equal(as_outputs(network(images)).logits, network(images)[name])
 
 
 def test_probabilities_are_announced(teacher, student, plain, caplog):

@@ -197,6 +197,9 @@ class TestWhatLiesThere:
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "pointer of Git LFS"),
             (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
             (b"", "is empty"),
+            (b"learning rate: 0.1\nrounds: 20\n", "is a text file, not a file of weights"),
+            ("Gewichte für später\n".encode(), "is a text file, not a file of weights"),
+            (b"1 2 3\n" * 100, "is a text file, not a file of weights"),
         ],
     )
     @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
@@ -239,6 +242,13 @@ class TestLargerCheckpoints:
             self.loads(network, content, tmp_path)
         assert self.loads(network, content, tmp_path, "teacher")
         assert not self.loads(network, content, tmp_path, "ema.module")
+        assert not self.loads(network, content, tmp_path, "ema")
+
+    def test_a_key_of_a_level_that_holds_several_is_answered_with_them(self, network, tmp_path):
+        content = {"ema": {"fast": network.state_dict(), "slow": Plain().state_dict()}, "epoch": 3}
+        with pytest.raises(ModelError, match=r"no weights under 'ema'\..* There are: ema\.fast, ema\.slow\."):
+            self.loads(network, content, tmp_path, "ema")
+        assert self.loads(network, content, tmp_path, "ema.fast")
 
     def test_what_lies_beside_the_usual_one_is_said(self, network, tmp_path, caplog):
         caplog.set_level("INFO")

@@ -89,9 +89,9 @@ def image_shape_of(
         return (channels, *size)
     if unusable is not None:
         raise unusable
-    tried = f"{given[0]}×{given[1]}" if given else f"any of {', '.join(f'{h}×{w}' for h, w in sizes)}"
+    tried = " or ".join((", ".join(f"{h}×{w}" for h, w in part)) for part in (sizes[:-1], sizes[-1:]) if part)
     raise ModelError(
-        f"The teacher took no image of {channels} channels and {tried} pixels: {type(failure).__name__}: "
+        f"The teacher fails on images of {channels} channels and {tried} pixels: {type(failure).__name__}: "
         f"{first_line(failure or ValueError())}. Give the right --teacher.channels and --teacher.image_size."
     )
 

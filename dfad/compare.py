@@ -13,6 +13,7 @@ from rich.table import Table
 from dfad import cli
 from dfad.errors import ConfigurationError, RunFolderError
 from dfad.files import write_atomically
+from dfad.ranks import require_alone
 from dfad.runs.compare import Run, comparison_page, differences, read_runs, results
 from dfad.terminal import configure_logging
 
@@ -46,6 +47,7 @@ class Compare:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, read the runs, print the differences."""
     command = cli.parse_flags(Compare, arguments)
+    require_alone("dfad.compare", "Start one process.")
     configure_logging()
     runs = read_runs(command.runs)
     if command.output is not None:

@@ -25,6 +25,7 @@ from dfad.models.factory import build
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.weights import load_weights
 from dfad.presets import TrainConfig
+from dfad.ranks import require_alone
 from dfad.runs.folder import EXPORTS
 from dfad.runs.settings import saved_settings, to_tree
 from dfad.terminal import configure_logging
@@ -95,6 +96,7 @@ class Export:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, export, print the files and their differences from the student."""
     command = cli.parse_flags(Export, arguments)
+    require_alone("dfad.export", "Start one process.")
     configure_logging()
     settings = saved_settings(command.run, TrainConfig())
     require_packages(command.formats)

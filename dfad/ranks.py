@@ -188,6 +188,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # not of another rank, but of the graph, which the engine does without
             raise RankError(self._blame(error)) from error
 
     def _blame(self, error: RuntimeError) -> str:

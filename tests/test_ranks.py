@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfad import cli, ranks, train
+from dfad import cli, compare, export, ranks, reproduce, train
 from dfad.errors import ConfigurationError, RankError, RunFolderError
 from dfad.ranks import Ranks, current_ranks
 from tests.ranks import run_ranks
@@ -64,6 +64,21 @@ def test_ranks_of_a_launcher(rank, count, found, monkeypatch):
     assert ranks.launched() == found
 
 
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [(reproduce, ["digits", "--processes=2"]), (export, ["run"]), (compare, ["one", "two"])],
+    ids=["reproduce", "export", "compare"],
+)
+def test_a_command_of_one_process_is_refused_by_several(command, given, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: command.main(given))
+    assert stopped.value.code == ConfigurationError.exit_code
+    assert "was started as 2 ranks, which would all do the same. Start one process" in capsys.readouterr().err
+
+
 def refuse() -> None:
     raise RunFolderError("There is no room.")
 
@@ -96,6 +111,18 @@ def test_ranks_speak_to_one_another(tmp_path):
         assert "Rank 1 of 2 has another teacher file than rank 0." in found["different"]
         assert torch.equal(found["gradient"], torch.full((3,), (1 + 2) / 2))  # of both ranks' losses
         assert not found["capturable"]  # by gloo
+
+
+@pytest.mark.parametrize(("capturing", "error"), [(True, RuntimeError), (False, RankError)])
+def test_a_collective_that_a_graph_cannot_hold_is_no_fault_of_another_rank(capturing, error, monkeypatch):
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(error, match="not permitted"):
+        Ranks(0, 2).add(torch.ones(3))
 
 
 @pytest.mark.parametrize(("backends", "expected"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", False)])

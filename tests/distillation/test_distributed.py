@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,9 +30,10 @@ from dfad.config import (
     SelectionConfig,
 )
 from dfad.distillation.distiller import Distiller
+from dfad.engine.cuda_graph import WARM_UP_ROUNDS
 from dfad.engine.distributed import require_reachable
 from dfad.errors import ConfigurationError, ModelError, RankError
-from dfad.ranks import current_ranks
+from dfad.ranks import Ranks, current_ranks
 from tests.ranks import run_ranks
 from tests.waiting import NoWaiting
 
@@ -137,7 +138,9 @@ def configuration(method: MethodConfig, **engine: Any) -> DistillConfig:
     )
 
 
-def distiller(method: MethodConfig, student: nn.Module | None = None, **engine: Any) -> Distiller:
+def distiller(
+    method: MethodConfig, student: nn.Module | None = None, config: DistillConfig | None = None, **engine: Any
+) -> Distiller:
     torch.manual_seed(1)
     teacher = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
     with torch.no_grad():
@@ -145,7 +148,7 @@ def distiller(method: MethodConfig, student: nn.Module | None = None, **engine: 
             teacher(torch.randn(32, *IMAGE_SHAPE))
     torch.manual_seed(2)
     student = student or models.convnet(channels=(4, 8), num_classes=4, in_channels=1)
-    return Distiller(teacher, student, configuration(method, **engine), image_shape=IMAGE_SHAPE)
+    return Distiller(teacher, student, config or configuration(method, **engine), image_shape=IMAGE_SHAPE)
 
 
 def state_after_rounds(distilling: Distiller, rounds: int = FEW) -> dict[str, Tensor]:
@@ -366,6 +369,42 @@ def test_a_round_has_the_collectives_that_it_needs_and_waits_for_nothing(two):
         sizes = 2 * 2  # of the teacher's taps in feature matching
         images = 1
         assert sum(calls.values()) == forward + backward + buckets + regularizers + sizes + images, calls
+
+
+class Talking(Ranks):
+    """One rank that speaks to itself, as if there were others."""
+
+    several = True
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_rank_that_speaks_to_itself_computes_what_one_computes_alone(device, monkeypatch, tmp_path):
+    """On a GPU by NCCL, in a captured round: all that one GPU can show of several."""
+    method = METHODS[SHARED]
+
+    def after(rounds: int, cuda_graph: Literal["on", "off"]) -> dict[str, Tensor]:
+        config = replace(configuration(method, cuda_graph=cuda_graph), device=device)
+        distilling = distiller(method, config=config)
+        with distilling.engine.running():
+            values = state_after_rounds(distilling, rounds)
+            assert distilling.engine.captured == (cuda_graph == "on")
+        return values
+
+    rounds = WARM_UP_ROUNDS + 3
+    expected = after(rounds, "off")
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/rendezvous",
+        rank=0,
+        world_size=1,
+    )
+    try:
+        monkeypatch.setattr("dfad.engine.engine.current_ranks", Talking)
+        found = after(rounds, "on" if device == "cuda" else "off")
+    finally:
+        torch.distributed.destroy_process_group()
+    # a GPU adds in another order from run to run
+    assert deviation(found, expected) < (1e-2 if device == "cuda" else ROUNDING)
 
 
 def test_one_process_is_alone():

@@ -80,6 +80,12 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
+def name_of(network: object) -> str:
+    """The class of a network in messages: the user's own, which a wrapper of :mod:`dfad.models` holds."""
+    own = getattr(network, "network", None) if type(network).__module__.startswith("dfad.models.") else None
+    return type(network).__name__ if own is None else name_of(own)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without the full stop: those of other packages are often long."""
     return str(error).strip().partition("\n")[0].rstrip(".") or "without a message"

@@ -23,6 +23,7 @@ from dfad.copies import in_float32
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.preflight import require_finite, usable_answers
 from dfad.engine import Engine, wait_for
+from dfad.errors import name_of
 from dfad.models.anatomy import (
     Tap,
     activations_of,
@@ -140,7 +141,7 @@ def inspection(
     flops, seconds = _cost(network, shape, device, timed=timed)
     return Inspection(
         source=source,
-        network=type(getattr(network, "network", network)).__name__,
+        network=name_of(network),
         trained=loaded.trained,
         classes=classes,
         image_shape=shape,

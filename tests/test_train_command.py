@@ -224,10 +224,12 @@ class TestExtended:
 
     def test_a_finished_run_goes_on_as_one_of_the_new_length(self, short, command):
         shutil.copytree(short, "run")
+        Path("run/export").mkdir()
         bank = checkpoint.load(Path("run"))["bank"]
         extended = command("--resume=run", "--method.rounds=7")
         assert extended.exit_code == 0, extended.stderr
         assert "run is extended: its learning rates go on as those of a run of the new length" in extended.stderr
+        assert "run/export holds the student as it was before" in " ".join(extended.stderr.split())
         assert recorded_rounds(Path("run")) == [1, 2, 3, 4, 5, 6, 7]
         assert yaml.safe_load(Path("run/config.yaml").read_text())["method"]["rounds"] == 7
         assert json.loads(Path("run/result.json").read_text())["rounds"] == 7

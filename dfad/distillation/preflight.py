@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.config import DistillConfig, OptimizerConfig
-from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line
+from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, parameter_count, require_same_classes
@@ -141,12 +141,12 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
                 reason = f"{type(error).__name__}: {first_line(error)}"
     if not _finite(outputs.logits):
         raise ModelError(
-            f"The teacher {type(teacher).__name__} returns NaN or infinite logits for random images, though its "
+            f"The teacher {name_of(teacher)} returns NaN or infinite logits for random images, though its "
             "weights are finite. Classes that are masked with -inf cannot be learned; return finite logits."
         )
     if gradient is None:
         raise ModelError(
-            f"No gradient of the teacher {type(teacher).__name__} reaches its images ({reason}), and the generator "
+            f"No gradient of the teacher {name_of(teacher)} reaches its images ({reason}), and the generator "
             "could not learn from it. A network that is quantised, runs under torch.no_grad or leaves PyTorch cannot "
             "teach; give the one in floating point that it was made of."
         )
@@ -155,7 +155,7 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
         log.warning(
             "The teacher %s seems to return probabilities: none is negative, and those of an image have the sum 1. The "
             "losses need logits, and would apply a softmax again. Let it return the input of its softmax.",
-            type(teacher).__name__,
+            name_of(teacher),
         )
     return Outputs(logits, tuple(tap.detach() for tap in outputs.taps))
 
@@ -177,7 +177,7 @@ def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[in
         raise
     except Exception as error:  # a network may refuse images in any way
         raise ModelError(
-            f"The student {type(student).__name__} does not take the teacher's images {image_shape} (channels, height, "
+            f"The student {name_of(student)} does not take the teacher's images {image_shape} (channels, height, "
             f"width): {type(error).__name__}: {first_line(error)}. Give --student.kwargs that fit."
         ) from None
     classes = teacher.logits.shape[1]
@@ -216,7 +216,7 @@ def check_files(student: nn.Module, config: DistillConfig) -> None:
             "The student %s is given without a factory: its files will hold weights alone. Build the network and load "
             "them with dfad.models.weights.load_weights(network, path); or name the callable that builds it in "
             "student.factory and student.kwargs, and the files will say how.",
-            type(student).__name__,
+            name_of(student),
         )
 
 

@@ -19,7 +19,7 @@ from dfad.distillation.preflight import check_networks
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
-from dfad.errors import ModelError
+from dfad.errors import ModelError, name_of
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, FeatureMatchingLoss, weighted
 from dfad.models.anatomy import activations_of, boundary_of, has_boundary
 from dfad.models.connectors import Connectors
@@ -88,7 +88,7 @@ class Round:
         if self.matches_statistics and not self.teacher.norms:
             raise ModelError(
                 f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but a forward pass of "
-                f"{type(teacher).__name__} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
+                f"{name_of(teacher)} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
             )
         self.placement = Placement(
             engine, student, role="student", input_shape=image_shape, batch_size=size, read=as_outputs
@@ -368,7 +368,7 @@ def _matches_statistics(method: MethodConfig, teacher: nn.Module) -> bool:
     if not regularizers.batchnorm or has_batchnorm(teacher):
         return bool(regularizers.batchnorm)
     others = regularizers.one_hot or regularizers.diversity
-    name = type(getattr(teacher, "network", teacher)).__name__
+    name = name_of(teacher)
     if regularizers.without_statistics == "error" or (method.warm_up and not others):
         raise ModelError(
             f"method.regularizers.batchnorm is {regularizers.batchnorm}, but {name} has "

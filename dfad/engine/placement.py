@@ -28,7 +28,7 @@ from dfad.engine.fuse_batchnorm import fuse_batchnorm
 from dfad.engine.fuse_convolutions import fuse_convolutions
 from dfad.engine.fuse_epilogues import fuse_epilogues
 from dfad.engine.tracing import NotPlain, Trace, Traces, calls_are_fixed
-from dfad.errors import ConfigurationError, ModelError, first_line
+from dfad.errors import ConfigurationError, ModelError, first_line, name_of
 from dfad.modes import modes_of, random_state_kept, restore_modes, set_mode
 from dfad.trees import tree_leaves, tree_map
 
@@ -95,7 +95,7 @@ class Placement:
     ) -> None:
         self.engine = engine
         self.network = network
-        self.name = f"the {role} {type(network).__name__}"
+        self.name = f"the {role} {name_of(network)}"
         self.own = own
         self.changes = dict(changes or {})
         self.learns = any(parameter.requires_grad for parameter in network.parameters())

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from dfad.copies import copy_network
 from dfad.engine import internals
 from dfad.engine.calls import replaced_call
-from dfad.errors import ModelError, first_line
+from dfad.errors import ModelError, first_line, name_of
 from dfad.modes import evaluating, random_state_kept
 from dfad.modes import training as in_training
 
@@ -98,7 +98,7 @@ def trace(network: nn.Module, *, training: bool) -> Trace:
     Raises:
         NotPlain: if the network does anything that a graph cannot represent.
     """
-    name = type(network).__name__
+    name = name_of(network)
     if internals.missing():
         names = ", ".join(internals.missing())
         raise NotPlain(f"{name} is not rewritten: PyTorch {torch.__version__} has no {names}, which would show hooks.")

@@ -109,3 +109,9 @@ def extend(folder: Path, settings: Any) -> None:
         text = to_yaml(settings)
         write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
         log.info("%s is extended: its learning rates go on as those of a run of the new length do from there.", folder)
+        if (folder / EXPORTS).exists():
+            log.warning(
+                "%s holds the student as it was before: after the run, replace it with dfad export %s --overwrite.",
+                folder / EXPORTS,
+                folder,
+            )

@@ -47,15 +47,15 @@ TORCHVISION = (
 )
 TIMM = (
     *("resnet10t", "mobilenetv3_small_050", "lcnet_035", "ghostnet_050", "repghostnet_050", "convnext_atto"),
-    *("vit_tiny_patch16_224", "tinynet_e"),
+    *("vit_tiny_patch16_224", "tinynet_e", "regnetx_002"),
 )
 SMALL_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "ResNet": ("ResNet", {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}),
     "ViT": ("ViT", {"patch_size": 16, **SMALL_VIT}),
-    # weights as small as its own initial ones change too much in three steps to compare anything
-    "MobileNetV2": ("MobileNetV2", {"depth_multiplier": 0.35, "initializer_range": 0.2}),
+    "MobileNetV2": ("MobileNetV2", {"depth_multiplier": 0.35}),
     "ConvNext": ("ConvNext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
+    "ConvNextV2": ("ConvNextV2", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
 }
 
 LARGEST_ROUNDING = 0.1

@@ -16,7 +16,7 @@ from torch import nn
 import dfad
 from dfad import models
 from dfad.config import StudentConfig
-from dfad.errors import ModelError
+from dfad.errors import ModelError, name_of
 from dfad.models import hubs
 from dfad.models.exported import load_exported
 from dfad.models.factory import build
@@ -319,6 +319,10 @@ class TestLogitsAlone:
         assert pickle.loads(pickle.dumps(wrapped)).network.fc.weight.equal(network.fc.weight)
         wrapped.train()
         assert network.norm.training
+
+    def test_messages_name_the_network_itself(self, kind):
+        assert name_of(LogitsAlone(filled(kind))) == kind.__name__
+        assert name_of(nn.Linear(1, 1)) == "Linear"
 
 
 def test_a_callable_that_returns_a_mapping_is_wrapped(monkeypatch):

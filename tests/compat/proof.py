@@ -43,7 +43,7 @@ ROUNDS = [
 
 TORCHVISION = (
     *("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"),
-    *("regnet_x_400mf", "googlenet"),
+    *("regnet_x_400mf", "googlenet", "squeezenet1_0"),
 )
 TIMM = (
     *("resnet10t", "mobilenetv3_small_050", "lcnet_035", "ghostnet_050", "repghostnet_050", "convnext_atto"),
@@ -260,7 +260,8 @@ def page(rows: list[Row | tuple[str, str]], packages: tuple[str, ...]) -> str:
         f"{LARGEST_WEIGHTS:g} and the second below {LARGEST_LOGITS:g}, or where they are below {MARGIN:g} times those",
         "of rounding. Networks of random weights enlarge rounding, some by orders of magnitude: a value near zero",
         "changes its side of a ReLU, and a BatchNorm of few values divides by a small deviation. So the learning rates",
-        "are small, and no image is rounded to 8 bits.",
+        "are small, and no image is rounded to 8 bits. Where rounding alone changes more than",
+        f"{LARGEST_ROUNDING:g} of the weights' change, nothing can be compared, and the network counts as failed.",
         "",
         "| network | parameters | norms | taps | rewritten by the engine | fused against plain | rounding | loaded |",
         "| --- | ---: | --- | ---: | --- | ---: | ---: | --- |",

@@ -114,16 +114,17 @@ def chart(title: str, series: Mapping[str, Points], unit: str = "round") -> str:
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for x, anchor in {low: "start", high: "end"}.items():
+    alone = low == high
+    for x, anchor in {} if alone else {low: "start", high: "end"}.items():
         parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{number(x)}</text>')
-    parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(unit)}</text>')
+    axis = escape(f"{unit} {number(low)}" if alone else unit)
+    parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{axis}</text>')
     legend = []
     for index, (name, points) in enumerate(drawn.items()):
         look = f'stroke="var(--series-{index % COLOURS})" stroke-dasharray="{DASHES[index % len(DASHES)]}"'
-        if len(points) == 1:
-            look = f'stroke="var(--series-{index % COLOURS})" stroke-width="6" stroke-linecap="round"'
+        dot = ' style="stroke-width: 6; stroke-linecap: round; stroke-dasharray: none"' if len(points) == 1 else ""
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in (points * 2 if len(points) == 1 else points))
-        parts.append(f'<polyline class="curve" {look} points="{path}"/>')
+        parts.append(f'<polyline class="curve" {look}{dot} points="{path}"/>')
         line = f'<line x1="0" x2="26" y1="5" y2="5" stroke-width="2" {look}/>'
         legend.append(f'<li><svg viewBox="0 0 26 10" aria-hidden="true">{line}</svg> {escape(name)}</li>')
     parts.append(f'<line class="cursor" y1="{TOP}" y2="{BOTTOM}" x1="0" x2="0" visibility="hidden"/>')

@@ -181,7 +181,9 @@ class TestPieces:
         (points,) = re.findall(r'points="([^"]*)"', drawn)
         assert points == f"{page.LEFT:.1f},{page.BOTTOM:.1f} {page.RIGHT:.1f},{page.TOP:.1f}"
         assert page.chart("t", {"b": [(5, float("inf"))]}) == ""
-        assert 'points="' in page.chart("t", {"a": [(3, 2.0)]})
+        alone = page.chart("t", {"a": [(3, 2.0)]})
+        assert "stroke-width: 6" in alone  # as a style, for the sheet's own would win over an attribute
+        assert ">round 3<" in alone
 
 
 class TestCompare:

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+HANGING = 1800
+"""Seconds after which a program hangs, on however busy a machine."""
+
 ROOT = str(Path(__file__).parents[1])
 
 COMMANDS = tuple(f"dfad.{name}" for name in ("train", "teacher", "evaluate", "reproduce", "inspect", "export"))
@@ -76,7 +79,7 @@ class Process:
 
 
 def run(
-    program: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float = 600
+    program: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float = HANGING
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; arguments as of :class:`Process`."""
     process = Process(program, cwd, env)

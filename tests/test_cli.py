@@ -14,6 +14,7 @@ from dfad import cli
 from dfad.config import DistillConfig, MethodConfig, OptimizerConfig, StudentConfig
 from dfad.errors import ConfigurationError
 from dfad.runs.settings import SETTINGS_FILE, to_yaml
+from tests.processes import HANGING
 
 PRESETS = {"plain": DistillConfig(), "short": DistillConfig(method=MethodConfig(rounds=7), seed=1)}
 
@@ -223,5 +224,7 @@ class TestStreams:
     def test_from_a_shell(self, tmp_path):
         command = f"{sys.executable} -m dfad.train --help | head -n 1"
         plain = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=HANGING
+        )
         assert (done.stdout, done.stderr) == ("usage: python -m dfad.train [-h] [OPTIONS]\n", "")

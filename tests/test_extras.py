@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dfad.errors import DataError
+from tests.processes import HANGING
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "tests" / "fixtures" / "teacher-of-0.1.0.safetensors"
@@ -31,7 +32,9 @@ EXTRAS = modules([line for name in USERS_EXTRAS for line in PROJECT["optional-de
 
 def run_without(missing: set[str], code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     blocked = f"import sys\nfor name in {sorted(missing)}: sys.modules[name] = None\n"
-    return subprocess.run([sys.executable, "-c", blocked + code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", blocked + code], cwd=cwd, capture_output=True, text=True, timeout=HANGING
+    )
 
 
 def test_the_losses_need_torch_and_numpy_alone(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.processes import HANGING
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -21,7 +23,7 @@ def sdist(tmp_path_factory) -> set[str]:
     pytest.importorskip("scikit_build_core")
     folder = tmp_path_factory.mktemp("sdist")
     code = f"from scikit_build_core.build import build_sdist; print(build_sdist({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANGING)
     assert done.returncode == 0, done.stderr
     (archive,) = folder.glob("*.tar.gz")
     assert archive.stat().st_size < 5_000_000
@@ -80,7 +82,7 @@ def test_it_needs_no_repository_around_it(tmp_path):
     code = "import dfad, dfad_kernels, dfad.runs.page; print(len(dfad.runs.page.page('x', [])))"
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=HANGING
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 3000

@@ -10,6 +10,7 @@ import pytest
 import dfad
 from dfad import __main__ as script
 from dfad import cli
+from tests.processes import HANGING
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -88,5 +89,5 @@ def test_the_options_of_a_command_are_one_dataclass_of_its_module():
 def test_help_needs_neither_torch_nor_the_parser_of_flags():
     code = "import sys; sys.argv = ['dfad', '--version']; from dfad.__main__ import main\ntry: main()\n"
     code += "except SystemExit: pass\nassert not {'torch', 'tyro'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING)
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ from dfad.distillation.round import Round
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
 from dfad.ranks import TIME_LIMIT
 from dfad.runs import checkpoint
+from tests.processes import HANGING
 from tests.ranks import run_command, run_ranks
 from tests.test_train_command import SMALL, assert_same_networks, environment, lines_of, wait_until
 
@@ -76,12 +77,12 @@ def test_ranks_that_are_killed_started_again_and_stopped_end_with_the_same_bits(
         killed_after = lines_of(metrics)
         wait_until(lambda: lines_of(metrics) >= killed_after + 3, process)
         process.terminate()
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=HANGING)
     assert process.returncode == 1, errors  # the launcher's; that of the ranks is tested below
     (stopped,) = re.findall(rf"Stopped after round (\d+) of {ROUNDS}\. Continue with --resume run\.", errors)
     assert checkpoint.load(tmp_path / "run")["round"] == int(stopped) == lines_of(metrics) < ROUNDS
     with start("--resume=run", cwd=tmp_path) as process:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=HANGING)
     assert process.returncode == 0, errors
     assert output.count("Distilled without data") == 1  # the first rank's
     assert lines_of(metrics) == ROUNDS
@@ -128,7 +129,7 @@ def test_two_hosts_end_with_the_bits_of_one(hosts, whole, tmp_path):
         )
         processes.append(process)
     try:
-        ended = [process.communicate(timeout=300) for process in processes]
+        ended = [process.communicate(timeout=HANGING) for process in processes]
     finally:
         for process in processes:
             process.kill()

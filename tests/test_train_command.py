@@ -73,7 +73,7 @@ def lines_of(path: Path) -> int:
 
 def wait_until(condition, process: Process) -> None:
     """Wait until a condition holds or the process has ended."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + processes.HANGING
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "the process neither went on nor ended"
         time.sleep(0.0005)
@@ -92,7 +92,9 @@ def assert_same_networks(folder: Path, expected: Path) -> None:
 
 def test_the_default_command(tmp_path):
     command = [sys.executable, *program("--fused", *SMALL)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=processes.HANGING
+    )
     assert done.returncode == 0, done.stderr
     for row in ("teacher", "student", "accuracy", "agreement", "parameters", "images generated", "rounds per second"):
         assert row in done.stdout
@@ -140,6 +142,21 @@ def command(tmp_path, monkeypatch, capsys):
     return call
 
 
+SIGNALLED = """
+import os, sys
+from dfad import cli, train
+from dfad.distillation.distiller import Distiller
+number, during, *arguments = sys.argv[1:]
+run_round = Distiller.run_round
+def signalled(distiller):
+    if distiller.round_index == int(during):
+        os.kill(os.getpid(), int(number))
+    return run_round(distiller)
+Distiller.run_round = signalled
+cli.run(lambda: train.main(arguments))
+"""
+"""The command, which gets a signal in the round after a given one."""
+
 ROUNDS = 20
 RUN = (f"--method.rounds={ROUNDS}", "--no_evaluate")
 
@@ -182,16 +199,13 @@ class TestInterrupted:
     def test_asked_to_stop_it_writes_a_checkpoint_and_can_be_resumed(self, whole, tmp_path):
         folder = tmp_path / "run"
         given = [*SMALL, *RUN, "--run_dir=run"]
-        for signal_, lines in ((signal.SIGINT, 2), (signal.SIGTERM, 5)):
-            process = start(*given, cwd=tmp_path)
-            wait_until(lambda lines=lines: lines_of(folder / "metrics.jsonl") >= lines, process)
-            process.send_signal(signal_)
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 128 + signal_
-            stopped = re.search(rf"Stopped after round (\d+) of {ROUNDS}\. Continue with --resume run\.", errors)
-            assert stopped, errors
-            assert "Traceback" not in errors
-            assert checkpoint.load(folder)["round"] == int(stopped[1])
+        for signal_, during in ((signal.SIGINT, 2), (signal.SIGTERM, 5)):
+            words = ["-c", SIGNALLED, str(int(signal_)), str(during), *given]
+            stopped = processes.run(words, tmp_path, environment())
+            assert stopped.returncode == 128 + signal_, stopped.stderr
+            assert f"Stopped after round {during + 1} of {ROUNDS}. Continue with --resume run." in stopped.stderr
+            assert "Traceback" not in stopped.stderr
+            assert checkpoint.load(folder)["round"] == during + 1
             given = ["--resume=run"]
         done = run("--resume=run", cwd=tmp_path)
         assert done.returncode == 0, done.stderr

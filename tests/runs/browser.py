@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANGING
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package chromium)")
@@ -44,7 +46,7 @@ def driven(page: Path, code: str, folder: Path, *, width: int = 1000, dark: bool
             "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom",
             *(["--blink-settings=preferredColorScheme=0"] if dark else []), (folder / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=HANGING, check=True,
     )  # fmt: skip
     found = re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)
     assert found, f"the page did not load: {done.stdout[:500]}"

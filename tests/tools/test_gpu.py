@@ -15,6 +15,7 @@ import torch
 
 from bench import figures, records
 from bench.rounds import contenders
+from tests.processes import HANGING
 from tools.gpu import gpu, kernel_times, parcel
 from tools.gpu.gpu import DONE, FAILED, STOPPED, Part, Places, State, plan, run_parts
 
@@ -369,7 +370,7 @@ class TestCommand:
             if line.startswith("second"):
                 break
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate(timeout=60)
+        told, _ = process.communicate(timeout=HANGING)
         assert "Stopped by a signal." in told
         assert "1 of 2 parts done" in told
         assert "none of its figures is a measurement" in told

@@ -43,7 +43,7 @@ ROUNDS = [
 
 TORCHVISION = (
     *("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "mnasnet0_5"),
-    *("regnet_x_400mf", "googlenet", "squeezenet1_0"),
+    *("regnet_x_400mf", "googlenet", "squeezenet1_0", "alexnet"),
 )
 TIMM = (
     *("resnet10t", "mobilenetv3_small_050", "lcnet_035", "ghostnet_050", "repghostnet_050", "convnext_atto"),
@@ -53,6 +53,7 @@ SMALL_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2
 HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "ResNet": ("ResNet", {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}),
     "ViT": ("ViT", {"patch_size": 16, **SMALL_VIT}),
+    "DeiT": ("DeiT", {"patch_size": 16, **SMALL_VIT}),
     "MobileNetV2": ("MobileNetV2", {"depth_multiplier": 0.35}),
     "ConvNext": ("ConvNext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
     "ConvNextV2": ("ConvNextV2", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),

@@ -60,16 +60,20 @@ UNKNOWN = "not recorded"
 
 @functools.cache
 def commit(root: Path = ROOT, commit_file: Path = COMMIT_FILE) -> str:
-    """The checkout's commit, marked ``+ changes`` if the code differs from it; without history, the one that
-    :func:`write_commit` wrote, if the code is still the same.
+    """The commit of the code: that of the checkout if nothing differs from it, else the one that :func:`write_commit`
+    wrote if the code is still the same, else the checkout's, marked ``+ changes``.
     """
     try:
         head = _git(root, "rev-parse", "HEAD").strip()
         changed = _git(root, "status", "--porcelain", "--", *CODE, ":!bench/results")
-    except (OSError, subprocess.CalledProcessError):
-        recorded, _, code = commit_file.read_text().partition(" of ") if commit_file.exists() else ("", "", "")
-        return recorded if recorded and code == code_hash(root) else UNKNOWN
-    return f"{head} + changes" if changed else head
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        head = changed = ""
+    if head and not changed:
+        return head
+    recorded, _, code = commit_file.read_text().partition(" of ") if commit_file.exists() else ("", "", "")
+    if recorded and code == code_hash(root):
+        return recorded
+    return f"{head} + changes" if head else UNKNOWN
 
 
 def write_commit() -> None:

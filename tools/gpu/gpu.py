@@ -186,7 +186,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         )
 
     versions = module("versions", 5, "tools.gpu.checks", "versions")
-    probes = module("probes", 20, "tools.gpu.probes")
+    probes = module("probes", 60, "tools.gpu.probes")
     checks = [module(what, 90, "tools.gpu.checks", what) for what in ("memcheck", "racecheck", "profile")]
     if small:
         digits = "bench/bench_step.py -k 'test_round and digits'"
@@ -213,9 +213,9 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     return [
         versions,
         probes,
-        pytest("tests", 60, "-m gpu tests -n 12 --dist worksteal"),
-        benchmark(f"rounds: {large}", 70, steps[large], ROUNDS),
-        benchmark(f"rounds, compiled: {large}", 75, steps[large], COMPILED),
+        pytest("tests", 160, "-m gpu tests -n 12 --dist worksteal"),
+        benchmark(f"rounds: {large}", 140, steps[large], ROUNDS),
+        benchmark(f"rounds, compiled: {large}", 150, steps[large], COMPILED),
         benchmark(f"rounds: {thin}", 30, steps[thin], ROUNDS),
         *of_others(60),
         module("kernels of a round", 20, "tools.gpu.kernel_times", "cifar-resnet34-resnet18"),
@@ -231,6 +231,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         benchmark("a round's parts", 90, steps[large], ("repaired", *PARTS, "ours")),
         benchmark("BatchNorm and what follows", 60, "bench/bench_step.py --full -k follows"),
         benchmark("data", 60, "bench/bench_data.py --full"),
+        benchmark("views", 20, "bench/bench_augmentation.py --full"),
         benchmark("optimizers", 20, "bench/bench_optimizers.py"),
         *checks,
         *(operators(dtype, "graph and not backward") for dtype in ("bfloat16", "float32")),

@@ -23,7 +23,7 @@ from dfad.distillation.beta import symmetric_beta
 from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS, RoundGraphs
 
-LIMIT = 45.0 if ON_GPU else 150.0
+LIMIT = 120.0 if ON_GPU else 150.0
 """Seconds for all probes together."""
 
 

@@ -43,7 +43,7 @@ CORE = {"torch", "triton", "numpy", "pillow", "matplotlib", "scikit-learn", "ten
 SOURCES = ("kernels/csrc", "CMakeLists.txt")
 """Of the extension."""
 
-EXTENSION = "dfad_kernels/_cpu"
+EXTENSIONS = ("dfad_kernels/_cpu", "dfad_kernels/_chains")
 PACKAGE = ROOT / "kernels" / "dfad_kernels"
 """Folder of the extension, beside its Python code."""
 
@@ -214,7 +214,7 @@ def extension(wheels: Path) -> str:
         return f"{without} {wheel.name} is for another Python than {sys.version.split()[0]}."
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith(EXTENSION) and name.endswith(".so"):
+            if name.startswith(EXTENSIONS) and name.endswith(".so"):
                 (PACKAGE / Path(name).name).write_bytes(archive.read(name))
     return f"The C++ extension is that of {wheel.name}."
 

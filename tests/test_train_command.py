@@ -24,7 +24,6 @@ from dfad.models.model_file import load_model
 from dfad.runs import checkpoint
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests import processes
-from tests.conftest import threads
 from tests.models.test_loading import Exploit
 from tests.processes import Process
 
@@ -212,16 +211,15 @@ class TestInterrupted:
         assert_same_networks(folder, whole)
         assert recorded_rounds(folder) == list(range(1, ROUNDS + 1))
 
-    def test_the_saved_settings_are_the_resolved_ones_and_reproduce_the_run(self, whole, command):
+    def test_the_saved_settings_are_the_resolved_ones_and_reproduce_the_run(self, whole, command, tmp_path):
         saved = yaml.safe_load((whole / "config.yaml").read_text())
         assert saved["method"]["rounds"] == ROUNDS
         assert saved["method"]["interpolation"] == to_tree(train.PRESETS["digits"])["method"]["interpolation"]
         printed = command("--config", whole / "config.yaml", "--print_config")
         assert (printed.exit_code, printed.stdout) == (0, (whole / "config.yaml").read_text())
-        with threads(1):  # as in the other process
-            again = command("--config", whole / "config.yaml", "--run_dir=again")
-        assert again.exit_code == 0, again.stderr
-        assert_same_networks(Path("again"), whole)
+        again = run("--config", whole / "config.yaml", "--run_dir=again", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert_same_networks(tmp_path / "again", whole)
 
 
 @pytest.fixture(scope="module")

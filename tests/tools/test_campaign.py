@@ -100,7 +100,7 @@ def test_a_student_that_is_stopped_goes_on(run, tmp_path, monkeypatch):
     assert [look["round"] for look in result["curve"]] == [1, 2]
     assert result["curve"][-1]["seconds"] == pytest.approx(result["seconds"])
     assert result["curve"][-1]["accuracy"] == result["accuracy"]
-    assert result["name"] == "jpeg.tar.xz: convnet, recipe without either part, 300 s"
+    assert result["name"] == "jpeg: convnet, recipe without either part, 300 s"
     assert result["teraflop_per_second"] == 2
     assert result["settings"]["method"]["interpolation"]["weight"] == 0
     assert [path.suffix for path in (tmp_path / "kept").glob("*either-part*")] == [".png"]

@@ -150,7 +150,7 @@ def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
     seconds = stopwatch.facts["seconds"]
     shutil.rmtree(folder)
     return {
-        "name": f"{command.data.name}: {recipe.network.factory}",
+        "name": f"{command.data.name.partition('.')[0]}: {recipe.network.factory}",
         "epochs": recipe.epochs,
         "accuracy": accuracy,
         "accuracy_before_rounding": trained,
@@ -192,7 +192,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
         data = DataConfig("folder", command.data)
     evaluate = Evaluator(data, device, teacher.normalisation)
     config = replace(recipe_arms(base)[command.arm], device=str(device))
-    name = f"{command.data.name}: {config.student.factory}, {command.arm}, {command.seconds:.0f} s"
+    name = f"{command.data.name.partition('.')[0]}: {config.student.factory}, {command.arm}, {command.seconds:.0f} s"
     folder = command.work / re.sub(r"[^a-z0-9]+", "-", name.lower())
     stopwatch = Stopwatch(command.work / f"{folder.name}.json")
     resumable = checkpoint.exists(folder)

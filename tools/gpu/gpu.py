@@ -135,7 +135,7 @@ COMPILED = ("repaired + torch.compile", "repaired + reduce-overhead", "ours + to
 
 
 def plan(places: Places, *, small: bool) -> list[Part]:
-    """All parts in order; those up to the operators in float32 fit into one call of 540 seconds.
+    """All parts in order; those up to the kernels of a round fit into one call of 540 seconds.
 
     Args:
         places: parts whose data is not given are omitted.
@@ -181,7 +181,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     def operators(dtype: str, words: str = "graph and backward") -> Part:
         return benchmark(
             f"operators, {dtype}" + (f", {words}" if words != "graph and backward" else ""),
-            30,
+            90,
             f"bench/bench_ops.py --full --seconds=0.1 -k '{dtype} and {words}'",
         )
 
@@ -213,17 +213,17 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     return [
         versions,
         probes,
-        pytest("tests", 160, "-m gpu tests -n 12 --dist worksteal"),
         benchmark(f"rounds: {large}", 140, steps[large], ROUNDS),
-        benchmark(f"rounds, compiled: {large}", 150, steps[large], COMPILED),
-        benchmark(f"rounds: {thin}", 30, steps[thin], ROUNDS),
+        benchmark(f"rounds: {thin}", 100, steps[thin], ROUNDS),
         *of_others(60),
-        module("kernels of a round", 20, "tools.gpu.kernel_times", "cifar-resnet34-resnet18"),
+        module("kernels of a round", 40, "tools.gpu.kernel_times", "cifar-resnet34-resnet18"),
+        # what follows refines the record, in further calls
         operators("bfloat16"),
         operators("float32"),
-        # what follows refines the record, in further calls
+        pytest("tests", 160, "-m gpu tests -n 12 --dist worksteal"),
+        benchmark(f"rounds, compiled: {large}", 150, steps[large], COMPILED),
         benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
-        benchmark(f"rounds, compiled: {thin}", 60, steps[thin], COMPILED),
+        benchmark(f"rounds, compiled: {thin}", 100, steps[thin], COMPILED),
         *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark(
             "rounds: small pairs", 60, "bench/bench_step.py --full -k 'test_round and (digits or lenet5)'", ROUNDS

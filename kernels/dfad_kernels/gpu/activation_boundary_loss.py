@@ -5,20 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfad_kernels.gpu.common import compute_type
+from dfad_kernels.gpu.common import compute_type, load_block
 
 BLOCK = 2048
 """Number of elements that a program reads from each tensor: four 128-bit loads of float32 in each of 128 threads."""
-
-
-@triton.jit
-def _block(s_ptr, t_ptr, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's offsets, which of them are inside, and what is there of each tensor."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    return offsets, inside, s, t
 
 
 @triton.jit
@@ -33,7 +23,7 @@ def _activation_boundary_forward_kernel(
     loss_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside, s, t = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    offsets, inside, s, t = load_block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
     v = tl.where(inside, _violation(s, t, tl.full((), margin, DTYPE)), 0.0)  # padding lanes violate by the margin
     if ELEMENTWISE:
         tl.store(loss_ptr + offsets, v * v * tl.full((), scale, DTYPE), mask=inside)
@@ -46,7 +36,7 @@ def _activation_boundary_backward_kernel(
     ds_ptr, g_ptr, s_ptr, t_ptr, numel, margin: tl.float64, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside, s, t = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    offsets, inside, s, t = load_block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
     g = 2 * tl.full((), scale, DTYPE)
     if ELEMENTWISE:
         g *= tl.load(g_ptr + offsets, mask=inside, other=0.0)

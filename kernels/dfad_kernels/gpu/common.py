@@ -1,4 +1,4 @@
-"""Host code that the Triton modules share."""
+"""What the Triton modules share."""
 
 from typing import NamedTuple
 
@@ -41,3 +41,13 @@ def tile(features: Tensor, elements: int, most_channels: int, stretches: int | N
     tiles = triton.cdiv(rows, height)
     of_stretch = triton.cdiv(tiles, min(stretches or tiles, tiles))
     return Tiling(height, width, triton.cdiv(channels, width), triton.cdiv(tiles, of_stretch), of_stretch * height)
+
+
+@triton.jit
+def load_block(s_ptr, t_ptr, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's offsets, which of them are inside, and what is there of each tensor; outside it is 0."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
+    return offsets, inside, s, t

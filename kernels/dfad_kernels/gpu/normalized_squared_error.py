@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfad_kernels.gpu.common import compute_type
+from dfad_kernels.gpu.common import compute_type, load_block
 
 BLOCK = 2048
 """Number of elements that a program reads from each tensor: four 128-bit loads of float32 in each of 128 threads."""
@@ -19,20 +19,11 @@ SMALLEST_SIZE = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _block(s_ptr, t_ptr, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's offsets, which of them are inside, and error and teacher there; outside both are 0."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    s = tl.load(s_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    t = tl.load(t_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    return offsets, inside, s - t, t
-
-
-@triton.jit
 def _normalized_squared_error_sums_kernel(
     partial_ptr, s_ptr, t_ptr, numel, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    _, _, error, t = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    _, _, s, t = load_block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    error = s - t
     tl.store(partial_ptr + tl.program_id(0), tl.sum(error * error))
     tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(t * t))
 
@@ -63,7 +54,8 @@ def _normalized_squared_error_forward_kernel(
     loss_ptr, s_ptr, t_ptr, saved_ptr, numel, scale: tl.float64, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The terms, where the loss is not their sum."""
-    offsets, inside, error, _ = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    offsets, inside, s, t = load_block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    error = s - t
     factor = tl.full((), scale, DTYPE) / tl.load(saved_ptr)
     tl.store(loss_ptr + offsets, error * error * factor, mask=inside)
 
@@ -73,7 +65,8 @@ def _normalized_squared_error_backward_kernel(
     ds_ptr, g_ptr, s_ptr, t_ptr, saved_ptr, numel, scale: tl.float64,
     ELEMENTWISE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside, error, _ = _block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    offsets, inside, s, t = load_block(s_ptr, t_ptr, numel, DTYPE, BLOCK)
+    error = s - t
     g = 2 * tl.full((), scale, DTYPE) / tl.load(saved_ptr)
     if ELEMENTWISE:
         g *= tl.load(g_ptr + offsets, mask=inside, other=0.0)

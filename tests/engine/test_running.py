@@ -114,7 +114,9 @@ PAGE_FAULTS = """
 import resource, torch
 from dfad.engine.keep_memory import keep_memory
 def faults():
-    tensors = [torch.ones(1 << 24) for _ in range(3)]  # larger than the C library keeps of itself
+    # Larger than the C library keeps of itself, and larger than their successors: it looks for room for a block and its
+    # alignment, so that a hole of the very size is passed over.
+    tensors = [torch.ones((1 << 24) + 1024) for _ in range(3)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     del tensors
     tensors = [torch.ones(1 << 24) for _ in range(3)]

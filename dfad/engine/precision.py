@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -54,13 +54,32 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @contextmanager
 def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Set the precision of a GPU's float32 products for a block."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    """Set the precision of float32 products for a block: TF32, or that of float32.
+
+    PyTorch has two interfaces for it, the older of which can be read only while both agree; so both are set. By default
+    cuDNN's convolutions are TF32, and callers may have chosen TF32 or bfloat16 for the rest.
+    """
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    settings += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
     try:
+        flags = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    except RuntimeError:  # the caller set one interface alone
+        flags = None
+    try:
+        if flags:
+            _set_flags("high" if precision == "tf32" else "highest", precision == "tf32")
+        for setting in settings:
+            setting.fp32_precision = precision
         yield
     finally:
+        if flags:
+            _set_flags(*flags)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def _set_flags(matmul: str, cudnn_tf32: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32

@@ -16,6 +16,16 @@ def _in_format_of(weight: Tensor, features: Tensor) -> Tensor:
     return features if weight.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
 
 
+@fx.wrap
+def upsampled(features: Tensor) -> Tensor:
+    """Features ``(B, channels, height, width)`` at twice the height and width, by nearest neighbours.
+
+    In their own dtype: under autocast PyTorch would make the copies in float32.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return F.interpolate(features, scale_factor=2, mode="nearest")
+
+
 class UpsampledConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling to twice the height and width, followed by a 3×3 convolution.
 
@@ -36,7 +46,7 @@ class UpsampledConv2d(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         """``(B, in_channels, height, width)`` to ``(B, out_channels, 2 height, 2 width)``."""
         if not self.merged:
-            return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
+            return super().forward(upsampled(features))
         kernel = self.weight.transpose(0, 1).flip(2, 3)  # the layout of a transposed convolution's kernel
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))  # an input pixel is two columns of the upsampled
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # and two rows

@@ -68,6 +68,15 @@ class ReadsFormat(Small):
         return super().forward(x * (3 if self.conv2.weight.is_contiguous(memory_format=torch.channels_last) else 1))
 
 
+class OnTensorCores(Small):
+    """Like a GPU whose products of float32 are TF32, in another order where its weights are channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounds = torch.backends.cudnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
+        reordered = self.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        return super().forward(x) * (1 + 2e-3 * (rounds and reordered))
+
+
 class TestComparison:
     def place(self, network: nn.Module, **switches) -> Placement:
         return Placement(
@@ -96,6 +105,11 @@ class TestComparison:
         with caplog.at_level(logging.INFO, logger="dfad"):
             assert "channels_last" not in self.place(ReadsFormat()).parts
         assert any("Without engine.channels_last for the student ReadsFormat: it changes" in m for m in caplog.messages)
+
+    def test_products_are_compared_in_the_precision_of_float32(self):
+        assert torch.backends.cudnn.allow_tf32  # PyTorch's default
+        assert "channels_last" in self.place(OnTensorCores()).parts
+        assert torch.backends.cudnn.allow_tf32
 
     def test_a_gradient_that_is_nothing_but_rounding_is_no_change(self):
         """That of the bias before the generator's last BatchNorm, whose exact value is zero."""

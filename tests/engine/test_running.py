@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from dfad.config import EngineConfig
 from dfad.engine import Engine, keep_memory
+from dfad.engine.precision import float32_products
 from tests.engine.test_engine import ALL_OFF, CPU, make
 
 each_end = pytest.mark.parametrize("fails", [False, True], ids=["", "after an error"])
@@ -58,6 +60,36 @@ class TestFlags:
         with gpu_engine("float32", fused=False).running():
             assert not torch.backends.cudnn.benchmark
         assert torch.backends.cudnn.benchmark
+
+
+class TestFloat32Products:
+    @pytest.fixture(params=["highest", "high", "medium"])
+    def chosen(self, request) -> Iterator[str]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(request.param)
+        yield request.param
+        torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize("precision", ["ieee", "tf32"])
+    def test_both_interfaces_agree_within_and_are_restored(self, precision, chosen):
+        before = flags()
+        with float32_products(precision):
+            assert flags() == (before[0], precision, precision)
+            assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[precision]
+            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+        assert flags() == before
+        assert torch.get_float32_matmul_precision() == chosen
+        assert torch.backends.cudnn.allow_tf32
+
+    def test_of_a_caller_who_chose_by_one_interface_alone(self):
+        conv = torch.backends.cudnn.conv
+        conv.fp32_precision = "ieee"
+        try:
+            with float32_products("tf32"):
+                assert flags()[1:] == ("tf32", "tf32")
+            assert conv.fp32_precision == "ieee"
+        finally:
+            conv.fp32_precision = "tf32"
 
 
 class TestKeptMemory:

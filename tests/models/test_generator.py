@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from dfad.engine.tracing import trace
 from dfad.errors import ModelError
-from dfad.models.generator import Generator, UpsampledConv2d
+from dfad.models.generator import Generator, UpsampledConv2d, upsampled
 from dfad.models.model_file import load_model
 from dfad.models.probing import parameter_count
 
@@ -119,3 +119,19 @@ def test_merged_upsampling_is_the_same_convolution(size):
         results.append([made, *gradients])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_autocast_upsamples_in_the_dtype_of_the_features():
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 6, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(2, 4, 12, 10).bfloat16()
+    results = []
+    for wide in (False, True):
+        given = features.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            made = upsampled(given.float() if wide else given)
+        made.backward(upstream.to(made.dtype))
+        assert made.dtype == (torch.float32 if wide else torch.bfloat16)
+        results.append([made.bfloat16(), given.grad])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

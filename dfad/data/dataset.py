@@ -54,7 +54,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over classes, and content and labels of both splits in order: equal data, equal fingerprint."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode(errors="surrogateescape"))
         for split in (self.train, self.test):
             digest.update(split.content_hash())
         return digest.hexdigest()

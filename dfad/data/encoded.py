@@ -165,14 +165,16 @@ def encoded_split(
 
 
 def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
-    """Check for images with too few significant bits; log that orientations are not applied."""
-    deep, turned = [], []
+    """Check for images with too few significant bits; log what of a file is not applied or not read."""
+    deep, turned, several = [], [], []
     for blob in blobs[:: -(-len(blobs) // SAMPLE)]:
         with suppress(DataError), _opened(blob, blob.read()) as image:
             if (value := brightest(image)) is not None:
                 deep.append(value)
-            if image.getexif().get(ORIENTATION, 1) != 1:
+            if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
                 turned.append(blob)
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a photograph in MPO, previews follow
+                several.append(blob)
     if config.bits is None:
         require_bright(deep, config.root or config.name)
     if turned:
@@ -181,6 +183,8 @@ def _look_at_some(blobs: Sequence[Blob], config: DataConfig) -> None:
             "in the order of the file, as torchvision and timm do.",
             turned[0],
         )
+    if several:
+        log.warning("%s holds several images, and others may. Only the first of each file is read.", several[0])
 
 
 def _first_header(blobs: Sequence[Blob]) -> tuple[tuple[int, int], bool]:

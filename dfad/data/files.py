@@ -3,6 +3,7 @@
 Nothing is ever written, so an archive cannot place a file anywhere; one that tries is refused nevertheless.
 """
 
+import io
 import logging
 import lzma
 import os
@@ -83,12 +84,11 @@ def read_tree(root: Path) -> Tree:
             has a path outside the archive's root.
     """
     if root.is_dir():
-        paths = sorted(_below(root))
+        paths = [path.relative_to(root).as_posix() for path in sorted(_below(root))]
         return Tree(
             root,
-            # a broken link counts as a file that cannot be read
-            {path.relative_to(root).as_posix(): Blob(path) for path in paths if path.is_file() or not path.exists()},
-            {path.relative_to(root).as_posix() for path in paths if path.is_dir()},
+            {name: Blob(root / name) for name in paths if _is_file(root / name)},
+            {name for name in paths if os.path.isdir(root / name)},
         )
     if not root.exists():
         raise DataError(f"There is no {root}. Point --data.root at the folder or archive that holds the data set.")
@@ -110,6 +110,11 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or something that cannot be read, such as a broken link."""
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
 def _below(folder: Path, around: tuple[str, ...] = ()) -> Iterator[Path]:
     """Files and folders, at any depth; a link to a parent folder is not followed."""
     here = os.path.realpath(folder)
@@ -122,13 +127,13 @@ def _below(folder: Path, around: tuple[str, ...] = ()) -> Iterator[Path]:
         raise DataError(f"{folder} cannot be read: {error.strerror}.") from None
     for entry in entries:
         yield folder / entry.name
-        if entry.is_dir():
+        if os.path.isdir(entry):  # DirEntry.is_dir raises for a link to itself
             yield from _below(folder / entry.name, (*around, here))
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Blob | None]]:
-    compressed = archive.suffix != ".tar"
     with damage_reported(archive), tarfile.open(archive) as tar:
+        compressed = not isinstance(tar.fileobj, io.BufferedReader)  # its name may say something else
         for info in tar:
             _check_member(archive, info)
             # the same file may be written as a/b and as ./a/b

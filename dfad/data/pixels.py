@@ -12,11 +12,11 @@ from dfad.errors import DataError, not_installed
 if TYPE_CHECKING:
     from PIL import Image
 
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 281, 284, 338, 339
 """Tags of TIFF."""
 
 ORIENTATION = 274
-"""Tag of EXIF; 1 is upright."""
+"""Tag of EXIF and TIFF; 1 is upright."""
 
 MANY_BITS = 16
 DARK = 2**14
@@ -48,11 +48,16 @@ def is_deep(image: Image.Image) -> bool:
 
 def is_plain(image: Image.Image) -> bool:
     """Whether all decoders give the same pixels for an image that is not loaded yet."""
-    return image.mode in ("L", "RGB") and ";" not in _raw_mode(image) and "transparency" not in image.info
+    return (
+        image.mode in ("L", "RGB")
+        and ";" not in _raw_mode(image)
+        and "transparency" not in image.info
+        and image.format != "TIFF"  # of which no two decoders read the same
+    )
 
 
 def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> Image.Image:
-    """An image in mode L or RGB. Its EXIF orientation is not applied.
+    """An image in mode L or RGB. Its EXIF orientation is not applied; Pillow applies that of TIFF.
 
     Args:
         image: not loaded yet, if it comes from a file.
@@ -68,6 +73,8 @@ def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> I
             f"{source} holds {kind} (mode {image.mode}), and the value of white is unknown. Convert it to 8 or "
             "16 bits per channel."
         )
+    if unread := _unread(image):
+        raise DataError(f"{source} holds {unread}. Convert it to 8 bits per channel, greyscale or RGB.")
     grey, transparent = is_grey(image), image.info.get("transparency")
     if is_deep(image):
         white, inverted = _white(image, bits), _tags(image).get(PHOTOMETRIC) == 0
@@ -92,6 +99,18 @@ def eight_bits(image: Image.Image, source: object, bits: int | None = None) -> I
             raise _transparency(source)
         image = image.convert("RGB")
     return image.convert("L" if grey else "RGB")
+
+
+def _unread(image: Image.Image) -> str:
+    """What Pillow drops or misreads of a TIFF without an error."""
+    tags = _tags(image)
+    if 0 in tags.get(EXTRA_SAMPLES, ()):
+        return f"{len(tags[BITS_PER_SAMPLE])} channels"
+    if 2 in tags.get(SAMPLE_FORMAT, ()):
+        return "signed integers"
+    if tags.get(PLANES) == 2 and max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
+        return "planes of 16 bits"
+    return ""
 
 
 def _transparency(source: object) -> DataError:
@@ -140,8 +159,8 @@ def _white(image: Image.Image, bits: int | None) -> int:
     tags = _tags(image)
     highest = tags.get(MAX_SAMPLE_VALUE)
     highest = highest[0] if isinstance(highest, tuple) and highest else highest
-    if isinstance(highest, int) and 0 < highest < 2**MANY_BITS:
-        return highest
+    if isinstance(highest, int) and 0 < highest < 2**MANY_BITS and not highest & (highest + 1):
+        return highest  # any other is the brightest pixel of this one image
     return int(2 ** tags.get(BITS_PER_SAMPLE, (MANY_BITS,))[0]) - 1
 
 

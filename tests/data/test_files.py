@@ -22,6 +22,11 @@ def test_an_archive_reads_like_its_folder(tmp_path, ending):
     assert archive.folders == folder.folders == {"a", "a/b"}
 
 
+def test_the_content_says_whether_an_archive_is_compressed(tmp_path):
+    path = tar(tmp_path / "archive.tar.gz", MEMBERS).rename(tmp_path / "archive.tar")
+    assert {name: blob.read() for name, blob in read_tree(path).files.items()} == MEMBERS
+
+
 def member(name, kind=tarfile.REGTYPE, target=""):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target

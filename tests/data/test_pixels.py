@@ -45,6 +45,27 @@ def png(bits: int, colour: int, rows: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def tiff(samples: np.ndarray, tags: dict[int, object], planes: bool = False) -> bytes:
+    """A TIFF of a kind that Pillow does not write."""
+    height, width, channels = samples.shape
+    bits = 8 * samples.itemsize
+    parts = [part.tobytes() for part in (samples.transpose(2, 0, 1) if planes else [samples])]
+    starts = [8 + sum(map(len, parts[:index])) for index in range(len(parts))]
+    entries: dict[int, object] = {
+        256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [2 if channels > 2 else 1], 273: starts,
+        277: [channels], 278: [height], 279: [len(part) for part in parts], 284: [2 if planes else 1], **tags,
+    }  # fmt: skip
+    table, beyond = b"", b""
+    end = 8 + sum(map(len, parts)) + 2 + 12 * len(entries) + 4
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", end + len(beyond))
+        beyond += packed if len(packed) > 4 else b""
+        table += struct.pack("<HHI", tag, 3, len(values)) + place
+    header = b"II*\0" + struct.pack("<I", 8 + sum(map(len, parts)))
+    return header + b"".join(parts) + struct.pack("<H", len(entries)) + table + bytes(4) + beyond
+
+
 def with_tag(tag: int, value: int) -> dict[str, object]:
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -77,6 +98,9 @@ GREY_FILES = {
     "PGM, 12 bits, as a user says it": (b"P5 8 8 4095\n" + whole(4095, ">u2").tobytes(), "pgm", {"bits": 12}),
     "PNG, 12 in 16 bits, as a user says it": (encoded(whole(4095), "png"), "png", {"bits": 12}),
     "TIFF, 12 in 16 bits, as its tag says it": (encoded(whole(4095), "tiff", **with_tag(281, 4095)), "tif", {}),
+    "TIFF, 16 bits, tagged with its brightest pixel": (
+        encoded(np.minimum(whole(65535), 65534), "tiff", **with_tag(281, 65534)), "tif", {},
+    ),
     "PNG with opaque alpha": (encoded(GREY_OPAQUE, "png"), "png", {}),
     "PNG with opaque alpha, 16 bits": (
         png(16, 4, np.dstack([whole(65535, ">u2"), np.full((8, 8), 65535, ">u2")])), "png", {},
@@ -133,6 +157,13 @@ REFUSED = {
     "12 in 16 bits, in colour, as a user says it": (
         png(16, 2, RGB16 // 16), "png", {"bits": 12}, "upper 8 are read; --data.bits 12 cannot",
     ),
+    "12 in 16 bits, tagged with its brightest pixel": (
+        encoded(whole(4000), "tiff", **with_tag(281, 4000)), "tif", {}, "is 4000. Probably only 12 bits",
+    ),
+    "signed bytes": (tiff(BYTES[:, :, None], {339: [2]}), "tif", {}, "holds signed integers"),
+    "an infrared channel": (tiff(OPAQUE, {338: [0]}), "tif", {}, "holds 4 channels"),
+    "a second channel": (tiff(GREY_OPAQUE, {338: [0]}), "tif", {}, "holds 2 channels"),
+    "planes of 16 bits": (tiff(RGB16.astype("<u2"), {}, planes=True), "tif", {}, "holds planes of 16 bits"),
     "brighter than white": (encoded(whole(65535), "png"), "png", {"bits": 12}, "pixel of 65535, more than the 4095"),
     "transparent": (encoded(TRANSPARENT, "png"), "png", {}, "has transparent pixels"),
     "a transparent colour of a palette": (
@@ -155,6 +186,18 @@ def test_images_that_are_dark_may_be_declared_so(tmp_path):
     assert read(tmp_path, encoded(whole(4095), "png"), "png", bits=16).max() == 16
 
 
+def test_planes_of_bytes_are_read(tmp_path):
+    np.testing.assert_array_equal(read(tmp_path, tiff(COLOUR, {}, planes=True), "tif"), COLOUR.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+def test_of_several_images_in_a_file_the_first_is_read_and_that_is_said(kind, tmp_path, caplog):
+    options = {"lossless": True} if kind == "webp" else {}
+    content = encoded(COLOUR, kind, save_all=True, append_images=[Image.fromarray(255 - COLOUR)], **options)
+    np.testing.assert_array_equal(read(tmp_path, content, kind), COLOUR.transpose(2, 0, 1))
+    assert "holds several images" in caplog.text
+
+
 def turned() -> bytes:
     exif = Image.Exif()
     exif[274] = 6
@@ -169,6 +212,14 @@ def test_an_orientation_is_not_applied_and_that_is_said(tmp_path, caplog):
     assert not caplog.text
 
 
+UPSIDE_DOWN = tiff(COLOUR, {274: [3]})
+
+
+def test_an_orientation_of_tiff_is_applied(tmp_path, caplog):
+    np.testing.assert_array_equal(read(tmp_path, UPSIDE_DOWN, "tif"), COLOUR[::-1, ::-1].transpose(2, 0, 1))
+    assert not caplog.text
+
+
 @pytest.mark.skipif(not dali_installed(), reason="needs NVIDIA DALI")
 @pytest.mark.parametrize(
     ("content", "ending", "options"),
@@ -176,8 +227,9 @@ def test_an_orientation_is_not_applied_and_that_is_said(tmp_path, caplog):
         *GREY_FILES.values(),
         *((content, "png", {}) for kind, (content, _) in COLOUR_FILES.items() if "CMYK" not in kind),
         (turned(), "png", {}),
+        (UPSIDE_DOWN, "tif", {}),
     ],
-    ids=[*GREY_FILES, *(f"colour: {kind}" for kind in COLOUR_FILES if "CMYK" not in kind), "turned"],
+    ids=[*GREY_FILES, *(f"colour: {kind}" for kind in COLOUR_FILES if "CMYK" not in kind), "turned", "upside down"],
 )
 def test_both_backends_see_the_same(content, ending, options, tmp_path):
     opened = dataset(tmp_path, content, ending, **options)

@@ -15,23 +15,41 @@ log = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
-TEST_NAMES = ("test", "val", "valid", "validation")
+TRAIN_NAMES = ("train", "training")
+
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 """Names of folders or shards of test images."""
 
 
 def read_folder(config: DataConfig) -> Dataset:
-    """``train/CLASS/*`` and ``test/CLASS/*``; or only ``CLASS/*``, of which a fixed fraction is held out."""
+    """``train/CLASS/*`` and ``test/CLASS/*``; or only ``CLASS/*``, of which a fixed fraction is held out.
+
+    Raises:
+        DataError: also if there is a folder of train images, but none of test images beside it.
+    """
     tree = _below_single_folder(_visible(read_tree(require_root(config))))
-    top = {PurePosixPath(name).parts[0] for name in tree.folders}
-    test_name = next((name for name in TEST_NAMES if name in top), None)
-    if "train" in top and test_name:
-        classes = _classes(tree, "train/")
+    # a class may be called train as well; it holds no folders
+    holders = {name.partition("/")[0] for name in tree.folders if "/" in name}
+    train_name, test_name = (
+        next((name for known in names for name in sorted(holders) if name.lower() == known), None)
+        for names in (TRAIN_NAMES, TEST_NAMES)
+    )
+    if train_name:
+        if not test_name:
+            raise DataError(
+                f"{tree.root} holds {train_name}/ with folders of train images, but no folder of test images, "
+                f"called one of {', '.join(TEST_NAMES)}. There are: {', '.join(_classes(tree, ''))}."
+            )
+        if left_out := [name for name in _classes(tree, "") if name not in (train_name, test_name)]:
+            log.info("%s: only %s and %s are read, not %s.", tree.root, train_name, test_name, ", ".join(left_out))
+        classes = _classes(tree, f"{train_name}/")
         unknown = [name for name in _classes(tree, f"{test_name}/") if name not in classes]
         if unknown:
             raise DataError(
-                f"{tree.root}: {test_name}/{unknown[0]} is a class that train/ lacks. Known: {', '.join(classes)}."
+                f"{tree.root}: {test_name}/{unknown[0]} is a class that {train_name}/ lacks. "
+                f"Known: {', '.join(classes)}."
             )
-        train = _split(tree, "train/", classes, config)
+        train = _split(tree, f"{train_name}/", classes, config)
         test = _split(tree, f"{test_name}/", classes, config, like=train)
         return from_encoded(config, classes, train, test)
     classes = _classes(tree, "")
@@ -73,14 +91,17 @@ def _split(
     others = 0
     for path, blob in sorted(tree.files.items()):
         class_name, _, rest = path.removeprefix(prefix).partition("/")
-        if not path.startswith(prefix) or class_name not in by_class or not rest:
+        if not path.startswith(prefix):
             continue
-        if path.lower().endswith(IMAGES):
+        if rest and path.lower().endswith(IMAGES):
             by_class[class_name].append(blob)
         else:
             others += 1
     if others:
-        log.info("%s: %d files without the name of an image were skipped.", tree.root, others)
+        log.info(
+            "%s: %d files outside the folders of classes or without the name of an image were skipped.",
+            tree.root / prefix, others,
+        )  # fmt: skip
     present = classes if like is None else [name for name in classes if f"{prefix}{name}" in tree.folders]
     for name in present:
         if not by_class[name]:

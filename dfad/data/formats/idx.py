@@ -113,4 +113,6 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} announces {shape} bytes, {header + math.prod(shape)} with its header, but its content ends at "
             f"offset {len(content)}. Download it again."
         )
+    if not math.prod(shape):
+        raise DataError(f"{path} announces {shape} bytes: it is empty.")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)

@@ -53,9 +53,14 @@ def _samples(shards: Sequence[Path]) -> tuple[list[Blob], list[int]]:
             stem, _, ending = path.name.partition(".")
             key = (path.parent / stem).as_posix()
             if f".{ending}".lower().endswith(IMAGES):
-                image_of[key] = blob
+                kind = image_of
             elif ending == "cls":
-                label_of[key] = blob
+                kind = label_of
+            else:
+                continue
+            if key in kind:
+                raise DataError(f"{shard}: the sample {key} has both {kind[key].member} and {name}. Remove one.")
+            kind[key] = blob
         for key in [*image_of, *label_of]:
             if key not in image_of or key not in label_of:
                 missing = "image" if key in label_of else "file .cls"
@@ -77,5 +82,6 @@ def _classes(root: Path, labels: Sequence[int]) -> tuple[str, ...]:
     folder = root if root.is_dir() else root.parent
     for name in CLASS_FILES:
         if (folder / name).is_file():
-            return tuple(line for line in (folder / name).read_text(encoding="utf-8").splitlines() if line)
+            names = (folder / name).read_text(encoding="utf-8-sig", errors="replace")
+            return tuple(line for line in names.splitlines() if line)
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))

@@ -27,6 +27,31 @@ def test_reads_train_and_test(tmp_path, form):
     assert torch.equal(dataset.test.decoded().images[3], dataset.train.decoded().images[6])  # dog/1.jpg
 
 
+@pytest.mark.parametrize("names", [("training", "testing"), ("Train", "Test"), ("TRAIN", "Val")])
+def test_folders_of_train_and_test_images_have_several_names(tmp_path, names):
+    files = {**below(names[0], folder_files()), **below(names[1], folder_files(2))}
+    dataset = open_dataset(config(write(tmp_path, files)))
+    assert dataset.classes == CLASSES
+    assert (len(dataset.train), len(dataset.test)) == (15, 6)
+
+
+def test_a_folder_of_train_images_is_no_class(tmp_path):
+    files = {**below("train", folder_files()), **below("holdout", folder_files(2))}
+    with pytest.raises(DataError, match=r"no folder of test images, called one of test, .* are: holdout, train\."):
+        open_dataset(config(write(tmp_path, files)))
+
+
+def test_train_may_be_a_class(tmp_path):
+    files = {f"{name}/{number}.jpg": picture(number) for name in ("car", "test", "train") for number in range(5)}
+    assert open_dataset(config(write(tmp_path, files))).classes == ("car", "test", "train")
+
+
+def test_folders_beside_train_and_test_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    open_dataset(config(write(tmp_path, {**SPLIT_FILES, "val/cat/0.jpg": picture(0)})))
+    assert "only train and test are read, not val" in caplog.text
+
+
 def test_mean_and_deviation_are_those_of_the_train_images(tmp_path):
     dataset = open_dataset(config(write(tmp_path, SPLIT_FILES)))
     pixels = dataset.train.decoded().images.double() / 255
@@ -124,6 +149,23 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
     assert len(open_dataset(config(root, skip_corrupt=True)).skipped) == 1
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    root = write(tmp_path / "root", SPLIT_FILES)
+    (root / "train" / "cat" / "loop").symlink_to("loop")
+    (root / "test" / "loop").symlink_to("loop")
+    assert open_dataset(config(root)).classes == CLASSES
+    (root / "train" / "cat" / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(DataError, match=r"cat/loop\.jpg cannot be read: Too many levels"):
+        open_dataset(config(root))
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    root = write(tmp_path, {**SPLIT_FILES, "train/\udce4/\udcff.jpg": picture(7)})
+    dataset = open_dataset(config(root))
+    assert dataset.classes == (*CLASSES, "\udce4")
+    assert dataset.fingerprint != open_dataset(config(write(tmp_path / "other", SPLIT_FILES))).fingerprint
+
+
 @pytest.mark.parametrize("form", ["folder", ".tar"])
 def test_what_is_hidden_is_not_counted(tmp_path, form):
     hidden = {
@@ -153,9 +195,10 @@ def test_a_class_without_train_images_is_named(tmp_path):
 
 def test_other_files_are_left_out(tmp_path, caplog):
     caplog.set_level("INFO")
-    dataset = open_dataset(config(write(tmp_path, {**SPLIT_FILES, "train/cat/Thumbs.db": b"x"})))
+    others = {"train/cat/Thumbs.db": b"x", "train/0.jpg": picture(0)}
+    dataset = open_dataset(config(write(tmp_path, {**SPLIT_FILES, **others})))
     assert len(dataset.train) == 15
-    assert "1 files without the name of an image" in caplog.text
+    assert "2 files outside the folders of classes or without the name of an image were skipped" in caplog.text
 
 
 def test_a_folder_without_classes_is_named(tmp_path):

@@ -50,6 +50,11 @@ DAMAGES = {
         "bytes 00 00 08 01 at offset 0, but needs 00 00 08 03",
     ),
     "empty": ("train-labels-idx1-ubyte.gz", lambda _: gzip.compress(b""), r"bytes \(none\) at offset 0"),
+    "no images": (
+        "train-images-idx3-ubyte.gz",
+        lambda _: gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))),
+        r"announces \(0, 28, 28\) bytes: it is empty",
+    ),
     "cut in the header": (
         "train-images-idx3-ubyte.gz",
         lambda content: gzip.compress(gzip.decompress(content)[:10]),

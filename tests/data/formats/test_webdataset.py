@@ -39,8 +39,11 @@ def test_a_single_shard_is_divided(tmp_path):
 
 def test_classes_are_named_by_a_file_beside_the_shards(tmp_path):
     tar(tmp_path / "all.tar", shard(0, 30))
-    (tmp_path / "classes.txt").write_text("cat\ndog\neel\n")
-    assert open_dataset(config(tmp_path)).classes == ("cat", "dog", "eel")
+    for content in ("cat\ndog\neel\n", "\ufeffcat\r\ndog\r\neel"):
+        (tmp_path / "classes.txt").write_bytes(content.encode())
+        assert open_dataset(config(tmp_path)).classes == ("cat", "dog", "eel")
+    (tmp_path / "classes.txt").write_bytes("cat\ndog\nä".encode("latin-1"))
+    assert open_dataset(config(tmp_path)).classes == ("cat", "dog", "\ufffd")
 
 
 def test_a_label_out_of_range_is_named(tmp_path):
@@ -55,6 +58,7 @@ BAD = {
     "no label": ({"000099.jpg": picture(0)}, "the sample 000099 has no file .cls"),
     "no image": ({"000099.cls": b"1"}, "the sample 000099 has no image"),
     "no number": ({"000099.jpg": picture(0), "000099.cls": b"cat"}, r"member 000099\.cls holds b'cat'"),
+    "two images": ({"000001.seg.png": picture(0)}, "the sample 000001 has both 000001.jpg and 000001.seg.png"),
     "negative": ({"000099.jpg": picture(0), "000099.cls": b"-1"}, "label -1 of image 30"),
 }
 

@@ -74,13 +74,13 @@ def tables(found: Inspection) -> list[Table]:
     channels, height, width = found.image_shape
     rows = {
         "classes": str(found.classes),
-        "images": f"{channels} channels, {height}×{width} pixels. {found.image_shape_found}",
+        "images": f"{channels} channel{'s' * (channels > 1)}, {height}×{width} pixels. {found.image_shape_found}",
         "normalisation": f"{_per_channel(found)}{found.normalisation_found}",
         "norms": _counts(found.norms),
         "activations": f"{_counts(found.activations)}: {found.boundary}",
         "generated images are shaped by": found.image_prior,
         "parameters": f"{found.parameters:,}",
-        "MFLOP per image": f"{found.flops_per_image / 1e6:,.1f}",
+        "MFLOP per image": f"{found.flops_per_image / 1e6:,.4g}",
         f"seconds per batch of {found.batch_size}": f"{found.seconds_per_batch:.4g} on {found.device}",
         "parts of the engine": ", ".join(found.engine_parts),
         "why not the others": "\n".join(found.engine_reasons) or "all run",

@@ -133,8 +133,11 @@ def inspection(
     classes = dry_forward(network, shape).logits.shape[1]
     activations, norms, statistics = activations_of(network), norms_of(network), batchnorms_of(network)
     taps = candidate_taps(network, shape)
-    own_taps = bool(taps) and taps[0].name.isdigit()
-    students = list(_students(source, loaded, shape, classes, taps, own_taps, has_boundary(activations)))
+    own_taps = bool(taps) and taps[0].own
+    boundary = has_boundary(activations)
+    students = list(_students(source, loaded, shape, classes, taps, own_taps, boundary))
+    usable = not own_taps and not loaded.exported and (boundary or statistics)
+    named_taps = [tap.name for tap in taps] if usable else []
     parts, reasons = _engine(network, shape, device)
     mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
     size_found = loaded.images.origin if loaded.images.size and not config.image_size else " ".join(said)
@@ -162,8 +165,8 @@ def inspection(
         engine_reasons=reasons,
         taps=taps,
         students=students,
-        limits=list(_limits(loaded, taps, students, statistics)),
-        command=_command(source, extras, loaded, shape, config, students, statistics),
+        limits=list(_limits(loaded, taps, students, statistics, named_taps)),
+        command=_command(source, extras, loaded, shape, config, students, statistics, named_taps),
     )
 
 
@@ -290,7 +293,7 @@ def _student(
     boundary: bool,
 ) -> Student:
     pairs = paired(taps, student_taps)
-    student_own = bool(student_taps) and student_taps[0].name.isdigit()
+    student_own = bool(student_taps) and student_taps[0].own
     if not pairs:
         reason = "no tap of its has the resolution of one of the teacher's"
         return Student(source, kwargs, count, [], [], reason, pairs=False, boundary=False)
@@ -311,10 +314,7 @@ def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Itera
     found = hub_of(source)
     if found is not None:
         hub, name = found
-        family = re.split(r"\d", name.split(".")[0], maxsplit=1)[0]
-        relatives = [
-            other for other in hub.names() if re.split(r"\d", other, maxsplit=1)[0] == family and other != name
-        ]
+        relatives = [other for other in hub.names() if _family(other) == _family(name) and other != name]
         prefix = source.partition(":")[0]
         counted = []
         for other in sorted(relatives, key=len)[:TRIED]:
@@ -345,7 +345,9 @@ def _on_meta(source: str, classes: int) -> nn.Module:
         return build(source, {"num_classes": classes})
 
 
-def _limits(loaded: Loaded, taps: Sequence[Tap], students: Sequence[Student], statistics: int) -> Iterator[str]:
+def _limits(
+    loaded: Loaded, taps: Sequence[Tap], students: Sequence[Student], statistics: int, named_taps: Sequence[str]
+) -> Iterator[str]:
     if not loaded.trained:
         yield "Its weights are random, or not known to be trained: give --teacher.checkpoint FILE."
     if not statistics:
@@ -355,12 +357,13 @@ def _limits(loaded: Loaded, taps: Sequence[Tap], students: Sequence[Student], st
             "The activation regularizer cannot be used: no feature map enters an activation where it could be tapped, "
             "as in pre-norm transformers, whose blocks add tokens and normalise them. Distil by the logits."
         )
-    elif not any(student.boundary for student in students):
+    elif students and not any(student.boundary for student in students):
         yield "The activation regularizer is left off: see its activations, and how the students' taps fit."
     if loaded.exported:
         yield "It is a program of torch.export: it cannot be a student, and its modules cannot be tapped by name."
     if not students:
-        yield "No smaller network was found that takes its images. Give yours: --student package.module:callable."
+        way = ", with a tap (--student.taps) of the same size for each of --teacher.taps" if named_taps else ""
+        yield f"No smaller network was found that takes its images. Give yours: --student package.module:callable{way}."
 
 
 def _command(
@@ -371,6 +374,7 @@ def _command(
     config: TeacherConfig,
     students: Sequence[Student],
     statistics: int,
+    named_taps: Sequence[str],
 ) -> str:
     words = ["python", "-m", "dfad.train", "--preset", "own", "--teacher", source, *extras]
     if not loaded.trained and config.checkpoint is None:
@@ -389,6 +393,8 @@ def _command(
             words += ["--teacher.taps", *student.teacher_taps]
         if student.taps:
             words += ["--student.taps", *student.taps]
+    if student is None and named_taps:
+        words += ["--teacher.taps", *named_taps]
     if student and student.boundary:
         words += ["--method.activation.weight", str(ACTIVATION_WEIGHT)]
     words += ["--run_dir", f"runs/{re.sub(r'[^A-Za-z0-9]+', '-', Path(source).stem).strip('-')}"]

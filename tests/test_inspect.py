@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from dfad import cli, inspect, models, train
 from dfad.models.model_file import load_model, save_model
@@ -68,11 +69,33 @@ def test_a_callable_and_the_command_that_it_prints(inspected, tmp_path):
     assert "--student package.module:callable" in found["command"]
 
 
-def test_the_command_that_it_prints_runs(inspected, tmp_path):
+def test_the_command_that_it_prints_runs(inspected, tmp_path, caplog):
+    """Without a student that fits, it names the teacher's taps; those of a student of the user's own make them pairs."""
     found = inspected("user_networks:Residual", "--teacher.image_size", "16")
+    taps = [tap["name"] for tap in found["taps"]]
+    assert len(taps) == 3
+    assert f"--teacher.taps {' '.join(taps)} --run_dir" in found["command"]
+    assert "--student.taps" in found["limits"][-1]
     command = found["command"].replace("package.module:callable", "user_networks:Residual")
-    student = distil(command, tmp_path)
+    student = distil(shlex.join([*shlex.split(command), "--student.taps", *taps]), tmp_path)
     assert as_outputs(student(torch.zeros(2, 3, 16, 16))).logits.shape == (2, 5)
+    assert "Features are not matched" not in caplog.text
+
+
+def test_taps_whose_names_are_numbers_are_given_by_name(inspected, monkeypatch):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    monkeypatch.setattr(sys.modules["user_networks"], "flat", lambda: layers, raising=False)
+    command = inspected("user_networks:flat", "--teacher.image_size", "8")["command"]
+    assert "--teacher.taps 1 --run_dir" in command
+
+
+def test_a_network_that_returns_its_taps_is_given_no_names(inspected, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["user_networks"], "tiny", lambda: models.convnet(channels=(2,), num_classes=5), raising=False
+    )
+    found = inspected("user_networks:tiny", "--teacher.image_size", "8")
+    assert (len(found["taps"]), found["students"]) == (1, [])
+    assert "--teacher.taps" not in found["command"]
 
 
 def test_a_transformer_is_distilled_by_its_logits_alone(inspected):

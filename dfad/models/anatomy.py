@@ -56,6 +56,9 @@ NORMS = (
 )
 
 
+RETURNED = "returned by the network"
+
+
 @dataclass(frozen=True)
 class Tap:
     """A candidate tap."""
@@ -66,6 +69,11 @@ class Tap:
     """``(channels, height, width)``."""
     found: str
     """A description of how it was found."""
+
+    @property
+    def own(self) -> bool:
+        """Whether the network returns it itself."""
+        return self.found == RETURNED
 
 
 def norms_of(network: nn.Module) -> Counter[str]:
@@ -122,7 +130,7 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
     answer = answer_to_blanks(network, image_shape)
     if isinstance(answer, Outputs):
         shaped = [(str(number), tap) for number, tap in enumerate(answer.taps) if tap.ndim == 4]
-        return [Tap(name, _shape(tap), "returned by the network") for name, tap in shaped]
+        return [Tap(name, _shape(tap), RETURNED) for name, tap in shaped]
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *image_shape, device=device)
     try:
@@ -160,7 +168,7 @@ def _by_graph(network: nn.Module, graph: fx.Graph, images: Tensor) -> Iterator[T
         _, channels, height, width = values[source]
         label = str(source.target) if _is_only_call(source, graph) else source.name
         yield Tap(
-            label, (channels, height, width), f"the {_called(source, network)} that enters a {name}, by the graph"
+            label, (channels, height, width), f"the {_called(source, network)} before a {name}, found in the graph"
         )
 
 
@@ -207,7 +215,7 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
         def hook(module: nn.Module, inputs: Any) -> None:
             if inputs and id(inputs[0]) in made:
                 name, tensor, maker = made[id(inputs[0])]
-                found.append(Tap(name, _shape(tensor), f"the {maker} that enters a {kind}, by a call"))
+                found.append(Tap(name, _shape(tensor), f"the {maker} before a {kind}, found by hooks"))
 
         return hook
 

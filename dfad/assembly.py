@@ -51,10 +51,15 @@ def load_teacher(config: TeacherConfig, recipe: str = "") -> Teacher:
             if recipe
             else "Give"
         )
+        missing, builder = (
+            "There is no trained teacher",
+            (", with --teacher package.module:callable where the file was not written by this project"),
+        )
+        if source:
+            missing, builder = f"The teacher {source} has no trained weights", ""
         raise ModelError(
-            f"There is no trained teacher. {way} --teacher.checkpoint FILE, with --teacher.factory "
-            "package.module:callable where the file was not written by this project; or --teacher.recipe NAME, one of "
-            f"{', '.join(RECIPES)}, to have one trained."
+            f"{missing}. {way} --teacher.checkpoint FILE{builder}; or --teacher.recipe NAME, one of "
+            f"{', '.join(RECIPES)}, to have a teacher trained."
         )
     if source is None:
         source, checkpoint = str(checkpoint), None
@@ -69,8 +74,12 @@ def _normalisation(loaded: Loaded, config: TeacherConfig) -> tuple[Sequence[floa
     """As the configuration says, else as the network's file or origin does."""
     mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
     if mean and not config.mean:
-        log.info("The teacher's images are normalised with mean %s and std %s, says %s.",
-                 tuple(mean), tuple(std), loaded.images.origin)  # fmt: skip
+        shown = (", ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+        log.info(
+            "The teacher's images are normalised with mean %s and std %s, according to %s.",
+            *shown,
+            loaded.images.origin,
+        )
     return mean, std
 
 

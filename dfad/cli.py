@@ -53,7 +53,10 @@ def _json_rule(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
 
 
 def _json_object(arguments: list[str]) -> dict[str, Any]:
-    value = json.loads(arguments[0])
+    try:
+        value = json.loads(arguments[0])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{arguments[0]} is not JSON such as '{{\"depth\": 20}}': {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{arguments[0]} is not a JSON object such as '{{\"depth\": 20}}'")
     return value

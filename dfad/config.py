@@ -241,7 +241,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """One round: student steps on generated images, then one step of the generator against the student."""
+    """One round: student steps on generated images, then steps of the generator against the student."""
 
     rounds: int = 300
     """Number of rounds."""

@@ -127,6 +127,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name():
         (["--optimizer.student.lr", "0"], "lr is 0"),
         (["--optimizer.student.milestones", "0.5", "0.2"], "milestones"),
         (["--teacher.kwargs", "[1]"], "JSON object"),
+        (["--teacher.kwargs", "{depth: 20}"], "{depth: 20} is not JSON such as '{\"depth\": 20}'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

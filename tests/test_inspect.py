@@ -70,7 +70,7 @@ def test_a_callable_and_the_command_that_it_prints(inspected, tmp_path):
 
 
 def test_the_command_that_it_prints_runs(inspected, tmp_path, caplog):
-    """Without a student that fits, it names the teacher's taps; those of a student of the user's own make them pairs."""
+    """Where no student fits, it names the teacher's taps, which pair with those of a student of the user's own."""
     found = inspected("user_networks:Residual", "--teacher.image_size", "16")
     taps = [tap["name"] for tap in found["taps"]]
     assert len(taps) == 3

@@ -251,8 +251,10 @@ class TestExtended:
         rate = state["student_optimizer"]["param_groups"][0]["lr"]
         planned = train.PRESETS["digits"].optimizer.student
         assert float(rate) == pytest.approx(planned.lr * planned.factor(6 / 7), rel=1e-5)
+        result = Path("run/result.json").read_text()
         again = command("--resume=run")
         assert (again.exit_code, recorded_rounds(Path("run"))[-1]) == (0, 7)
+        assert Path("run/result.json").read_text() == result  # with the times of the process that ran the rounds
 
     def test_cut_and_resumed_it_ends_with_the_same_bits(self, short, command):
         for name in ("one", "two"):
@@ -307,6 +309,7 @@ class TestBadInput:
             (["--teacher.checkpoint=nowhere.pt"], 3, ["nowhere.pt does not exist"]),
             (["--teacher.checkpoint=thesis"], 3, ["thesis is a folder", "No file in it ends in"]),
             (["--preset=own", "--student.factory=convnet"], 3, ["--teacher.recipe NAME, one of digits, mnist"]),
+            (["--preset=own", "--teacher=lenet5"], 3, ["The teacher lenet5 has no trained weights. Give --teacher."]),
             (["--preset=mnist"], 3, ["python -m dfad.teacher --preset mnist --data.root FOLDER",
                                      "--teacher.checkpoint runs/mnist-teacher/teacher.safetensors"]),
             (["--teacher.mean", "0.5", "0.5", "--teacher.std", "1", "1"], 3, ["mean (0.5, 0.5)", "1 channels"]),

@@ -60,7 +60,7 @@ def batch_source(dataset: Dataset, split: Split, backend: Backend, device: torch
 
 def _choose(split: Split, device: torch.device) -> tuple[Backend, str]:
     if isinstance(split, DecodedSplit):
-        return "native", "they come as pixels"
+        return "native", "they are stored as pixels"
     size = f"decoded they take {split.decoded_bytes / 1e9:.2g} GB"
     if split.decoded_bytes <= RESIDENT_FRACTION * usable_memory(device):
         return "native", f"{size}, which {device} holds"

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Result:
     teacher_queries: int
     """Number of images that the teacher was queried at in training, including the warm-up."""
     seconds: float
-    """Time of this process: warm-up, rounds, recording and selection."""
+    """Time of the last process that ran rounds: warm-up, rounds, recording and selection."""
     rounds_per_second: float
     agreement: float | None
     """Agreement of the last student with the teacher on the bank of generated images."""
@@ -68,7 +68,11 @@ class Result:
     best_accuracy: float | None
     """Accuracy of the student with the best agreement, which is selected without labels."""
     captured: bool = False
-    """Whether rounds of this process were replayed as a CUDA graph."""
+    """Whether rounds of that process were replayed as a CUDA graph."""
+
+
+TIMES = ("seconds", "rounds_per_second", "captured")
+"""Of a result, what a process that runs no round leaves as it is."""
 
 
 class Distiller:
@@ -195,6 +199,9 @@ class Distiller:
             self._restore_global_rng()
             history = self._run_rounds(folder)
             result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
+        if folder is not None and start_round == self.config.method.rounds:  # finished before
+            kept = {name: value for name, value in report.read_result(folder).items() if name in TIMES}
+            result = replace(result, **kept)
         if folder is not None and self.ranks.first:
             self._report(folder, history, result)
         return result

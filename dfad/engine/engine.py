@@ -118,7 +118,7 @@ class Engine:
 
     def _check_cast_weights(self) -> None:
         if self.device.type != "cuda":
-            raise Unavailable("nothing is launched on a CPU, where it takes as long")
+            raise Unavailable("a CPU launches no kernels, and casts one by one as fast")
         if self.dtype == torch.float32:
             raise Unavailable(f"the precision is {self.precision}, in which weights are used as they are")
         if self.compile:

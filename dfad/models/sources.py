@@ -145,9 +145,10 @@ def load_trained(source: str) -> Loaded:
         ModelError: if it has none: a callable may return random ones.
     """
     if not has_weights(source):
+        lack = f"{source} has no weights of its own" if ":" in source else f"There is no file {source}"
         raise ModelError(
-            f"{source} has no weights of its own. Name a file, or a network whose weights are published; or, of "
-            "dfad.evaluate, give the file as --model and what builds the network as --factory."
+            f"{lack}. Name a file, or a network whose weights are published; with dfad evaluate, give the file as "
+            "--model and what builds the network as --factory."
         )
     return load(source)
 

@@ -10,6 +10,7 @@ from typing import Any
 from dfad.errors import RunFolderError
 from dfad.runs.page import chart, page, percent, table
 from dfad.runs.recorder import read_history
+from dfad.runs.report import read_result
 from dfad.runs.run_page import PANELS, REPORT, curve, plain
 from dfad.runs.settings import SETTINGS_FILE, read_yaml
 
@@ -115,16 +116,7 @@ def _read(folder: Path, name: str) -> Run:
     settings = dict(_flat(read_yaml(folder / SETTINGS_FILE)))
     # an epoch of a teacher's run is a round here
     history = [{"round": record.get("epoch", 0), **record} for record in read_history(folder)]
-    return Run(name, folder, settings, history, _result(folder / "result.json"))
-
-
-def _result(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise RunFolderError(f"{path} cannot be read: {error}.") from None
+    return Run(name, folder, settings, history, read_result(folder))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

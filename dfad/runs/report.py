@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad.config import DistillConfig, StudentConfig
+from dfad.errors import RunFolderError
 from dfad.files import write_atomically
 from dfad.models.factory import path_of
 from dfad.models.model_file import save_model
@@ -22,6 +23,8 @@ from dfad.runs.pictures import new_figure, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+RESULT = "result.json"
 
 SAMPLES = 32
 """Number of images in ``samples.png``."""
@@ -80,7 +83,22 @@ def write_networks(
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write ``result.json``."""
     text = json.dumps(result, indent=2) + "\n"
-    write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / RESULT, lambda file: file.write(text.encode()))
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of ``result.json``; empty where there is none.
+
+    Raises:
+        RunFolderError: if it cannot be read.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise RunFolderError(f"{path} cannot be read: {error}.") from None
 
 
 def write_pictures(

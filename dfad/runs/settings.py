@@ -76,7 +76,7 @@ def saved_settings(folder: Path, defaults: T) -> T:
         defaults: values of the settings that did not exist yet when the run was started.
 
     Raises:
-        ConfigurationError: if the folder holds no run, or its file does not fit.
+        ConfigurationError: if the folder holds no run of this command, or its file does not fit.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -84,7 +84,14 @@ def saved_settings(folder: Path, defaults: T) -> T:
             f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
             "Name the folder of a run."
         )
-    return override(defaults, read_yaml(path), source=str(path))
+    tree = read_yaml(path)
+    foreign = [name for name in tree if not hasattr(defaults, name)]
+    if foreign:
+        raise ConfigurationError(
+            f"{folder} holds the run of another command, or of another version: its {SETTINGS_FILE} sets "
+            f"{', '.join(map(str, foreign))}. Resume a teacher's run with dfad teacher, a distillation with dfad train."
+        )
+    return override(defaults, tree, source=str(path))
 
 
 GROWING = "method.rounds"

@@ -176,7 +176,7 @@ def test_auto_keeps_pixels_and_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     dataset = open_dataset(DataConfig(name="mnist", root=write(tmp_path, mnist_files())))
     assert batch_source(dataset, dataset.test, "auto", CPU).name == "native"
-    assert "Data backend: native, for 10 images of mnist: they come as pixels" in caplog.text
+    assert "Data backend: native, for 10 images of mnist: they are stored as pixels" in caplog.text
 
 
 def test_dali_missing_is_an_error_where_it_is_asked_for(dataset, monkeypatch):

@@ -161,6 +161,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         saved_settings(tmp_path, Recipe())
 
 
+def test_a_run_of_another_command_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(Recipe()))
+    with pytest.raises(ConfigurationError, match="the run of another command.*network.*dfad teacher"):
+        saved_settings(tmp_path, TrainConfig())
+
+
 def test_changed_settings_are_named():
     saved = DistillConfig(seed=5, method=MethodConfig(rounds=3))
     with pytest.raises(ConfigurationError, match=r"Changed: seed 5 → 6; method\.rounds 3 → 2\."):

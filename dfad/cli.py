@@ -35,6 +35,12 @@ Positional = tyro.conf.Positional
 Settings = tyro.conf.arg(name="")
 """Marks the field of a command whose own fields are flags without a prefix: ``Annotated[ItsConfig, Settings]``."""
 
+
+def also(*flags: str) -> Any:
+    """Marks a field with other flags that mean the same: ``Annotated[int, also("--old-name")]``."""
+    return tyro.conf.arg(aliases=flags)
+
+
 _registry = tyro.constructors.ConstructorRegistry()
 
 

@@ -56,8 +56,8 @@ class Reproduce:
     root: Path | None = None
     """Folder or archive of the data, for data sets in files."""
 
-    processes: int = 1
-    """Number of runs at a time; they share the processor's cores."""
+    workers: Annotated[int, cli.also("--processes")] = 1
+    """Number of runs at a time, each in a process of its own; they share the processor's cores and the GPUs."""
 
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
@@ -69,19 +69,19 @@ class Reproduce:
     """Further file for the record, such as bench/results/reproduce-digits.json."""
 
     def __post_init__(self) -> None:
-        positive(seeds=self.seeds, processes=self.processes)
+        positive(seeds=self.seeds, workers=self.workers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, run the comparison, print what it shows."""
     command = cli.parse_flags(Reproduce, arguments)
-    require_alone("dfad.reproduce", "Start one process; its --processes spreads runs over cores and GPUs.")
+    require_alone("dfad.reproduce", "Start one process; its --workers spreads runs over cores and GPUs.")
     configure_logging()
     comparison = located(command)
     folder = command.run_dir or Path("runs") / f"reproduce-{command.comparison}"
     runs = plan(comparison, command.seeds, folder)
     measured_with = machine()  # now, because the checkout may change during the hours of a run
-    results = execute(runs, command.processes)
+    results = execute(runs, command.workers)
     record = {"comparison": command.comparison, **summarise(comparison, runs, results), "machine": measured_with}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for path in filter(None, (folder / RECORD_FILE, command.output)):

@@ -20,7 +20,14 @@ ROOT = str(Path(__file__).parents[1])
 
 COMMANDS = tuple(f"dfad.{name}" for name in ("train", "teacher", "evaluate", "reproduce", "inspect", "export"))
 
-IMPORTED = (*COMMANDS, "torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "sklearn.datasets")
+IMPORTED = (
+    *COMMANDS,
+    "torch._dynamo",  # which PyTorch imports with the first optimizer
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(IMPORTED))

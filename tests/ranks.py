@@ -1,6 +1,5 @@
 """Several ranks on one machine, for tests."""
 
-import multiprocessing
 import os
 import pickle
 import time
@@ -17,18 +16,12 @@ import torch
 import torch.distributed as dist
 
 from dfad import cli
-from dfad.ranks import TIME_LIMIT as LIMIT_VARIABLE
-
-TIME_LIMIT = 120
-"""Seconds; for what would otherwise hang."""
-
-_context = multiprocessing.get_context("forkserver")
-# imported once, and not once per rank; PyTorch imports its compiler with the first optimizer
-_context.set_forkserver_preload(["dfad.train", "dfad.teacher", "torch._dynamo", "torch.distributed.fsdp"])
+from dfad.ranks import TIME_LIMIT
+from tests.processes import HANGING, context
 
 
 def run_ranks(
-    count: int, work: Callable[..., Any], folder: Path, *arguments: Any, time_limit: float = TIME_LIMIT
+    count: int, work: Callable[..., Any], folder: Path, *arguments: Any, time_limit: float = HANGING
 ) -> list[Any]:
     """What a function of a module returns in each of several processes that speak by gloo.
 
@@ -40,7 +33,8 @@ def run_ranks(
         time_limit: of a collective, in seconds.
     """
     ranks = [
-        _context.Process(target=_rank, args=(rank, count, work, folder, arguments, time_limit)) for rank in range(count)
+        context().Process(target=_rank, args=(rank, count, work, folder, arguments, time_limit))
+        for rank in range(count)
     ]
     with _ended(ranks):
         pass
@@ -83,7 +77,7 @@ def _ended(ranks: Sequence[BaseProcess]) -> Iterator[None]:
         rank.start()
     try:
         yield
-        deadline = time.monotonic() + TIME_LIMIT
+        deadline = time.monotonic() + HANGING
         for rank in ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
         hanging = [number for number, rank in enumerate(ranks) if rank.is_alive()]
@@ -134,11 +128,11 @@ def run_command(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            LIMIT_VARIABLE: "60",
+            TIME_LIMIT: str(HANGING),
             **(environment[rank] if environment else {}),
         }
         command = (main, [*map(str, given)], folder, rank, variables, grace, prepare)
-        ranks.append(_context.Process(target=_command, args=command))
+        ranks.append(context().Process(target=_command, args=command))
     with _ended(ranks):
         meanwhile(ranks)
     return [

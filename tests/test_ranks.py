@@ -36,6 +36,8 @@ class TestShares:
         Ranks(0, 1).require_divides("batch_size", 7)
         with pytest.raises(ConfigurationError, match="batch_size is 50, and 4 ranks share it: .* of 8, .* Give 48"):
             Ranks(0, 4).require_divides("batch_size", 50)
+        with pytest.raises(ConfigurationError, match="batch_size is 2, and 4 ranks share it: .* of 8, .* Give 8"):
+            Ranks(0, 4).require_divides("batch_size", 2)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
@@ -66,7 +68,7 @@ def test_ranks_of_a_launcher(rank, count, found, monkeypatch):
 
 @pytest.mark.parametrize(
     ("command", "given"),
-    [(reproduce, ["digits", "--processes=2"]), (export, ["run"]), (compare, ["one", "two"])],
+    [(reproduce, ["digits", "--workers=2"]), (export, ["run"]), (compare, ["one", "two"])],
     ids=["reproduce", "export", "compare"],
 )
 def test_a_command_of_one_process_is_refused_by_several(command, given, monkeypatch, capsys, tmp_path):

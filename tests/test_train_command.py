@@ -70,12 +70,12 @@ def lines_of(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_until(condition, process: Process) -> None:
-    """Wait until a condition holds or the process has ended."""
+def wait_until(condition, process: Process, every: float = 0.0005) -> None:
+    """Wait until a condition, checked every some seconds, holds or the process has ended."""
     deadline = time.monotonic() + processes.HANGING
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "the process neither went on nor ended"
-        time.sleep(0.0005)
+        time.sleep(every)
 
 
 def recorded_rounds(folder: Path) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfad import reproduce
+from dfad import cli, reproduce
 from dfad.config import GeneratorConfig, InterpolationConfig, RecordingConfig, SelectionConfig, StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ConfigurationError, DfadError
@@ -154,8 +154,13 @@ def test_a_stopped_run_goes_on(finished, tmp_path, monkeypatch, one_thread):
 def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: context())
-    together = run(tmp_path, "--processes=2", "--arms", PLAIN)
+    together = run(tmp_path, "--workers=2", "--arms", PLAIN)
     assert timeless(together)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
+
+
+@pytest.mark.parametrize("flag", ["--workers", "--processes"])
+def test_the_number_of_processes_has_two_flags(flag):
+    assert cli.parse_flags(reproduce.Reproduce, ["digits", flag, "3"]).workers == 3
 
 
 def test_several_processes_take_the_gpus_in_turns(monkeypatch, one_thread):

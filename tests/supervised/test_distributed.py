@@ -28,8 +28,8 @@ RECIPE = Recipe(
 
 FLAGS = ["--network.kwargs", '{"channels": [4, 8]}', "--epochs=1", "--batch_size=256", "--device=cpu"]
 
-COUNTS = (1, 3, 7)
-"""Of images that two ranks do not divide; of one there are fewer than ranks."""
+COUNTS = (1, 3, 6, 7)
+"""Of images that two or four ranks do not divide; there are fewer than ranks, or some ranks have none."""
 
 
 def trained() -> dict[str, Any]:
@@ -66,9 +66,9 @@ def test_ranks_train_what_one_trains_alone(ranks):
         assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(ranks[0][0][name])) for name in found)
 
 
-def test_every_image_is_measured_once_in_order(ranks):
+def test_every_image_is_measured_once_in_order(ranks, tmp_path):
     expected = measured()
-    for _, found in ranks:
+    for found in [*(found for _, found in ranks), *run_ranks(4, measured, tmp_path)]:
         for count, (logits, labels) in expected.items():
             assert len(found[count][0]) == len(labels)
             assert torch.equal(found[count][1], labels)

@@ -17,7 +17,7 @@ from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, parameter_count, require_same_classes
 from dfad.models.taps import Outputs
-from dfad.modes import evaluating
+from dfad.modes import evaluating, random_state_kept
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
     device = next(teacher.parameters(), torch.empty(0)).device
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     reason = "its logits carry none"
-    with evaluating(teacher), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(teacher), torch.enable_grad(), random_state_kept():
         outputs = as_outputs(teacher(images.clone()))  # not a leaf: networks may write into their images
         gradient = None
         if outputs.logits.requires_grad:

@@ -135,13 +135,17 @@ class Recorder:
     def _status(self, round_index: int, metrics: Metrics) -> str:
         """What matters to a person first: how good the student is, whether it gets better, how long it takes."""
         shown = ("agreement", "accuracy", "student_loss", "generator_loss", "loss", "rounds_per_second")
-        names = {"rounds_per_second": "rounds/s", "student_loss": "student", "generator_loss": "generator"}
+        warming_up = self.first < 0 and round_index <= 0
+        names = {"student_loss": "student", "generator_loss": "generator"}
+        names["rounds_per_second"] = "steps/s" if warming_up else f"{self.unit}s/s"
         parts = [f"{names.get(name, name)} {metrics[name]:.4g}" for name in shown if name in metrics]
         change = recent_change(self.history) if "agreement" in metrics else None
         if change is not None:
             parts[0] += f" ({direction(change[0])}, {change[0]:+.3f} in {change[1]} rounds)"
-        if metrics.get("rounds_per_second") and round_index < self.rounds:
-            parts.append(f"{duration((self.rounds - round_index) / metrics['rounds_per_second'])} left")
+        left = (0 if warming_up else self.rounds) - round_index
+        if metrics.get("rounds_per_second") and left:
+            of_what = " of the warm-up" if warming_up else ""
+            parts.append(f"{duration(left / metrics['rounds_per_second'])}{of_what} left")
         return "  ".join(parts)
 
 

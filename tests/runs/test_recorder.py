@@ -54,6 +54,17 @@ class TestRecorder:
             recorder.write(2, {"student_loss": 0.123456, "rounds_per_second": 3.0, "class_entropy": 0.5})
         assert caplog.messages == ["Round 2/4  student 0.1235  rounds/s 3  1 s left"]
 
+    def test_the_warm_up_has_a_pace_and_an_end_of_its_own(self, caplog):
+        with caplog.at_level("INFO"), Recorder(None, 400, -10, first=-10) as recorder:
+            recorder.write(-4, {"generator_loss": 1.0, "rounds_per_second": 2.0})
+            recorder.write(0, {"generator_loss": 1.0, "rounds_per_second": 2.0})
+            recorder.write(10, {"generator_loss": 1.0, "rounds_per_second": 1.0})
+        assert caplog.messages == [
+            "Warm-up 6/10  generator 1  steps/s 2  2 s of the warm-up left",
+            "Round 0/400  generator 1  steps/s 2",
+            "Round 10/400  generator 1  rounds/s 1  6 min 30 s left",
+        ]
+
     def test_the_line_says_how_the_agreement_moves_and_what_time_is_left(self, caplog):
         with caplog.at_level("INFO", logger="dfad"), Recorder(None, rounds=4000) as recorder:
             for round_index, agreement in ((10, 0.5), (20, 0.6), (30, 0.7)):

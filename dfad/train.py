@@ -127,8 +127,6 @@ def result_table(
     table.add_row("parameters", parameters(teacher), parameters(student), parameters(student))
     table.add_row("images generated", "", f"{result.images:,}")
     table.add_row("images that the student was shown", "", f"{result.student_images:,}")
-    if result.flops is not None:
-        table.add_row("PFLOP", "", f"{result.flops / 1e15:,.4g}")
     table.add_row("rounds per second", "", f"{result.rounds_per_second:.2f}")
     table.add_row("seconds", "", f"{result.seconds:.1f}")
     return table

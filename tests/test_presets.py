@@ -9,7 +9,7 @@ from dfad import models
 from dfad.assembly import build_student
 from dfad.config import FeatureMatchingConfig, ImageBankConfig, StudentConfig
 from dfad.distillation.distiller import Distiller
-from dfad.distillation.flops import count_flops
+from dfad.distillation.estimate import count_flops
 from dfad.errors import ModelError
 from dfad.models.probing import parameter_count
 from dfad.presets import PRESETS, TrainConfig
@@ -46,7 +46,7 @@ def test_cifar10_runs_on_its_teacher_for_at_most_100_petaflop():
     warm_up, round_ = distiller.round.warm_up(), distiller.round()
     assert all(torch.isfinite(term) for term in (*warm_up.values(), *round_.values()))
     images = preset.method.batch_size / config.method.batch_size
-    flops, _ = count_flops(distiller.round)
+    flops, _ = count_flops(distiller)
     assert 90e15 < flops * images < 100e15
 
 

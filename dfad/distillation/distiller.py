@@ -1,7 +1,6 @@
 """A distillation: its rounds, the selection of the best student, and the state to resume from."""
 
 import copy
-import io
 import logging
 import math
 import time
@@ -18,12 +17,11 @@ from dfad.config import DistillConfig
 from dfad.copies import in_float32
 from dfad.distillation import preflight
 from dfad.distillation.collapse import CollapseGuard
-from dfad.distillation.flops import count_flops
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
-from dfad.errors import ConfigurationError, DivergenceError, RankError, RunFolderError, first_line
+from dfad.errors import ConfigurationError, DivergenceError, RankError, RunFolderError
 from dfad.models.model_file import weights_hash
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import image_shape_of, parameter_count
@@ -71,9 +69,6 @@ class Result:
     """Accuracy of the student with the best agreement, which is selected without labels."""
     captured: bool = False
     """Whether rounds of that process were replayed as a CUDA graph."""
-    flops: int | None = None
-    """FLOPs of all rounds and the warm-up, of convolutions and matrix products, a multiplication and an addition
-    counted as two; None without a folder, or where they cannot be counted."""
 
 
 TIMES = ("seconds", "rounds_per_second", "captured")
@@ -197,15 +192,13 @@ class Distiller:
                 self.load_state_dict(state)
             if resume:
                 self.ranks.of_first(lambda: extend(folder, self.config))
+        started, start_round = time.perf_counter(), self.round_index
         # a student's own dropout draws from PyTorch's global generators
         networks = f"networks-{self.ranks.rank}" if self.ranks.rank else "networks"
         with self.engine.running(), seeded(stream_seed(self.config.seed, networks), self.device):
             self._restore_global_rng()
-            flops = self._count_flops() if folder is not None else None
-            started, start_round = time.perf_counter(), self.round_index
             history = self._run_rounds(folder)
-            seconds, rounds = time.perf_counter() - started, self.round_index - max(start_round, 0)
-            result = replace(self._result(seconds, rounds), flops=flops)
+            result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
         if folder is not None and start_round == self.config.method.rounds:  # finished before
             kept = {name: value for name, value in report.read_result(folder).items() if name in TIMES}
             result = replace(result, **kept)
@@ -218,20 +211,6 @@ class Distiller:
         size = preflight.bytes_of_run(self.student, self.generator, self.image_shape, self.config)
         preflight.check_room(folder, size)
         return open_folder(folder, self.config, resume=resume, overwrite=overwrite)
-
-    def _count_flops(self) -> int | None:
-        """FLOPs of the whole run, counted on rounds that are undone as if the run were resumed."""
-        saved = io.BytesIO()
-        torch.save(self.state_dict(), saved)
-        try:
-            flops, _ = count_flops(self.round)
-        except Exception as error:  # networks may contain anything, and no run fails for this figure
-            log.info("FLOPs cannot be counted: %s: %s.", type(error).__name__, first_line(error))
-            flops = None
-        saved.seek(0)
-        self.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
-        self._restore_global_rng()
-        return flops
 
     def _run_rounds(self, folder: Path | None) -> list[dict[str, float]]:
         log_every, select_every = self.config.recording.log_every, self.config.selection.every

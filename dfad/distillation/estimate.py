@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfad.distillation.distiller import Distiller
-from dfad.distillation.flops import count_flops
 from dfad.distillation.tensor_memory import TensorMemory
 from dfad.engine import wait_for
 from dfad.engine.cuda_graph import WARM_UP_ROUNDS
+from dfad.engine.fuse_convolutions import chained_flops
 from dfad.models.probing import parameter_count
 
 TIMED_ROUNDS = 5
@@ -49,7 +50,7 @@ def estimate(distiller: Distiller) -> Estimate:
 
 def _measured(distiller: Distiller) -> Estimate:
     method = distiller.config.method
-    total_flops, flops_per_round = count_flops(distiller.round)
+    total_flops, flops_per_round = count_flops(distiller)
     warm_up_seconds = 0.0
     if method.warm_up:
         warm_up_seconds = method.warm_up * _seconds(distiller.round.warm_up, distiller.device)
@@ -68,6 +69,22 @@ def _measured(distiller: Distiller) -> Estimate:
         total_seconds=warm_up_seconds + method.rounds * seconds_per_round,
         captured=distiller.engine.captured,
     )
+
+
+def count_flops(distiller: Distiller) -> tuple[int, int]:
+    """FLOPs of a whole run and of one round, of all ranks, counted on a warm-up step and a round, which change the
+    distiller."""
+    method, ranks = distiller.config.method, distiller.ranks.count
+    warm_up = method.warm_up * ranks * _flops(distiller.round.warm_up) if method.warm_up else 0
+    per_round = ranks * _flops(distiller.round)
+    return warm_up + method.rounds * per_round, per_round
+
+
+def _flops(work: Callable[[], object]) -> int:
+    chained = chained_flops()
+    with FlopCounterMode(display=False) as flops:
+        work()
+    return flops.get_total_flops() + chained_flops() - chained
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

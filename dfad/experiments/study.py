@@ -16,7 +16,7 @@ import torch
 
 from dfad.assembly import build_distiller, build_student, load_teacher
 from dfad.data.evaluation import Evaluator
-from dfad.distillation.flops import count_flops
+from dfad.distillation.estimate import count_flops
 from dfad.engine import choose_device
 from dfad.experiments.comparisons import REAL_DATA, Beats, Claim, Comparison, Reaches
 from dfad.files import write_atomically
@@ -92,7 +92,7 @@ def run_once(run: Run) -> dict[str, Any]:
         else:
             _distil(run.settings, run.folder, resume=started)
     result: dict[str, Any] = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    if not isinstance(run.settings, Recipe) and not result.get("flops"):  # of an older version
+    if not isinstance(run.settings, Recipe):
         result["flops"] = _flops(run.settings, run.folder / COST_FILE)
     records = map(json.loads, (run.folder / METRICS).read_text(encoding="utf-8").splitlines())
     curve = [(record.get("round", 0), record["accuracy"]) for record in records if "accuracy" in record]
@@ -108,8 +108,7 @@ def _distil(config: TrainConfig, folder: Path, *, resume: bool) -> None:
 def _flops(config: TrainConfig, path: Path) -> int:
     """FLOPs of a run, counted once."""
     if not path.exists():
-        distiller = build_distiller(load_teacher(config.teacher), build_student(config), config)
-        flops, _ = count_flops(distiller.round)
+        flops, _ = count_flops(build_distiller(load_teacher(config.teacher), build_student(config), config))
         write_atomically(path, lambda file: file.write(json.dumps({"flops": flops}).encode()))
     return int(json.loads(path.read_text(encoding="utf-8"))["flops"])
 

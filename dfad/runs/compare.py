@@ -17,7 +17,7 @@ from dfad.runs.settings import SETTINGS_FILE, read_yaml
 RESULTS = {
     "best_agreement": percent, "agreement": percent, "best_accuracy": percent, "accuracy": percent,
     "rounds": "{:,}".format, "images": "{:,}".format, "student_images": "{:,}".format, "teacher_queries": "{:,}".format,
-    "flops": "{:.4g}".format, "seconds": "{:,.1f}".format, "rounds_per_second": "{:.3g}".format,
+    "seconds": "{:,.1f}".format, "rounds_per_second": "{:.3g}".format,
 }  # fmt: skip
 """Figures of ``result.json``, in this order, and their format."""
 

@@ -295,8 +295,6 @@ def _cost(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     yield "images generated", f"{result['images']:,}"
     yield "images that the student was shown", f"{result['student_images']:,}"
     yield "images that the teacher was asked about", f"{result['teacher_queries']:,}"
-    if result.get("flops") is not None:
-        yield "PFLOP, of convolutions and matrix products", f"{result['flops'] / 1e15:,.4g}"
     yield "seconds, of the last process", f"{result['seconds']:,.1f}"
     yield "rounds per second", f"{result['rounds_per_second']:.3g}"
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfad import models
 from dfad.config import (
@@ -308,29 +307,6 @@ class TestRun:
         per_step = (long.total_flops - short.total_flops) / 999
         assert 0 < per_step < long.flops_per_round
         assert short.total_flops == per_step + 6 * short.flops_per_round
-
-
-class TestTheFlopsOfARun:
-    def test_counting_them_changes_no_bit_of_it(self, teacher, recipe, tmp_path):
-        (counted, result), (alone, uncounted) = (run(make(teacher, recipe), folder) for folder in (tmp_path, None))
-        assert same(counted, alone)
-        assert uncounted.flops is None
-        assert result.flops == estimate(make(teacher, recipe)).total_flops > 0
-
-    def test_a_run_goes_on_where_they_cannot_be_counted(self, teacher, recipe, tmp_path, monkeypatch, caplog):
-        def refused(*_):
-            raise NotImplementedError("no mode here")
-
-        monkeypatch.setattr(FlopCounterMode, "__enter__", refused)
-        with caplog.at_level("INFO"):
-            _, result = run(make(teacher, recipe), tmp_path)
-        assert result.flops is None
-        assert "FLOPs cannot be counted: NotImplementedError: no mode here." in caplog.messages
-
-
-def run(distiller, folder):
-    result = distiller.fit(folder)
-    return snapshot(distiller.student, distiller.generator), result
 
 
 class TestWhatACaptureNeeds:

@@ -78,9 +78,10 @@ def _write(command: Compare, runs: Sequence[Run], path: Path) -> None:
 
 def _table(title: str, runs: Sequence[Run], rows: Mapping[str, Sequence[str]], justify: str) -> Table:
     table = Table("", *(run.name for run in runs), title=title)
+    for column in table.columns:
+        column.overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right" if justify == "right" else "left"
-        column.overflow = "fold"
     for name, values in rows.items():
         table.add_row(name, *values)
     return table

@@ -72,10 +72,11 @@ def tables(found: Inspection) -> list[Table]:
     """The result as tables."""
     about = Table("", "", title=f"{found.source}: {found.network}", show_header=False)
     channels, height, width = found.image_shape
+    size_found = found.image_shape_found.rstrip(".")
     rows = {
         "classes": str(found.classes),
-        "images": f"{channels} channel{'s' * (channels > 1)}, {height}×{width} pixels. {found.image_shape_found}",
-        "normalisation": f"{_per_channel(found)}{found.normalisation_found}",
+        "images": f"{channels} channel{'s' * (channels > 1)}, {height}×{width} pixels ({size_found})",
+        "normalisation": _normalisation(found),
         "norms": _counts(found.norms),
         "activations": f"{_counts(found.activations)}: {found.boundary}",
         "generated images are shaped by": found.image_prior,
@@ -96,8 +97,11 @@ def tables(found: Inspection) -> list[Table]:
     return [about, *([taps] if found.taps else []), *([students] if found.students else [])]
 
 
-def _per_channel(found: Inspection) -> str:
-    return f"mean {found.mean}, std {found.std}: " if found.mean else ""
+def _normalisation(found: Inspection) -> str:
+    if not found.mean:
+        return found.normalisation_found
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
+    return f"mean {mean}; std {std} ({found.normalisation_found})"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -136,11 +136,9 @@ def inspection(
     own_taps = bool(taps) and taps[0].own
     boundary = has_boundary(activations)
     students = list(_students(source, loaded, shape, classes, taps, own_taps, boundary))
-    usable = not own_taps and not loaded.exported and (boundary or statistics)
-    named_taps = [tap.name for tap in taps] if usable else []
+    named_taps = [] if own_taps or loaded.exported or not (boundary or statistics) else [tap.name for tap in taps]
     parts, reasons = _engine(network, shape, device)
     mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
-    size_found = loaded.images.origin if loaded.images.size and not config.image_size else " ".join(said)
     flops, seconds = _cost(network, shape, device, timed=timed)
     return Inspection(
         source=source,
@@ -148,10 +146,10 @@ def inspection(
         trained=loaded.trained,
         classes=classes,
         image_shape=shape,
-        image_shape_found="as given" if config.image_size else size_found or f"the file {source}",
+        image_shape_found=_origin_of_size(source, config, loaded, said),
         mean=tuple(mean),
         std=tuple(std),
-        normalisation_found="as given" if config.mean else loaded.images.origin or "not known; give --teacher.mean",
+        normalisation_found=_origin_of_normalisation(config, loaded),
         norms=dict(norms),
         activations=dict(activations),
         boundary=boundary_of(activations),
@@ -168,6 +166,18 @@ def inspection(
         limits=list(_limits(loaded, taps, students, statistics, named_taps)),
         command=_command(source, extras, loaded, shape, config, students, statistics, named_taps),
     )
+
+
+def _origin_of_size(source: str, config: TeacherConfig, loaded: Loaded, said: Sequence[str]) -> str:
+    if config.image_size:
+        return "as given"
+    return (loaded.images.origin if loaded.images.size else " ".join(said)) or f"the file {source}"
+
+
+def _origin_of_normalisation(config: TeacherConfig, loaded: Loaded) -> str:
+    if config.mean:
+        return "as given"
+    return loaded.images.origin if loaded.images.mean else "not known; give --teacher.mean and --teacher.std"
 
 
 def image_prior(statistics: int) -> str:

@@ -60,9 +60,14 @@ def require_usable(network: nn.Module, role: str) -> None:
 
     Raises:
         ConfigurationError: if PyTorch makes new tensors in another precision than float32.
-        ModelError: if tensors have no values or were made in inference mode; if no parameter of a student learns; if
-            ranks already share it in another way.
+        ModelError: if it is no module; if tensors have no values or were made in inference mode; if no parameter of a
+            student learns; if ranks already share it in another way.
     """
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"The {role} is a {type(network).__name__}, not an nn.Module. dfad.load_network builds one from a "
+            "name or a file."
+        )
     if torch.get_default_dtype() != torch.float32:
         raise ConfigurationError(
             f"PyTorch's default dtype is {torch.get_default_dtype()}, and distilling needs float32: call "

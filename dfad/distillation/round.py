@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad import functional
-from dfad.config import DistillConfig, MethodConfig
+from dfad.config import DistillConfig, MethodConfig, StudentConfig
 from dfad.copies import in_float32
 from dfad.distillation.augmentation import Augmentation
 from dfad.distillation.frozen_teacher import FrozenTeacher
@@ -67,16 +67,12 @@ class Round:
         self.image_shape = image_shape
         method = config.method
         uses_taps = bool(method.activation.weight or method.activation.generator_weight)
-        as_computed, given = in_float32(student, copied=True), config.student
+        as_computed = in_float32(student, copied=True)
         teacher_outputs, student_outputs = check_networks(teacher, as_computed, image_shape, uses_taps=uses_taps)
-        if given.factory:
-            with random_state_kept():
-                built = load(given.factory, kwargs=given.kwargs, taps=given.taps, pretrained=False).network
-            described = f"{given.factory} with {dict(given.kwargs)}"
-            require_same(as_computed, built, described, image_shape, "student")
+        _check_factory(as_computed, config.student, image_shape)
         self.matches_statistics = _matches_statistics(method, teacher)
         if uses_taps and not has_boundary(activations := activations_of(teacher)):
-            log.warning("Of the teacher's activation boundary: %s.", boundary_of(activations))
+            log.warning("About the teacher's activation boundary: %s.", boundary_of(activations))
         with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
             connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
@@ -117,33 +113,8 @@ class Round:
             self.placement.give_back()
             raise
 
-        self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
-        self.activation = ActivationBoundaryLoss(
-            method.activation.margin,
-            method.activation.stage_weights,
-            method.activation.scaling,
-            fused=config.fused,
-        )
-        average = self.ranks.average if self.ranks.several else None
-        self.feature_matching = FeatureMatchingLoss(fused=config.fused, average=average)
-        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
-        self.whole_batchnorm_statistics = BatchNormStatisticsLoss(
-            self.teacher.norms, fused=config.fused, average=average
-        )
-
-        self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
-        for name, stream in self.rng.items():
-            stream.manual_seed(stream_seed(config.seed, name))
-        self.interpolation = VirtualInterpolation(
-            method.interpolation,
-            method.batch_size,
-            self.rng["mixing"],
-            self.student,
-            self.teacher,
-            fused=config.fused,
-            ranks=self.ranks,
-        )
-        self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"], self.ranks)
+        self._define_losses()
+        self._define_streams()
 
     def __call__(self) -> Terms:
         """Student steps, then generator steps; returns the metrics of the last ones, on the device."""
@@ -308,6 +279,39 @@ class Round:
         """This rank's share of the noise of a step, which all draw from one stream."""
         return self.ranks.share(self.sample_noise(self.config.method.batch_size))
 
+    def _define_losses(self) -> None:
+        config, method = self.config, self.config.method
+        self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
+        self.activation = ActivationBoundaryLoss(
+            method.activation.margin,
+            method.activation.stage_weights,
+            method.activation.scaling,
+            fused=config.fused,
+        )
+        average = self.ranks.average if self.ranks.several else None
+        self.feature_matching = FeatureMatchingLoss(fused=config.fused, average=average)
+        self.batchnorm_statistics = BatchNormStatisticsLoss(self.teacher.norms, fused=config.fused)
+        self.whole_batchnorm_statistics = BatchNormStatisticsLoss(
+            self.teacher.norms, fused=config.fused, average=average
+        )
+
+    def _define_streams(self) -> None:
+        """The random streams, and the parts of a student step that draw from them."""
+        config, method = self.config, self.config.method
+        self.rng = {name: torch.Generator(self.device) for name in (*STREAMS_OF_A_ROUND, "bank", "probe")}
+        for name, stream in self.rng.items():
+            stream.manual_seed(stream_seed(config.seed, name))
+        self.interpolation = VirtualInterpolation(
+            method.interpolation,
+            method.batch_size,
+            self.rng["mixing"],
+            self.student,
+            self.teacher,
+            fused=config.fused,
+            ranks=self.ranks,
+        )
+        self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"], self.ranks)
+
     def _new_generator(self) -> Generator:
         return Generator(
             self.image_shape,
@@ -361,6 +365,14 @@ class Round:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"student_optimizer": self.student_optimizer, "generator_optimizer": self.generator_optimizer}
+
+
+def _check_factory(student: nn.Module, config: StudentConfig, image_shape: tuple[int, int, int]) -> None:
+    """Check that the factory, if one is named, builds such a student: a run's files will say that it does."""
+    if config.factory:
+        with random_state_kept():
+            built = load(config.factory, kwargs=config.kwargs, taps=config.taps, pretrained=False).network
+        require_same(student, built, f"{config.factory} with {dict(config.kwargs)}", image_shape, "student")
 
 
 def _matches_statistics(method: MethodConfig, teacher: nn.Module) -> bool:

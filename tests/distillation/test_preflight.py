@@ -82,6 +82,10 @@ class TestFiniteness:
         ):
             Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
 
+    def test_what_is_no_module_is_refused(self, student, config):
+        with pytest.raises(ModelError, match=r"The teacher is a str, not an nn\.Module\. dfad\.load_network"):
+            Distiller("resnet20", student, config, image_shape=IMAGE_SHAPE)
+
     def test_masks_may_hold_infinity(self):
         preflight.require_finite(Masking(), "teacher")
         broken = Masking()

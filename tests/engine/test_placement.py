@@ -19,6 +19,7 @@ from dfad.distillation.distiller import Distiller
 from dfad.engine import Engine
 from dfad.engine import placement as placement_module
 from dfad.engine.calls import present_call, replace_call, replaced_call
+from dfad.engine.comparison import Comparison
 from dfad.engine.placement import Placement
 from dfad.engine.tracing import NotPlain, Traces, plain_parts, trace
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
@@ -218,14 +219,14 @@ class TestComparison:
     def test_a_plain_network_is_run_again_as_it_was_given(self, monkeypatch):
         """Not with the statistics of the passes before."""
         given = []
-        measure = placement_module._Comparison._run
+        measure = Comparison._run
 
         def run(self, network, **options):
             if options.get("perturbed") or options.get("watched"):
                 given.append({name: buffer.clone() for name, buffer in network.named_buffers()})
             return measure(self, network, **options)
 
-        monkeypatch.setattr(placement_module._Comparison, "_run", run)
+        monkeypatch.setattr(Comparison, "_run", run)
         network = Small()
         network(torch.randn(8, *IMAGE_SHAPE))
         self.place(network)
@@ -235,7 +236,7 @@ class TestComparison:
 
     def test_second_passes_of_a_plain_network_are_measured_where_the_first_do_not_explain_them(self, monkeypatch):
         measured = []
-        measure = placement_module._Comparison._measure
+        measure = Comparison._measure
 
         def note(self, *, again):
             measured.append(again)
@@ -244,8 +245,8 @@ class TestComparison:
         def explains(self, values, **options):
             return None if measured[-1] else "it changes a value"
 
-        monkeypatch.setattr(placement_module._Comparison, "_measure", note)
-        monkeypatch.setattr(placement_module._Comparison, "_unexplained", explains)
+        monkeypatch.setattr(Comparison, "_measure", note)
+        monkeypatch.setattr(Comparison, "_unexplained", explains)
         assert self.place(Small()).parts == ["channels_last", "fuse_batchnorm"]
         assert measured == [False, True]
 

@@ -217,7 +217,8 @@ def _exit_code(command: Callable[[], None]) -> Any:
     try:
         command()
     except SystemExit as ended:
-        return ended.code
+        # rich exits with 1 where the reader of the output has
+        return 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 0
     except DfadError as error:

@@ -29,8 +29,8 @@ def prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
-            stream.reconfigure(errors="plain")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")  # UTF-8 lacks what stands for the bytes of a name in another encoding
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -164,6 +164,8 @@ def reading(path: Path) -> Iterator[None]:
             "running its code would not be safe. If you trust it, save only its state dict: "
             f"torch.save(network.state_dict(), file).{_what_else(error)}"
         ) from None
+    except PermissionError:
+        raise ModelError(f"There is no permission to read the checkpoint {path}.") from None
     except (
         SafetensorError,
         RuntimeError,

@@ -117,6 +117,16 @@ def test_missing_and_truncated_files_are_refused(tmp_path):
             weights.read_weights(path)
 
 
+def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    torch.save(Plain().state_dict(), tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ModelError, match=r"There is no permission to read the checkpoint .*w\.pt\.$"):
+        weights.read_weights(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_pickle_that_holds_code_is_refused_and_not_run(write, tmp_path):
     write(Exploit(), tmp_path / "evil.pt")

@@ -1,11 +1,8 @@
 """Context managers that change how networks behave, and restore it afterwards."""
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
-import torch
 from torch import nn
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -82,15 +79,3 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Restore the global random states of Python, NumPy and PyTorch afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the stream that networks draw from
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

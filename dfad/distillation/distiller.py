@@ -33,10 +33,13 @@ from dfad.runs.recorder import MetricBuffer
 from dfad.runs.report import Samples
 from dfad.runs.run_page import RunFacts, write_page
 from dfad.runs.snapshots import IMAGES, Snapshot, load_snapshots, moments, save_snapshot
-from dfad.seeds import seeded, stream_seed
+from dfad.seeds import random_states, seeded, set_random_states, stream_seed
 from dfad_kernels import kernel_name
 
 log = logging.getLogger(__name__)
+
+GLOBAL_STREAMS = ("cpu", "cuda", "python", "numpy")
+"""Names in a checkpoint of the states of global generators, from which networks draw."""
 
 OBSERVED_BATCHES = 16
 """Largest number of batches over which predicted classes are counted."""
@@ -133,7 +136,7 @@ class Distiller:
         self.collapse_guard = CollapseGuard(
             config.collapse, self.generator, self.round.generator_optimizer, self.round.fresh_generator_weights
         )
-        self._global_rng: dict[str, Tensor] = {}
+        self._global_rng: dict[str, Any] = {}
         self._constants = {name for name, buffer in self.student.named_buffers() if not buffer.isfinite().all()}
         """Buffers of the student that are infinite by design, such as masks."""
 
@@ -193,7 +196,7 @@ class Distiller:
             if resume:
                 self.ranks.of_first(lambda: extend(folder, self.config))
         started, start_round = time.perf_counter(), self.round_index
-        # a student's own dropout draws from PyTorch's global generators
+        # networks draw from the global generators themselves, as for dropout
         networks = f"networks-{self.ranks.rank}" if self.ranks.rank else "networks"
         with self.engine.running(), seeded(stream_seed(self.config.seed, networks), self.device):
             self._restore_global_rng()
@@ -393,11 +396,11 @@ class Distiller:
         """Everything that a resumed run needs to end with the same bits as an uninterrupted one."""
         parts = {name: part.state_dict() for name, part in self._stateful().items()}
         rng: dict[str, Any] = {name: generator.get_state() for name, generator in self.round.rng.items()}
-        rng["cpu"] = torch.get_rng_state()
+        rng |= {"cpu": torch.get_rng_state(), **random_states()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.ranks.several:
-            rng["of_ranks"] = self.ranks.all_of({name: rng[name] for name in ("cpu", "cuda") if name in rng})
+            rng["of_ranks"] = self.ranks.all_of({name: rng[name] for name in GLOBAL_STREAMS if name in rng})
         progress = {"round": self.round_index, "best": self.best, "rng": rng, "teacher": self.teacher_hash}
         return {**self.round.state_dict(), **parts, **progress}
 
@@ -415,7 +418,7 @@ class Distiller:
     def _stateful(self) -> dict[str, Any]:
         return {"bank": self.bank, "collapse_guard": self.collapse_guard}
 
-    def _own_rng(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+    def _own_rng(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The states of the global generators that this rank had; none where there was no such rank."""
         of_ranks = saved.get("of_ranks", [saved])
         if len(of_ranks) != self.ranks.count:
@@ -429,6 +432,8 @@ class Distiller:
     def _restore_global_rng(self) -> None:
         if self._global_rng:
             torch.set_rng_state(self._global_rng["cpu"])
+            if "python" in self._global_rng:  # of an older checkpoint they are not known
+                set_random_states(self._global_rng)
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
 

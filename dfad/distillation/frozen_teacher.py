@@ -13,7 +13,8 @@ from dfad.errors import first_line
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
-from dfad.modes import BatchNorm, random_state_kept, set_mode
+from dfad.modes import BatchNorm, set_mode
+from dfad.seeds import random_state_kept
 from dfad.trees import tree_leaves
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, parameter_count, require_same_classes
 from dfad.models.taps import Outputs
-from dfad.modes import evaluating, random_state_kept
+from dfad.modes import evaluating
+from dfad.seeds import random_state_kept
 
 log = logging.getLogger(__name__)
 

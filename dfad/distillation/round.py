@@ -28,8 +28,8 @@ from dfad.models.likeness import require_same
 from dfad.models.outputs import as_outputs
 from dfad.models.sources import load
 from dfad.models.taps import Outputs, has_batchnorm
-from dfad.modes import frozen, random_state_kept, set_mode
-from dfad.seeds import seeded, stream_seed
+from dfad.modes import frozen, set_mode
+from dfad.seeds import random_state_kept, seeded, stream_seed
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from dfad.engine.fuse_epilogues import fuse_epilogues
 from dfad.engine.precision import float32_products
 from dfad.engine.tracing import NotPlain, Trace, Traces, calls_are_fixed
 from dfad.errors import ConfigurationError, ModelError, name_of
-from dfad.modes import modes_of, random_state_kept, restore_modes
+from dfad.modes import modes_of, restore_modes
+from dfad.seeds import random_state_kept
 from dfad.trees import tree_map
 
 if TYPE_CHECKING:

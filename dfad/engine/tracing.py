@@ -24,8 +24,9 @@ from dfad.copies import copy_network
 from dfad.engine import internals
 from dfad.engine.calls import replaced_call
 from dfad.errors import ModelError, first_line, name_of
-from dfad.modes import evaluating, random_state_kept
+from dfad.modes import evaluating
 from dfad.modes import training as in_training
+from dfad.seeds import random_state_kept
 
 LAYERS = frozenset(
     (

@@ -12,7 +12,8 @@ from dfad.errors import ModelError, first_line
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.outputs import as_outputs
 from dfad.models.weights import fill, misfit, without_prefix
-from dfad.modes import evaluating, random_state_kept
+from dfad.modes import evaluating
+from dfad.seeds import random_state_kept
 
 log = logging.getLogger(__name__)
 

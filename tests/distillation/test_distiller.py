@@ -1,8 +1,10 @@
 """The round, its order and freezing; the run around it."""
 
+import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,10 +351,24 @@ class TestRun:
         assert not (tmp_path / "run" / "student.safetensors").exists()
 
 
+class Drawing(nn.Module):
+    """A network that draws from the generators of Python, NumPy and PyTorch."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        if self.training:
+            x = x + random.random() * np.random.rand() * torch.rand(1, device=x.device)  # noqa: NPY002
+        return self.network(x)
+
+
 class TestResume:
-    def run(self, teacher, config, folder, rounds_before_stop=None, resume=False):
+    def run(self, teacher, config, folder, rounds_before_stop=None, resume=False, draws=False):
         torch.manual_seed(2)
         student = models.convnet(channels=(4, 8), num_classes=4, in_channels=1)
+        student = Drawing(student) if draws else student
         distiller = Distiller(teacher, student, config, image_shape=IMAGE_SHAPE)
         if rounds_before_stop is not None:
             run_round = distiller.run_round
@@ -369,11 +385,16 @@ class TestResume:
             return None
         return distiller
 
-    def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(self, teacher, config, tmp_path):
-        whole = self.run(teacher, config, tmp_path / "whole")
-        self.run(teacher, config, tmp_path / "cut", rounds_before_stop=1)
-        self.run(teacher, config, tmp_path / "cut", rounds_before_stop=5, resume=True)
-        resumed = self.run(teacher, config, tmp_path / "cut", resume=True)
+    @pytest.mark.parametrize("draws", [False, True])
+    def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(self, draws, teacher, config, tmp_path):
+        state = random.getstate()
+        whole = self.run(teacher, config, tmp_path / "whole", draws=draws)
+        assert random.getstate() == state
+        random.seed(1)  # another process has other states
+        np.random.seed(1)  # noqa: NPY002
+        self.run(teacher, config, tmp_path / "cut", rounds_before_stop=1, draws=draws)
+        self.run(teacher, config, tmp_path / "cut", rounds_before_stop=5, resume=True, draws=draws)
+        resumed = self.run(teacher, config, tmp_path / "cut", resume=True, draws=draws)
         for name in ("student", "generator", "connectors"):
             expected, found = (getattr(run.round, name).state_dict() for run in (whole, resumed))
             assert all(torch.equal(expected[key], found[key]) for key in expected), name

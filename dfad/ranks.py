@@ -155,11 +155,11 @@ class Ranks:
             values: by name, picklable and comparable.
 
         Raises:
-            ConfigurationError: on every rank, naming the first rank that differs and its values.
+            ConfigurationError: on every rank, naming the first rank that differs and in what.
         """
         first, *others = self.all_of(values)
         for rank, other in enumerate(others, start=1):
-            different = [name.replace("_", " ") for name, value in first.items() if other[name] != value]
+            different = [name for name in first | other if first.get(name, self) != other.get(name, self)]
             if different:
                 raise ConfigurationError(
                     f"Rank {rank} of {self.count} has another {' and another '.join(different)} than rank 0. Start all "

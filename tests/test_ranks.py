@@ -91,7 +91,7 @@ def words() -> dict[str, Any]:
     found["of first"] = own.of_first(lambda: f"by rank {own.rank}")
     for name, call in {
         "refused by the first": lambda: own.of_first(refuse),
-        "different": lambda: own.require_equal(configuration=1, teacher_file=own.rank),
+        "different": lambda: own.require_equal(seed=1, teacher=own.rank, **({"rounds": 1} if own.rank else {})),
     }.items():
         with pytest.raises((RunFolderError, ConfigurationError)) as error:
             call()
@@ -99,7 +99,7 @@ def words() -> dict[str, Any]:
     x = torch.full((3,), float(own.rank), requires_grad=True)
     (own.average(x) * (own.rank + 1)).sum().backward()
     found["gradient"] = x.grad
-    own.require_equal(configuration=1)
+    own.require_equal(seed=1)
     found["capturable"] = own.capturable(torch.device("cuda"))
     return found
 
@@ -110,7 +110,7 @@ def test_ranks_speak_to_one_another(tmp_path):
         assert found["all"] == [0, 1]
         assert found["of first"] == "by rank 0"
         assert found["refused by the first"] == "There is no room."
-        assert "Rank 1 of 2 has another teacher file than rank 0." in found["different"]
+        assert "Rank 1 of 2 has another teacher and another rounds than rank 0." in found["different"]
         assert torch.equal(found["gradient"], torch.full((3,), (1 + 2) / 2))  # of both ranks' losses
         assert not found["capturable"]  # by gloo
 

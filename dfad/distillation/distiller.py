@@ -32,6 +32,7 @@ from dfad.runs.loop import run_loop
 from dfad.runs.recorder import MetricBuffer
 from dfad.runs.report import Samples
 from dfad.runs.run_page import RunFacts, write_page
+from dfad.runs.settings import leaves
 from dfad.runs.snapshots import IMAGES, Snapshot, load_snapshots, moments, save_snapshot
 from dfad.seeds import random_states, seeded, set_random_states, stream_seed
 from dfad_kernels import kernel_name
@@ -124,7 +125,7 @@ class Distiller:
         self.teacher_hash = weights_hash(teacher.state_dict())
         self.ranks = self.engine.ranks
         student_hash = weights_hash(student.state_dict()) if self.ranks.several else ""
-        self.ranks.require_equal(configuration=config, teacher=self.teacher_hash, student=student_hash)
+        self.ranks.require_equal(**dict(leaves(config)), teacher=self.teacher_hash, student=student_hash)
         self.image_shape = image_shape or image_shape_of(teacher, config.teacher.channels, config.teacher.image_size)
         preflight.check_normalisation(self.normalisation, self.image_shape[0])
         self.round = Round(teacher, student, config, self.engine, self.image_shape)

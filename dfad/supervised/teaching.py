@@ -7,6 +7,7 @@ from dfad.data import open_dataset
 from dfad.models.model_file import save_model
 from dfad.runs.folder import open_folder
 from dfad.runs.loop import run_loop
+from dfad.runs.settings import leaves
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.trainer import SupervisedTrainer
 
@@ -32,7 +33,7 @@ def teach(
     """
     trainer = SupervisedTrainer(recipe, open_dataset(recipe.data))
     ranks = trainer.ranks
-    ranks.require_equal(configuration=recipe, folder=run_dir, data=trainer.dataset.fingerprint)
+    ranks.require_equal(**dict(leaves(recipe)), run_dir=run_dir, fingerprint=trainer.dataset.fingerprint)
     state = ranks.of_first(lambda: open_folder(run_dir, recipe, resume=resume, overwrite=overwrite))
     if state is not None:
         trainer.load_state_dict(state)

@@ -278,7 +278,7 @@ def refusals() -> None:
     with pytest.raises(ModelError, match=r"its fixed.weight is a DTensor.*before fully_shard"):
         distiller(WITHOUT_TAPS, fully_shard(PlainStudent()))
     rank = current_ranks().rank
-    with pytest.raises(ConfigurationError, match="Rank 1 of 2 has another configuration than rank 0"):
+    with pytest.raises(ConfigurationError, match="Rank 1 of 2 has another method.rounds than rank 0"):
         distiller(replace(METHOD, rounds=ROUNDS + rank))
     torch.manual_seed(rank)
     with pytest.raises(ConfigurationError, match="Rank 1 of 2 has another student than rank 0"):

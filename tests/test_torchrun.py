@@ -172,10 +172,21 @@ def go_elsewhere(rank: int) -> None:
         os.chdir("/")
 
 
-def test_an_error_that_all_have_is_the_first_ranks(tmp_path):
-    first, second = run_command(train.main, [[*RUN, "--method.batch_size=10"]] * RANKS, tmp_path)
+@pytest.mark.parametrize(
+    ("of_first", "of_second", "message"),
+    [
+        ("--method.batch_size=10", "--method.batch_size=10", "batch_size is 10, and 2 ranks share it"),
+        ("--optimizer.backend=apex", "--optimizer.backend=apex", "optimizer.backend is apex, which runs on CUDA alone"),
+        ("--engine.fuse_batchnorm=on", "--engine.fuse_batchnorm=on", "BatchNorms take their statistics of the images"),
+        ("--method.rounds=4", "--method.rounds=5", "Rank 1 of 2 has another method.rounds than rank 0"),
+    ],
+    ids=["batch", "apex", "kernels", "different"],
+)
+def test_an_error_that_all_have_is_the_first_ranks(of_first, of_second, message, tmp_path):
+    given = [[*RUN, "--device=cpu", flag] for flag in (of_first, of_second)]
+    first, second = run_command(train.main, given, tmp_path)
     assert (first.exit_code, second.exit_code) == (2, 2)
-    assert first.errors.count("batch_size is 10, and 2 ranks share it") == 1
+    assert first.errors.count(message) == 1
     assert second.errors == ""
     assert not (tmp_path / "run").exists()
 

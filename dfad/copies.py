@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfad.errors import name_of
 from dfad.trees import tensors_in
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def in_float32(network: nn.Module, *, copied: bool, announced: bool = True) -> n
         return network
     if announced:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
-        log.info("%s has weights in %s; distilling casts them to float32.", type(network).__name__, names)
+        log.info("%s has weights in %s; distilling casts them to float32.", name_of(network), names)
     if copied:
         return in_float32(copy_network(network), copied=False, announced=False)
     for tensor in tensors:  # Module.float() would put other tensors in the place of buffers

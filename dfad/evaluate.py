@@ -19,7 +19,7 @@ from dfad.config import Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
 from dfad.data.evaluation import predict
 from dfad.engine import choose_device
-from dfad.errors import ConfigurationError, ModelError
+from dfad.errors import ConfigurationError, ModelError, first_line, name_of
 from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.probing import Images, require_same_classes
@@ -174,8 +174,8 @@ def _predictions(
         logits, labels = predict(network.to(device), source, len(split))
     except RuntimeError as error:
         raise ModelError(
-            f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
-            f"{dataset.image_shape}: {error}. Choose other data, or --data.image_size for image files."
+            f"{name_of(network)} does not take the images of {dataset.name}, (channels, height, width) = "
+            f"{dataset.image_shape}: {first_line(error)}. Choose other data, or --data.image_size for image files."
         ) from error
     remedy = "Choose the data that it was trained for."
     require_same_classes(network, logits.shape[1], dataset.name, len(dataset.classes), remedy)

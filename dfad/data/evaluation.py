@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfad.data import BatchSource, DataConfig, batch_source, in_order, open_dataset
-from dfad.errors import ModelError, first_line
+from dfad.errors import ModelError, first_line, name_of
 from dfad.metrics import top_k_accuracy
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, require_same_classes
@@ -92,7 +92,7 @@ class Evaluator:
             classes = dry_forward(network, given).logits.shape[1]
         except Exception as error:  # a network may refuse a size with any error
             raise ModelError(
-                f"{type(network).__name__} does not take the images of {name}, {given} (channels, height, width): "
+                f"{name_of(network)} does not take the images of {name}, {given} (channels, height, width): "
                 f"{type(error).__name__}: {first_line(error)}. {OTHER_DATA} Image files are resized by "
                 f"--data.image_size {image_shape[1]}."
             ) from None

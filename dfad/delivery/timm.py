@@ -7,7 +7,7 @@ from typing import Any
 
 from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Classifier, Delivery, Function, member_of_family
-from dfad.errors import ModelError
+from dfad.errors import ModelError, name_of
 from dfad.files import write_atomically
 
 USAGE = """```python
@@ -32,7 +32,7 @@ def write(delivery: Delivery, folder: Path) -> None:
     network: Any = member_of_family(delivery.network, "timm")
     if network is None or delivery.normalise:
         raise ModelError(
-            f"The student {type(delivery.network).__name__} is not a network of timm"
+            f"The student {name_of(delivery.network)} is not a network of timm"
             + (", with the normalisation built in" if delivery.normalise else "")
             + ". Name the --formats without timm."
         )

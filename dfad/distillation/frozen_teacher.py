@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfad.copies import copy_network
 from dfad.engine import Engine
 from dfad.engine.calls import uncompiled
-from dfad.errors import first_line
+from dfad.errors import first_line, name_of
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import parameter_count
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
@@ -85,7 +85,7 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
         log.warning(
             "The teacher %s cannot be copied (%s: %s): it is used directly, and stays in eval mode, without gradients "
             "of its parameters.",
-            *(type(teacher).__name__, type(error).__name__, first_line(error)),
+            *(name_of(teacher), type(error).__name__, first_line(error)),
         )
     set_mode(teacher, training=False)
     for parameter in teacher.parameters():

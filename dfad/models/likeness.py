@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfad.errors import ModelError, first_line
+from dfad.errors import ModelError, first_line, name_of
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.outputs import as_outputs
 from dfad.models.weights import fill, misfit, without_prefix
@@ -37,7 +37,7 @@ def require_same(
     Raises:
         ModelError: if they have other tensors, or return other logits with the same weights.
     """
-    found = f"The {role} {type(network).__name__} is not the network that {role}.factory, {described}, builds"
+    found = f"The {role} {name_of(network)} is not the network that {role}.factory, {described}, builds"
     remedy = (
         f"Name the callable that builds it in {role}.factory and {role}.kwargs, or leave the factory out: files that "
         "name this one would give another network."

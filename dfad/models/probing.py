@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfad.errors import ModelError, first_line
+from dfad.errors import ModelError, first_line, name_of
 from dfad.models.outputs import LOGITS, Outputs, as_outputs, logits_entry, matrices
 from dfad.modes import evaluating
 
@@ -121,7 +121,7 @@ def require_same_classes(network: nn.Module, classes: int, other: str, other_cla
     """
     if classes != other_classes:
         raise ModelError(
-            f"{type(network).__name__} has {classes} classes and {other} {other_classes}; both must have the same "
+            f"{name_of(network)} has {classes} classes and {other} {other_classes}; both must have the same "
             f"number of classes. {remedy}"
         )
 
@@ -185,7 +185,7 @@ def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announ
     """
     result = answer_to_blanks(network, image_shape)
     outputs = as_outputs(result)
-    name = type(network).__name__
+    name = name_of(network)
     if announce and len(matrices(result)) > 1:
         _refuse_features(answer_to_blanks(network, image_shape, graph=True), name)
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dfad.errors import ModelError, first_line, nearest
+from dfad.errors import ModelError, first_line, name_of, nearest
 from dfad.models.exported import is_exported
 
 log = logging.getLogger(__name__)
@@ -326,7 +326,7 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
     unfit = misfit(wanted, given)
     if unfit:
         raise ModelError(
-            f"The checkpoint {path} belongs to another architecture than {type(network).__name__}. {unfit} "
+            f"The checkpoint {path} belongs to another architecture than {name_of(network)}. {unfit} "
             "Check factory and kwargs against the network that was saved."
         )
     filled = OrderedDict(given)
@@ -336,7 +336,7 @@ def fill(network: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
     except (RuntimeError, NotImplementedError) as error:  # tensors without values, sparse ones, other sizes than said
         detail = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
         raise ModelError(
-            f"The checkpoint {path} cannot be loaded into {type(network).__name__}: {detail} Save dense tensors that "
+            f"The checkpoint {path} cannot be loaded into {name_of(network)}: {detail} Save dense tensors that "
             "have values."
         ) from error
 

@@ -15,7 +15,7 @@ from dfad.data import Dataset, batch_source, shuffled
 from dfad.data.evaluation import predict
 from dfad.engine import Engine, choose_device
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with_momentum
-from dfad.errors import ConfigurationError, DivergenceError, ModelError
+from dfad.errors import ConfigurationError, DivergenceError, ModelError, first_line, name_of
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
 from dfad.models.outputs import as_outputs
@@ -182,8 +182,8 @@ def _check_fit(network: nn.Module, dataset: Dataset) -> None:
         classes = dry_forward(network, dataset.image_shape).logits.shape[1]
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"{type(network).__name__} does not take the images of {dataset.name}, (channels, height, width) = "
-            f"{dataset.image_shape}: {error}. Choose another --network.factory or --network.kwargs."
+            f"{name_of(network)} does not take the images of {dataset.name}, (channels, height, width) = "
+            f"{dataset.image_shape}: {first_line(error)}. Choose another --network.factory or --network.kwargs."
         ) from error
     remedy = f"Give --network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
     require_same_classes(network, classes, dataset.name, len(dataset.classes), remedy)

@@ -29,11 +29,14 @@ class Teach(cli.Command):
 
     settings: Annotated[Recipe, cli.Settings] = Recipe()
 
+    preset: str = "digits"
+    """Settings to start from: digits, mnist, cifar10, cifar10-fast or cifar100; all but digits need --data.root."""
+
 
 @joined()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, train the teacher, print its result."""
-    command = cli.parse(Teach(preset="digits"), RECIPES, arguments)
+    command = cli.parse(Teach(), RECIPES, arguments)
     configure_logging()
     recipe = command.settings
     run_dir = command.folder("teacher-")

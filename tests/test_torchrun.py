@@ -213,7 +213,7 @@ def test_a_folder_that_a_rank_does_not_see_is_its_error(tmp_path):
     first, second = run_command(train.main, given, tmp_path, prepare=go_elsewhere, grace=0.5)
     assert (first.exit_code, second.exit_code) == (8, 2)
     assert "Rank 1 of 2 took no part any more" in first.errors
-    assert "rank 1: run cannot be resumed" in second.errors
+    assert "rank 1: run holds no config.yaml" in second.errors
 
 
 class Small(nn.Module):

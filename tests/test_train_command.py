@@ -301,7 +301,7 @@ class TestBadInput:
             (["--device=cuda:99"], 2, ["'cuda:99' is not available", "--device auto"]),
             (["--device=abacus"], 2, ["no device 'abacus'", "cpu"]),
             (["--config=nowhere.yaml"], 2, ["nowhere.yaml cannot be read"]),
-            (["--resume=nowhere"], 2, ["nowhere cannot be resumed", "config.yaml"]),
+            (["--resume=nowhere"], 2, ["nowhere holds no config.yaml", "Name the folder of a run."]),
             (["--teacher.recipe=digit"], 2, ["no teacher recipe 'digit'", "Did you mean 'digits'?"]),
             (["--teacher.factory=no.where:net", "--teacher.checkpoint=w.pt"], 3, ["no.where:net", "PYTHONPATH"]),
             (["--teacher.factory=builtins:dict", "--teacher.checkpoint=w.pt"], 3, ["returned a dict", "nn.Module"]),

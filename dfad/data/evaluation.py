@@ -60,6 +60,7 @@ class Evaluator:
         device: torch.device,
         normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
+        self._said = False
         self.dataset = open_dataset(config)
         if normalisation and normalisation[0]:
             mean, std = map(tuple, normalisation)
@@ -97,7 +98,8 @@ class Evaluator:
                 f"--data.image_size {image_shape[1]}."
             ) from None
         require_same_classes(network, classes, name, len(self.dataset.classes), OTHER_DATA)
-        if given != tuple(image_shape):
+        if given != tuple(image_shape) and not self._said:
+            self._said = True
             log.warning(
                 "The accuracy is measured on images of %d×%d pixels, the size of %s; the teacher's images are %d×%d.",
                 *given[1:], name, *image_shape[1:],

@@ -329,8 +329,7 @@ class Round:
             if method.needs_taps:
                 raise
             log.warning(
-                "Features are not matched, which costs more student-images for the same accuracy than any other part "
-                "of the method: %s",
+                "Features are not matched, though no other part of the method helps a student as much. %s",
                 error,
             )
             return nn.Identity()

@@ -38,7 +38,7 @@ class Connectors(nn.Module):
         sizes = [[tuple(tap.shape[1:]) for tap in taps] for taps in (student_taps, teacher_taps)]
         if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ModelError(
-                f"The student's taps {sizes[0]} are paired with the teacher's {sizes[1]}: both need the same number, "
+                f"The student has the taps {sizes[0]} and the teacher {sizes[1]}: both need the same number, "
                 f"at least one. Name them with --student.taps and --teacher.taps, or {WITHOUT_TAPS}."
             )
         self.connectors = nn.ModuleList(

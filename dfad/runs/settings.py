@@ -81,8 +81,7 @@ def saved_settings(folder: Path, defaults: T) -> T:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise ConfigurationError(
-            f"{folder} cannot be resumed: it holds no {SETTINGS_FILE}, so it is not a run's folder. "
-            "Name the folder of a run."
+            f"{folder} holds no {SETTINGS_FILE}, so it is not a run's folder. Name the folder of a run."
         )
     tree = read_yaml(path)
     foreign = [name for name in tree if not hasattr(defaults, name)]

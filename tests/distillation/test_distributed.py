@@ -82,7 +82,7 @@ METHODS = {
 
 FRESH, _, SHARED, AGREEING = METHODS
 
-BY_FOUR = (FRESH, SHARED)
+BY_FOUR = (SHARED, AGREEING)
 
 WITHOUT_TAPS = replace(METHOD, activation=ActivationConfig())
 

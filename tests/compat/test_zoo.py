@@ -1,6 +1,5 @@
 """The engine on networks as users write them: it computes what plain PyTorch computes, as teacher and as student."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -43,7 +42,7 @@ def worth_it_for_any_size(monkeypatch):
 
 def make(trait: str, seed: int = 0) -> nn.Module:
     """A network whose BatchNorms have seen data."""
-    torch.manual_seed(seed)
+    seed_everything(seed)
     network = ZOO[trait]()
     with torch.no_grad():
         for module in network.modules():
@@ -145,7 +144,6 @@ def test_as_student(trait):
         student = make(trait, seed=2)
         teacher = a_teacher_for(student)
         before = layout(student)
-        random.seed(3)
         Distiller(teacher, student, replace(CONFIG, fused=fused), image_shape=SHAPE).fit()
         assert layout(student) == before
         weights.append({**dict(student.named_parameters()), **dict(student.named_buffers())})

@@ -5,6 +5,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def seed_everything(seed: int) -> None:
     """Seed the random numbers that the networks draw."""
     torch.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
 
 
 def trait(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -546,7 +548,95 @@ class SwapsWeights(Small):
         return y
 
 
+@trait
+class ObservedWeights(Small):
+    """weights rounded to a learned step, and activations that are observed"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(0.1))
+        self.register_buffer("largest", torch.tensor(0.0))
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.largest.copy_(torch.maximum(self.largest, x.detach().abs().max().float()))
+        rounded = _Round.apply(self.conv2.weight / self.step) * self.step
+        return F.relu(self.bn2(F.conv2d(x, rounded, padding=1)))
+
+
+@trait
+class Codebook(Small):
+    """a codebook that follows the features"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, WIDTH))
+
+    def body(self, x: Tensor) -> Tensor:
+        vectors = super().body(x).permute(0, 2, 3, 1).float()
+        flat = vectors.detach().reshape(-1, WIDTH)
+        nearest = torch.cdist(flat, self.codes).argmin(1)
+        quantised = self.codes[nearest].view_as(vectors)
+        if self.training:
+            with torch.no_grad():
+                self.codes.index_add_(0, nearest, 1e-3 * flat)
+        return (vectors + (quantised - vectors).detach()).permute(0, 3, 1, 2).to(x.dtype)
+
+
 # Control flow
+
+
+@trait
+class MomentumSchedule(Small):
+    """a schedule of BatchNorm's momentum"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            self.steps += 1
+            self.bn1.momentum = self.bn2.momentum = 1 / (1 + self.steps)
+        return super().forward(x)
+
+
+@trait
+class GhostNorm(Small):
+    """BatchNorm of each half of a batch"""
+
+    def body(self, x: Tensor) -> Tensor:
+        parts = self.conv2(x).chunk(2) if self.training else [self.conv2(x)]
+        return F.relu(torch.cat([self.bn2(part) for part in parts]))
+
+
+@trait
+class Experts(Small):
+    """experts among which images are routed"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 1) for _ in range(3))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = super().body(x)
+        shares = self.gate(x.mean((2, 3))).float().softmax(1)
+        chosen = shares.argmax(1)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                share = shares[chosen == number, number].view(-1, 1, 1, 1)
+                result[chosen == number] = (expert(x[chosen == number]) * share).to(result.dtype)
+        return x + result
+
+
+@trait
+class NumpyNoise(Small):
+    """noise of NumPy's global generator"""
+
+    def stem(self, x: Tensor) -> Tensor:
+        return super().stem(x * np.random.rand() if self.training else x)  # noqa: NPY002
 
 
 @trait
@@ -783,6 +873,32 @@ def _() -> nn.Module:
     network.fc = nn.LazyLinear(CLASSES)  # type: ignore[assignment]
     network.eval()(torch.zeros(2, CHANNELS, SIZE, SIZE))
     return network.train()
+
+
+@trait
+class Fourier(Small):
+    """complex numbers"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(1 + 0.3 * torch.randn(WIDTH, SIZE, SIZE // 2 + 1, 2))
+
+    def body(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(x.float(), norm="ortho") * torch.view_as_complex(self.filter)
+        return super().body(torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="ortho"))
+
+
+@trait
+class Recurrent(Small):
+    """a recurrent layer over rows"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.GRU(WIDTH * SIZE, WIDTH, batch_first=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        rows, _ = self.rows(super().body(x).permute(0, 2, 1, 3).flatten(2))
+        return rows.transpose(1, 2).unsqueeze(3)
 
 
 # What is returned

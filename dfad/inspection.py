@@ -171,7 +171,8 @@ def inspection(
 def _origin_of_size(source: str, config: TeacherConfig, loaded: Loaded, said: Sequence[str]) -> str:
     if config.image_size:
         return "as given"
-    return (loaded.images.origin if loaded.images.size else " ".join(said)) or f"the file {source}"
+    known = loaded.images.size or loaded.image_shape
+    return (loaded.images.origin if known else " ".join(said)) or f"the file {source}"
 
 
 def _origin_of_normalisation(config: TeacherConfig, loaded: Loaded) -> str:

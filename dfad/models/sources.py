@@ -38,10 +38,10 @@ class Loaded:
     trained: bool
     """Whether its weights came from a file; False for a network from a callable, which may be trained or not."""
     image_shape: tuple[int, int, int] | None = None
-    """``(channels, height, width)``, if a file of this project or a program contains it."""
+    """``(channels, height, width)``, if a file of this project, of its network or its weights, or a program says so."""
     images: Images = field(default_factory=Images)
     manifest: Mapping[str, Any] = field(default_factory=dict)
-    """Manifest of a file that this project wrote; empty for others."""
+    """Manifest of a file that this project wrote, of the network or of its weights; empty for others."""
     exported: bool = False
     """Whether it is a program of ``torch.export``, which has a single mode and cannot be trained."""
 
@@ -110,14 +110,9 @@ def load(
         network, manifest = load_model(file, taps=tuple(taps) or None)
         if checkpoint is not None:
             load_weights(network, Path(checkpoint), checkpoint_key)
-        own = manifest.get("image_shape")
-        return Loaded(
-            network,
-            True,
-            (own[0], own[1], own[2]) if own else None,
-            Images(None, tuple(manifest.get("mean") or ()), tuple(manifest.get("std") or ()), f"the file {source}"),
-            manifest,
-        )
+            if recorded := read_manifest(Path(checkpoint)):
+                manifest, file = recorded, Path(checkpoint)
+        return Loaded(network, True, *_images_of(manifest, file), manifest)
     found = hub_of(source)
     if found is None or checkpoint is not None or not pretrained:
         network = build(source, arguments)
@@ -129,13 +124,26 @@ def load(
             raise
         except Exception as error:  # packages raise various errors for their arguments
             raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
-    if checkpoint is not None:
-        load_weights(network, Path(checkpoint), checkpoint_key)
-        require_origin(network, Path(checkpoint), source, arguments)
     images = found[0].images(found[1], network) if found else declared_images(network)
     if images.mean and channels_of(network) not in (None, len(images.mean)):  # built for other images than published
         images = replace(images, mean=(), std=())
-    return Loaded(_tapped(network, taps), checkpoint is not None or (found is not None and pretrained), images=images)
+    if checkpoint is None:
+        return Loaded(_tapped(network, taps), found is not None and pretrained, images=images)
+    path = Path(checkpoint)
+    load_weights(network, path, checkpoint_key)
+    require_origin(network, path, source, arguments)
+    manifest = read_manifest(path)
+    shape, recorded = _images_of(manifest, path)
+    # what the weights were trained on says more than what the network is usually given
+    images = recorded if recorded.mean else replace(images, size=None if shape else images.size)
+    return Loaded(_tapped(network, taps), True, shape, images, manifest)
+
+
+def _images_of(manifest: Mapping[str, Any], file: Path) -> tuple[tuple[int, int, int] | None, Images]:
+    """``(channels, height, width)`` and normalisation of a network's images, as far as its manifest contains them."""
+    shape = manifest.get("image_shape")
+    images = Images(None, tuple(manifest.get("mean") or ()), tuple(manifest.get("std") or ()), f"the file {file}")
+    return (shape[0], shape[1], shape[2]) if shape else None, images
 
 
 def load_trained(source: str) -> Loaded:

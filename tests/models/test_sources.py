@@ -349,6 +349,17 @@ class TestFiles:
         assert shape_of(found, image_size=12) == (1, 12, 12)
         assert isinstance(found.network(torch.zeros(2, 1, 8, 8)), Outputs)
 
+    def test_its_weights_are_of_images_as_it_says(self, file, tmp_path):
+        kwargs = {"channels": [4, 8], "num_classes": 4, "in_channels": 1}
+        found = load("convnet", file, kwargs=kwargs)
+        assert (shape_of(found), found.images.mean, found.images.std) == ((1, 8, 8), (0.5,), (0.2,))
+        assert str(file) in found.images.origin
+        assert found.manifest["image_shape"] == [1, 8, 8]
+        others = tmp_path / "others.safetensors"
+        save_file(load("convnet", file, kwargs=kwargs).network.state_dict(), others)
+        assert load("convnet", others, kwargs=kwargs).image_shape is None
+        assert load(str(file), others).images.mean == (0.5,)
+
     def test_takes_no_arguments(self, file):
         with pytest.raises(ModelError, match="holds its network whole; it takes no keyword arguments"):
             load(str(file), kwargs={"num_classes": 3})

@@ -110,8 +110,8 @@ def load(
         network, manifest = load_model(file, taps=tuple(taps) or None)
         if checkpoint is not None:
             load_weights(network, Path(checkpoint), checkpoint_key)
-            if recorded := read_manifest(Path(checkpoint)):
-                manifest, file = recorded, Path(checkpoint)
+            if own := read_manifest(Path(checkpoint)):
+                manifest, file = own, Path(checkpoint)
         return Loaded(network, True, *_images_of(manifest, file), manifest)
     found = hub_of(source)
     if found is None or checkpoint is not None or not pretrained:

@@ -36,7 +36,7 @@ from dfad.models.anatomy import (
 )
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
-from dfad.models.probing import dry_forward, parameter_count
+from dfad.models.probing import dry_forward, is_script, parameter_count
 from dfad.models.sources import Loaded, load, shape_of
 from dfad.modes import BatchNorm, evaluating
 
@@ -370,6 +370,8 @@ def _limits(
         )
     elif students and not any(student.boundary for student in students):
         yield "The activation regularizer is left off: see its activations, and how the students' taps fit."
+    if is_script(loaded.network):
+        yield "It holds TorchScript, whose layers are not seen. Name what builds the network itself to have all of it."
     if loaded.exported:
         yield "It is a program of torch.export: it cannot be a student, and its modules cannot be tapped by name."
     if not students:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import types
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_a_transformer_is_distilled_by_its_logits_alone(inspected):
     assert not {"fold_batchnorm", "fuse_batchnorm"} & set(found["engine_parts"])
     assert any("pre-norm transformers" in limit for limit in found["limits"])
     assert "no boundary at zero" in found["boundary"]
+
+
+def test_torchscript_from_a_callable(inspected, monkeypatch):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    scripted = types.ModuleType("scripted_networks")
+    scripted.network = lambda: torch.jit.script(layers)
+    monkeypatch.setitem(sys.modules, "scripted_networks", scripted)
+    code, message = inspected("scripted_networks:network")
+    assert code == 3
+    assert "TorchScript shows no convolution" in message
+    found = inspected("scripted_networks:network", "--teacher.channels=3", "--teacher.image_size=8")
+    assert found["classes"] == 3
+    assert any("It holds TorchScript" in limit for limit in found["limits"])
 
 
 def test_a_hub_says_size_and_normalisation(inspected, torchvision):  # noqa: F811

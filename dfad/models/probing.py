@@ -60,9 +60,8 @@ def image_shape_of(
     if channels is None:
         channels = channels_of(network)
         if channels is None:
-            raise ModelError(
-                "The teacher has no convolution that shows its number of channels. Give --teacher.channels."
-            )
+            lack = "TorchScript shows no convolution" if is_script(network) else "The teacher has no convolution"
+            raise ModelError(f"{lack} that tells the number of channels. Give --teacher.channels.")
     given = (image_size, image_size) if isinstance(image_size, int) else image_size
     sizes = [given] if given else [(size, size) for size in _likely_sizes(network)]
     if declared is not None and not given:
@@ -99,6 +98,11 @@ def image_shape_of(
 def channels_of(network: nn.Module) -> int | None:
     """Channels of the images that a network takes, by its first convolution; None where it has none."""
     return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def is_script(network: nn.Module) -> bool:
+    """Whether any part of a network is TorchScript, whose layers are not the modules of PyTorch."""
+    return any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())
 
 
 def parameter_count(network: nn.Module) -> int:

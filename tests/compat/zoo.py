@@ -898,7 +898,7 @@ class Recurrent(Small):
 
     def body(self, x: Tensor) -> Tensor:
         rows, _ = self.rows(super().body(x).permute(0, 2, 1, 3).flatten(2))
-        return rows.transpose(1, 2).unsqueeze(3)
+        return rows.transpose(1, 2).unsqueeze(3).repeat(1, 1, 1, SIZE)
 
 
 # What is returned

@@ -178,7 +178,8 @@ def student_step_of_ddp(join: Step, name: str, batch_size: int) -> Step:
     join()
     round_ = distiller.round
     round_.student = DistributedDataParallel(round_.student)
-    round_.connectors = DistributedDataParallel(round_.connectors)
+    if next(round_.connectors.parameters(), None) is not None:  # which it refuses, as of taps of the same widths
+        round_.connectors = DistributedDataParallel(round_.connectors)
     return round_.student_step
 
 

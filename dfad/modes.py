@@ -23,11 +23,12 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
 
 
 def set_mode(network: nn.Module, *, training: bool) -> None:
-    """Put a network into training or eval mode; one that torch.export made has a single mode, and stays in it."""
+    """Put a network into training or eval mode; what torch.export made of it has a single mode, and stays in it."""
     try:
         network.train(training)
-    except NotImplementedError:  # what programs of torch.export raise: they were traced in the mode that they run in
-        return
+    except NotImplementedError:  # raised by what was traced in its mode, before the parts beside it were reached
+        for part in network.children():
+            set_mode(part, training=training)
 
 
 def evaluating(*networks: nn.Module) -> AbstractContextManager[None]:

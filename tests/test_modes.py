@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfad.modes import evaluating, frozen, statistics_kept, training
+from dfad.modes import evaluating, frozen, set_mode, statistics_kept, training
 
 
 @pytest.fixture
@@ -64,3 +64,13 @@ def test_kept_statistics_normalise_with_the_batch_and_do_not_move(network):
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
     norm(features)
     assert not torch.equal(norm.running_mean, before["running_mean"])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_stands_beside_an_exported_program_gets_its_mode(learns):
+    layers = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    program = torch.export.export(layers, (torch.zeros(2, 1, 6, 6),)).module()
+    norms = nn.BatchNorm2d(2).train(not learns), nn.BatchNorm2d(2).train(not learns)
+    network = nn.Sequential(norms[0], nn.Sequential(program), norms[1])
+    set_mode(network, training=learns)
+    assert [network.training, *(norm.training for norm in norms)] == [learns] * 3

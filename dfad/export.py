@@ -24,6 +24,7 @@ from dfad.errors import DfadError, ModelError
 from dfad.models.factory import build
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.weights import load_weights
+from dfad.modes import set_mode
 from dfad.presets import TrainConfig
 from dfad.ranks import require_alone
 from dfad.runs.folder import EXPORTS
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images=command.images,
         images_as=command.images_as,
         shard_size=command.shard_size,
-        teacher=Classifier(teacher.network).eval() if teacher else None,
+        teacher=Classifier(teacher.network) if teacher else None,
         test_images=test_images,
     )
     folder = command.output or command.run / EXPORTS
@@ -176,7 +177,7 @@ def find_teacher(settings: TrainConfig, *, required: bool) -> Teacher | None:
             raise
         log.warning("Agreement with the teacher is not measured: %s", error)
         return None
-    teacher.network.eval()
+    set_mode(teacher.network, training=False)
     return teacher
 
 

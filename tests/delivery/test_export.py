@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from dfad import cli, export
+from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
 from dfad.delivery import images as image_files
 from dfad.delivery import int8, onnx, program, safetensors
 from dfad.delivery.classifier import Delivery
 from dfad.errors import ExportError, ModelError
 from dfad.models.model_file import load_model
+from dfad.presets import TrainConfig
 from tests.delivery.conftest import distil
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -313,3 +315,13 @@ def test_a_new_run_in_the_folder_takes_the_old_export_away(tmp_path):
     assert (run / "export" / "student.safetensors").exists()
     distil(run, "--overwrite", kwargs=kwargs)
     assert not (run / "export").exists()
+
+
+def test_a_teacher_that_torch_export_made(tmp_path):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 36, 3)).eval()
+    path = tmp_path / "teacher.pt2"
+    batch = ({0: torch.export.Dim("batch", max=64)},)
+    torch.export.save(torch.export.export(layers, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=batch), path)
+    settings = replace(TrainConfig(), teacher=TeacherConfig(factory=str(path)))
+    teacher = export.find_teacher(settings, required=True)
+    assert teacher.network(torch.zeros(2, 1, 8, 8)).shape == (2, 3)

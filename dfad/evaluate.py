@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,8 @@ class Evaluate:
     """
 
     model: str
-    """The network: timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, a file that holds one, or a file of its weights."""
+    """The network: timm:NAME, torchvision:NAME, hf:FOLDER-or-NAME, a file that holds one, or a file of its weights.
+    Given first, it needs no flag."""
 
     factory: str | None = None
     """Callable that builds it, if its file does not say: package.module:callable, a bare name of dfad.models, or one of
@@ -91,6 +93,9 @@ class Evaluate:
 @joined()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, measure the network, print the figures."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--model")
     command = cli.parse_flags(Evaluate, arguments)
     configure_logging()
     device = choose_device(command.device)

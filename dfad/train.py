@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = cli.parse(Train(), PRESETS, arguments)
     configure_logging()
     config = command.settings
+    if not config.evaluate and config.data != PRESETS[command.preset].data:
+        log.warning("The data set %s is not used: --evaluate measures the student on it.", config.data.name)
     run_dir = command.folder()
     device = choose_device(config.device)
     teacher = load_teacher(config.teacher, recipe=command.preset if command.preset in RECIPES else "")

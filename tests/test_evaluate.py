@@ -101,6 +101,9 @@ class TestCommand:
     def test_the_train_split_can_be_measured(self, model, capsys):
         assert measured(capsys, "--model", model, "--split", "train")["images"] == 1437
 
+    def test_the_network_may_be_given_without_its_flag(self, model, capsys):
+        assert measured(capsys, model, "--split", "train") == measured(capsys, "--model", model, "--split", "train")
+
     def test_prints_a_table(self, model, capsys):
         evaluate.main(["--model", str(model)])
         out = capsys.readouterr().out

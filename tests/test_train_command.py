@@ -580,8 +580,9 @@ def test_a_teacher_and_a_student_are_named_by_one_flag_each(command, tmp_path, w
     student = whole / "student.safetensors"
     done = command(*SMALL, "--method.rounds=1", "--method.activation.weight=0", "--no_evaluate", "--preset=own",
                    "--method.warm_up=1", "--method.image_bank.size=16", "--teacher", student, "--student", student,
-                   "--run_dir", tmp_path / "run")  # fmt: skip
+                   "--run_dir", tmp_path / "run", "--data.name=mnist")  # fmt: skip
     assert done.exit_code == 0, done.stderr
+    assert "The data set mnist is not used: --evaluate measures" in done.stderr
     again = load_model(tmp_path / "run" / "student.safetensors")[1]
     assert again["architecture"] == load_model(student)[1]["architecture"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dfad.data import BatchSource, DataConfig, batch_source, in_order, open_dataset
-from dfad.errors import ModelError, first_line, name_of
+from dfad.errors import ModelError, name_of
 from dfad.metrics import top_k_accuracy
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, require_same_classes
+from dfad.models.probing import dry_forward, refusal, require_same_classes
 from dfad.modes import evaluating
 from dfad.ranks import Ranks, current_ranks
 
@@ -92,10 +92,10 @@ class Evaluator:
         try:
             classes = dry_forward(network, given).logits.shape[1]
         except Exception as error:  # a network may refuse a size with any error
+            remedy = f"{OTHER_DATA} Image files are resized by --data.image_size {image_shape[1]}."
             raise ModelError(
                 f"{name_of(network)} does not take the images of {name}, {given} (channels, height, width): "
-                f"{type(error).__name__}: {first_line(error)}. {OTHER_DATA} Image files are resized by "
-                f"--data.image_size {image_shape[1]}."
+                f"{refusal(error, remedy)}"
             ) from None
         require_same_classes(network, classes, name, len(self.dataset.classes), OTHER_DATA)
         if given != tuple(image_shape) and not self._said:

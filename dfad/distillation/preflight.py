@@ -15,7 +15,7 @@ from dfad.config import DistillConfig, OptimizerConfig
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, parameter_count, require_same_classes
+from dfad.models.probing import dry_forward, parameter_count, refusal, require_same_classes
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 from dfad.seeds import random_state_kept
@@ -184,7 +184,7 @@ def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[in
     except Exception as error:  # a network may refuse images in any way
         raise ModelError(
             f"The student {name_of(student)} does not take the teacher's images {image_shape} (channels, height, "
-            f"width): {type(error).__name__}: {first_line(error)}. Give --student.kwargs that fit."
+            f"width): {refusal(error, 'Give --student.kwargs that fit.')}"
         ) from None
     classes = teacher.logits.shape[1]
     remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."

@@ -1,6 +1,7 @@
 """Properties of a network that can be determined without data."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,8 @@ def image_shape_of(
         raise unusable
     tried = " or ".join((", ".join(f"{h}×{w}" for h, w in part)) for part in (sizes[:-1], sizes[-1:]) if part)
     raise ModelError(
-        f"The teacher fails on images of {channels} channels and {tried} pixels: {type(failure).__name__}: "
-        f"{first_line(failure or ValueError())}. Give the right --teacher.channels and --teacher.image_size."
+        f"The teacher fails on images of {channels} channels and {tried} pixels: "
+        + refusal(failure or ValueError(), "Give the right --teacher.channels and --teacher.image_size.")
     )
 
 
@@ -174,6 +175,19 @@ def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int], *, g
     with evaluating(network), torch.set_grad_enabled(graph):
         images = torch.zeros(2, *image_shape, device=parameter.device, requires_grad=graph)
         return network(images.clone())  # not a leaf: networks may write into their images
+
+
+def refusal(error: Exception, remedy: str) -> str:
+    """What a network raised for blank images, and what mends it.
+
+    Args:
+        error: as raised.
+        remedy: what the user can give or change, unless the error is about the type of numbers.
+    """
+    said = first_line(error)
+    if re.search(r"dtype|scalar type|\btype \(", said):
+        remedy = "Images and weights are float32 here, whatever they were: its forward pass must not cast them."
+    return f"{type(error).__name__}: {said}. {remedy}"
 
 
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dfad.copies import in_float32
 from dfad.errors import ModelError, first_line
@@ -550,6 +550,16 @@ class TestImageSize:
     def test_a_network_that_runs_and_returns_no_logits_is_not_told_to_change_its_images(self):
         with pytest.raises(ModelError, match="needed is") as refused:
             probing.image_shape_of(nn.Conv2d(1, 4, 3))
+        assert "image_size" not in str(refused.value)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_a_forward_pass_that_casts_is_not_told_to_change_its_images(self, dtype):
+        class Casting(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x.to(dtype))
+
+        with pytest.raises(ModelError, match="must not cast them") as refused:
+            probing.image_shape_of(Casting(), image_size=8)
         assert "image_size" not in str(refused.value)
 
     def test_failing_everywhere_names_the_first_reason(self):

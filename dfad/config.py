@@ -240,6 +240,17 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class RandomFieldsConfig:
+    """Strokes and blobs drawn at random in place of generated images: for teachers of characters and drawings."""
+
+    share: float = 0.0
+    """Fraction of the images of a student step that are drawn so; they need an image bank for the others."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, "share", self.share, "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """One round: student steps on generated images, then steps of the generator against the student."""
 
@@ -278,6 +289,7 @@ class MethodConfig:
     interpolation: InterpolationConfig = InterpolationConfig()
     regularizers: RegularizerConfig = RegularizerConfig()
     image_bank: ImageBankConfig = ImageBankConfig()
+    random_fields: RandomFieldsConfig = RandomFieldsConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
 
     def __post_init__(self) -> None:
@@ -291,6 +303,8 @@ class MethodConfig:
             need = f"at least the batch size, {self.batch_size}, or 0 for no bank"
             require(bank >= self.batch_size, "image_bank.size", bank, need)
             require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
+        share = self.random_fields.share
+        require(not share or bank > 0, "random_fields.share", share, "0 where there is no image bank")
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
         need = "0 if every weight of regularizers is 0, because only they shape the images of the warm-up"
         require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)

@@ -502,7 +502,8 @@ BUNDLES = {
         --engine.two_streams off --engine.cast_weights off --engine.batchnorm local
         --engine.sent_gradients bfloat16""",
     "recipe": """--method.warm_up 3 --method.generator_steps 2 --method.adversary agreeing
-        --method.image_bank.size 64 --method.image_bank.newest 0.5 --method.augmentation.flip
+        --method.image_bank.size 64 --method.image_bank.newest 0.5 --method.random_fields.share 0.25
+        --method.augmentation.flip
         --method.augmentation.crop 0.25 --method.augmentation.padding zero --method.augmentation.cutout 0.25
         --method.augmentation.colour 0.1 --method.interpolation.weight 0.5 --method.interpolation.labels teacher
         --method.interpolation.step within --method.regularizers.one_hot 1 --optimizer.student.warm_up 0.1

@@ -16,6 +16,7 @@ from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.image_bank import ImageBank
 from dfad.distillation.interpolation import VirtualInterpolation
 from dfad.distillation.preflight import check_networks
+from dfad.distillation.random_fields import RandomFields
 from dfad.engine import Engine
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Terms = dict[str, Tensor]
 
-STREAMS_OF_A_ROUND = ("noise", "mixing", "augmentation", "image_bank")
+STREAMS_OF_A_ROUND = ("noise", "mixing", "augmentation", "image_bank", "random_fields")
 """Names of the random streams that a round draws from."""
 
 
@@ -173,7 +174,7 @@ class Round:
         return {"student_loss": loss.detach(), **_prefixed("student", terms)}
 
     def student_images(self) -> Tensor:
-        """The augmented images of a student step: fresh ones, or drawn from the bank."""
+        """The augmented images of a student step: fresh ones, or those of the bank, among them random fields."""
         method = self.config.method
         if self.image_bank is None:
             images = self.generator(self.own_noise())
@@ -182,6 +183,8 @@ class Round:
             images = self.image_bank.sample(
                 method.batch_size, newest, method.batch_size, self.rng["image_bank"], self.ranks
             )
+            if self.random_fields is not None:
+                images = torch.where(self.drawn_at_random, self.random_fields.sample(method.batch_size), images)
             images = images.to(self.engine.dtype)
         images = self.augmentation(images)
         # plain networks may flatten them by view, and draw dropout in the order of memory
@@ -311,6 +314,13 @@ class Round:
             ranks=self.ranks,
         )
         self.augmentation = Augmentation(method.augmentation, self.rng["augmentation"], self.ranks)
+        self.random_fields = None
+        count = round(method.random_fields.share * method.batch_size)
+        if count:
+            self.random_fields = RandomFields(self.image_shape, self.rng["random_fields"], self.ranks)
+            # spread over the batch, because its first images are the newest and its last ones are mixed
+            before = torch.arange(method.batch_size + 1, device=self.device) * count // method.batch_size
+            self.drawn_at_random = self.ranks.share(before.diff() > 0).view(-1, 1, 1, 1)
 
     def _new_generator(self) -> Generator:
         return Generator(

@@ -25,6 +25,7 @@ from dfad.config import (
     ImageBankConfig,
     InterpolationConfig,
     MethodConfig,
+    RandomFieldsConfig,
     RecordingConfig,
     RegularizerConfig,
     SelectionConfig,
@@ -57,6 +58,7 @@ METHOD = MethodConfig(
 BANK = {
     "warm_up": 2,
     "image_bank": ImageBankConfig(size=96),  # no multiple of the batch: its ring closes in the midst of one
+    "random_fields": RandomFieldsConfig(share=0.3),
     "augmentation": AugmentationConfig(flip=True, crop=0.125, cutout=0.3, colour=0.1),
 }
 METHODS = {

@@ -20,6 +20,7 @@ from dfad.config import (
     InterpolationConfig,
     MethodConfig,
     OptimizerConfig,
+    RandomFieldsConfig,
     RegularizerConfig,
 )
 from dfad.distillation.distiller import Distiller
@@ -45,6 +46,7 @@ def recipe(config) -> DistillConfig:
         interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
         feature_matching=FeatureMatchingConfig(weight=2.0),
         image_bank=ImageBankConfig(size=BANK),
+        random_fields=RandomFieldsConfig(share=0.25),
         augmentation=AugmentationConfig(flip=True, crop=0.25, cutout=0.25, colour=0.1),
     )
 
@@ -133,7 +135,7 @@ class TestImageBank:
         distiller.round.student_step()
 
     def test_its_memory_is_counted(self, teacher, recipe):
-        plain = with_method(recipe, image_bank=ImageBankConfig())
+        plain = with_method(recipe, image_bank=ImageBankConfig(), random_fields=RandomFieldsConfig())
         large = with_method(recipe, image_bank=ImageBankConfig(size=100_000))
         costs = [estimate(make(teacher, config)) for config in (plain, large)]
         assert costs[1].peak_memory - costs[0].peak_memory == pytest.approx(100_000 * 64, rel=0.01)
@@ -295,7 +297,7 @@ class TestRun:
         first = make(teacher, config)
         first.run_round()
         state = copy.deepcopy(first.state_dict())
-        for name in ("augmentation", "image_bank"):
+        for name in ("augmentation", "image_bank", "random_fields"):
             del state["rng"][name]
         second = make(teacher, config)
         second.load_state_dict(state)
@@ -333,7 +335,7 @@ class TestWhatACaptureNeeds:
         before = {name: rng.get_state() for name, rng in distiller.round.rng.items()}
         distiller.run_round()
         drawn = {name for name, rng in distiller.round.rng.items() if not torch.equal(rng.get_state(), before[name])}
-        assert drawn == {"noise", "mixing", "augmentation", "image_bank"}
+        assert drawn == {"noise", "mixing", "augmentation", "image_bank", "random_fields"}
         assert all(any(distiller.round.rng[name] is g for g in registered["them"]) for name in drawn)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dfad import cli
+from dfad.assembly import load_teacher
 from dfad.cli import Action
 from dfad.config import Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
@@ -25,9 +26,10 @@ from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.probing import Images, require_same_classes
 from dfad.models.sources import Loaded, load, load_trained
+from dfad.presets import TrainConfig
 from dfad.ranks import current_ranks, joined
 from dfad.runs.pictures import new_figure, save_picture
-from dfad.runs.settings import override
+from dfad.runs.settings import SETTINGS_FILE, override, saved_settings
 from dfad.terminal import configure_logging
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Evaluate:
     """Standard deviation per channel, with the same default."""
 
     teacher: str | None = None
-    """Teacher to compare with, named like the model."""
+    """Teacher to compare with, named like the model; or the folder of a run, for its teacher."""
 
     data: DataConfig = DataConfig(name=OF_MODEL)
 
@@ -105,12 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorded = manifest.get("data", {}).get("fingerprint")
     if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
         log.warning("This is not the data that the model was trained on: the fingerprints differ.")
-    logits, labels = _predictions(command, network, _normalised(dataset, command, loaded.images), device)
+    normalised = _normalised(dataset, command.model, Images(None, command.mean, command.std), loaded.images)
+    logits, labels = _predictions(command, network, normalised, device)
     teacher_logits = None
     if command.teacher is not None:
-        teacher = load_trained(command.teacher)
-        teacher_data = _normalised(dataset, command, teacher.images)
-        teacher_logits, _ = _predictions(command, teacher.network, teacher_data, device)
+        teacher, images = _load_teacher(command.teacher)
+        normalised = _normalised(dataset, command.teacher, images, Images(None, command.mean, command.std))
+        teacher_logits, _ = _predictions(command, teacher, normalised, device)
     figures = measure(logits, labels, dataset.classes, teacher_logits)
     about = {
         "model": command.model,
@@ -139,6 +142,16 @@ def _load(command: Evaluate) -> Loaded:
     return load(command.factory, command.model, checkpoint_key=command.checkpoint_key, kwargs=command.kwargs)
 
 
+def _load_teacher(source: str) -> tuple[nn.Module, Images]:
+    """The teacher, of a run if a run's folder is named, and its images."""
+    if not (Path(source) / SETTINGS_FILE).is_file():
+        loaded = load_trained(source)
+        return loaded.network, loaded.images
+    teacher = load_teacher(saved_settings(Path(source), TrainConfig()).teacher)
+    mean, std = teacher.normalisation or ((), ())
+    return teacher.network, Images(None, tuple(mean), tuple(std))
+
+
 def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
     if command.data.name != OF_MODEL:
         return command.data
@@ -157,11 +170,17 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
     return dataclasses.replace(named, **given)
 
 
-def _normalised(dataset: Dataset, command: Evaluate, images: Images) -> Dataset:
-    """The data set, normalised as the options say, else as the network's file or origin says, else with its own
-    statistics."""
-    mean = command.mean or images.mean or dataset.mean
-    std = command.std or images.std or dataset.std
+def _normalised(dataset: Dataset, source: str, *known: Images) -> Dataset:
+    """The data set, normalised as the first of what is known says, else with its own statistics."""
+    mean, std = next(((images.mean, images.std) for images in known if images.mean), (dataset.mean, dataset.std))
+    if not any(images.mean for images in known):
+        log.warning(
+            "%s does not say how its images are normalised. Mean %s and standard deviation %s of %s are taken; if it "
+            "was trained with others, give --mean and --std.",
+            source,
+            *(", ".join(f"{value:.4g}" for value in values) for values in (mean, std)),
+            dataset.name,
+        )
     if len(mean) != dataset.image_shape[0]:
         raise ModelError(
             f"The model's images have {len(mean)} channels, those of {dataset.name} {dataset.image_shape[0]}. Choose "

@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from scipy.special import rel_entr
 
 from dfad import evaluate, models
+from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
 from dfad.errors import ConfigurationError, DataError, ModelError
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.model_file import load_model, save_model
+from dfad.presets import TrainConfig
+from dfad.runs.settings import to_yaml
 from dfad.supervised.trainer import SupervisedTrainer
 from tests.supervised.test_teaching import QUICK
 
@@ -128,6 +131,24 @@ class TestCommand:
         teacher = measured(capsys, "--model", other, "--teacher", model)["teacher"]
         assert teacher["top1"] == manifest["accuracy"]
         assert teacher["agreement"] < 1
+
+    def test_an_unknown_normalisation_is_told(self, model, capsys, tmp_path):
+        network, manifest = load_model(model)
+        other = tmp_path / "other.safetensors"
+        unknown = {name: value for name, value in manifest.items() if name not in ("mean", "std")}
+        save_model(other, network.state_dict(), unknown)
+        evaluate.main(["--model", str(other), "--teacher", str(model), "--mean", "0", "--std", "2", "--json"])
+        out, err = capsys.readouterr()
+        assert "does not say" not in err
+        assert json.loads(out)["teacher"]["top1"] == manifest["accuracy"]  # it has its own
+        evaluate.main(["--model", str(other)])
+        assert "does not say how its images are normalised. Mean" in capsys.readouterr().err
+
+    def test_the_teacher_of_a_run(self, model, capsys, tmp_path):
+        settings = replace(TrainConfig(), teacher=TeacherConfig(checkpoint=model))
+        (tmp_path / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+        teacher = measured(capsys, "--model", model, "--teacher", tmp_path)["teacher"]
+        assert (teacher["top1"], teacher["agreement"]) == (load_model(model)[1]["accuracy"], 1)
 
     def test_other_data_than_at_training_are_told(self, model, capsys, tmp_path):
         network, manifest = load_model(model)

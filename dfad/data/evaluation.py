@@ -71,6 +71,12 @@ class Evaluator:
                     "--teacher.std with one value per channel, choose other data, or --no_evaluate."
                 )
             self.dataset = replace(self.dataset, mean=mean, std=std)
+        elif normalisation:
+            log.warning(
+                "The normalisation of the teacher's images is not known; those of %s are normalised with its own "
+                "mean and standard deviation. If those are wrong, give --teacher.mean and --teacher.std.",
+                self.dataset.name,
+            )
         self.source = batch_source(self.dataset, self.dataset.test, config.backend, device)
 
     def require_fitting(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:

@@ -78,6 +78,12 @@ class Delivery:
         return list(self.manifest.get("std", ()))
 
     @property
+    def taken_normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel of the images that the exported network takes; empty if unknown."""
+        channels = self.image_shape[0]
+        return ([0.0] * channels, [1.0] * channels) if self.normalise else (self.mean, self.std)
+
+    @property
     def classifier(self) -> Classifier:
         """The network to export."""
         return Classifier(self.network, *((self.mean, self.std) if self.normalise else ())).eval()

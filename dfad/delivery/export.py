@@ -206,7 +206,7 @@ class _Export:
         calibration = map(delivery.as_taken, request.generated.batches(request.calibration, "calibration"))
         quantised = int8.quantised(delivery, calibration)
         path = self.folder / "student-int8.pt2"
-        program.save(quantised, path)
+        program.save(quantised, path, delivery)
         in_memory: Any = quantised.module()
         self.compare("int8", path, int8.read(path), in_memory)
         if not onnx.missing():

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from dfad import models
 from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Classifier, Delivery, Function, member_of_family
 from dfad.errors import ModelError
@@ -27,8 +28,7 @@ student = AutoModelForImageClassification.from_pretrained("this-folder")
 logits = student(pixel_values=images).logits
 ```"""
 
-USAGE = """`pip install dfad` and, where the network is not one of `dfad.models`, the package that builds it:
-`{factory}`.
+USAGE = """`pip install dfad`{package}.
 
 ```python
 from transformers import AutoModelForImageClassification
@@ -91,7 +91,9 @@ def write(delivery: Delivery, folder: Path) -> None:
     data = save(stored, {"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(data))
     _write_text(folder / "modeling_dfad.py", CODE)
-    _write_text(folder / "README.md", model_card(delivery, USAGE.format(factory=architecture["factory"])))
+    factory = architecture["factory"]
+    usage = USAGE.format(package="" if factory in models.__all__ else f", and the package that builds it: `{factory}`")
+    _write_text(folder / "README.md", model_card(delivery, usage))
     _write_preprocessor(delivery, folder)
 
 

@@ -1,5 +1,6 @@
 """The student as a program of ``torch.export``, which needs only PyTorch, not the code of the network."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.export import ExportedProgram
 from dfad.delivery.classifier import Delivery, Function
 from dfad.errors import ExportError, first_line
 from dfad.files import write_atomically
+from dfad.models.exported import NORMALISATION
 
 
 def exported(classifier: nn.Module, example: torch.Tensor) -> ExportedProgram:
@@ -43,12 +45,14 @@ def write(delivery: Delivery, path: Path) -> None:
     Raises:
         ExportError: see :func:`exported`.
     """
-    save(exported(delivery.classifier, delivery.example), path)
+    save(exported(delivery.classifier, delivery.example), path, delivery)
 
 
-def save(program: ExportedProgram, path: Path) -> None:
-    """Write any program."""
-    write_atomically(path, lambda file: torch.export.save(program, file))
+def save(program: ExportedProgram, path: Path, delivery: Delivery) -> None:
+    """Write any program of the student, with the normalisation of its images."""
+    mean, std = delivery.taken_normalisation
+    about = {NORMALISATION: json.dumps({"mean": mean, "std": std})}
+    write_atomically(path, lambda file: torch.export.save(program, file, extra_files=about))
 
 
 def read(path: Path) -> Function:

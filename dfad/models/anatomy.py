@@ -121,7 +121,7 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
     """Pre-activation feature maps, the last of each resolution, input side first.
 
     These are the taps that the network returns itself; otherwise the inputs of activations, including additions, in the
-    graph of a plain network; otherwise outputs of modules that are inputs of activation modules.
+    graph of a network that is plain in both modes; otherwise outputs of modules that are inputs of activation modules.
 
     Args:
         network: not changed.
@@ -134,6 +134,7 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *image_shape, device=device)
     try:
+        trace(network, training=True)  # a student is tapped in this mode, too
         graph = trace(network, training=False).graph
     except NotPlain:
         found = _by_hooks(network, images)
@@ -207,7 +208,8 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
-                made[id(output)] = name, output, type(module).__name__  # held, so that its address is not reused
+                # held, so that its address is not reused; what is handed on keeps the name of its maker
+                made.setdefault(id(output), (name, output, type(module).__name__))
 
         return hook
 
@@ -226,7 +228,7 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
             try:
                 if kind is not None:
                     handles.append(module.register_forward_pre_hook(before(kind)))
-                elif isinstance(module, (nn.Conv2d, *NORMS)):
+                elif isinstance(module, (nn.Conv2d, *NORMS)) or _is_inside_a_norm(name, network):
                     handles.append(module.register_forward_hook(after(name)))
             except RuntimeError:  # TorchScript modules accept no hooks
                 return []
@@ -236,6 +238,12 @@ def _by_hooks(network: nn.Module, images: Tensor) -> list[Tap]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _is_inside_a_norm(name: str, network: nn.Module) -> bool:
+    """Whether a module hands on what a norm with an activation of its own, such as timm's, makes."""
+    parent = network.get_submodule(name.rpartition(".")[0])
+    return isinstance(network.get_submodule(name), nn.Identity) and isinstance(parent, NORMS)
 
 
 def _activation(module: nn.Module) -> str | None:

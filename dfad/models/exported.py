@@ -17,6 +17,9 @@ from dfad.errors import ModelError, first_line
 FORMAT = "archive_format"
 """Entry that identifies an archive of ``torch.export``."""
 
+NORMALISATION = "dfad-normalisation.json"
+"""Entry, among those for other programs, with mean and standard deviation of the images of an exported student."""
+
 PICKLED = ("custom_obj_", "opaque_obj_", "opaque_")
 """Prefix of the names of constants that PyTorch always unpickles."""
 
@@ -83,6 +86,18 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     if not all(isinstance(size, int) for size in image):
         image = [node for node in image if isinstance(node, int)]  # channels, at most: the images' size is found
     return network, tuple(image)
+
+
+def normalisation_of(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of a program's images; empty unless this project wrote it.
+
+    Args:
+        path: a file for which :func:`is_exported` is true.
+    """
+    with zipfile.ZipFile(path) as archive:
+        said = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith(f"/{NORMALISATION}")]
+    mean, std = (tuple(map(float, said[0][key])) if said else () for key in ("mean", "std"))
+    return mean, std
 
 
 @contextmanager

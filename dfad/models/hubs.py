@@ -17,7 +17,7 @@ from torch import nn
 
 from dfad.errors import ModelError, first_line, nearest
 from dfad.models.exported import weights_alone
-from dfad.models.probing import Images, declared_images
+from dfad.models.probing import Images, channels_of, declared_images
 from dfad.models.weights import read_weights, reading
 from dfad.models.wrappers import LogitsAlone
 
@@ -158,7 +158,9 @@ class HuggingFace(Hub):
 
     def build(self, name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         transformers = self.import_package()
-        network = transformers.AutoModelForImageClassification.from_config(self._config(name, kwargs))
+        network = transformers.AutoModelForImageClassification.from_config(
+            self._config(name, kwargs), trust_remote_code=False
+        )
         return LogitsAlone(network)
 
     def trained(self, name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -167,7 +169,7 @@ class HuggingFace(Hub):
         try:
             with weights_alone():
                 network, report = classifier.from_pretrained(
-                    name, config=config, local_files_only=True, output_loading_info=True
+                    name, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
                 )
         except Exception as error:  # the files may be anything
             raise ModelError(
@@ -189,12 +191,10 @@ class HuggingFace(Hub):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             size = _hugging_face_size(said)
-            normalised = said.get("do_normalize", True)
-            mean, std = (tuple(map(float, said.get(key) or ())) for key in ("image_mean", "image_std"))
+            mean, std = _hugging_face_normalisation(said, channels_of(network) or 3)
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{path} cannot be read: {first_line(error)}. Download it again.") from None
-        origin = f"{path.name} of hf:{name}"
-        return Images(size, mean, std, origin) if normalised else Images(size, origin=origin)
+        return Images(size, mean, std, f"{path.name} of hf:{name}")
 
     def names(self) -> Sequence[str]:
         return ()
@@ -211,8 +211,15 @@ class HuggingFace(Hub):
                 + ". Needed is a folder that save_pretrained of a network and of its image processor wrote."
             )
         try:
-            return transformers.AutoConfig.from_pretrained(name, local_files_only=True, **kwargs)
+            return transformers.AutoConfig.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False, **kwargs
+            )
         except Exception as error:  # whatever the configuration says
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"hf:{name} is built by code of its own, which this program does not run. Name what builds the "
+                    "network, as package.module:callable, with model.safetensors of that folder as its checkpoint."
+                ) from None
             raise ModelError(
                 f"hf:{name} is neither a folder with a network nor in the Hugging Face cache, or its configuration "
                 f"cannot be used here: {type(error).__name__}: {first_line(error)}. Nothing is downloaded by this "
@@ -254,7 +261,7 @@ def _not_here(source: str, where: str | None) -> ModelError:
         way = f" Their file is not on this machine; download {where} into {_torch_hub_folder()}."
     return ModelError(
         f"There are no weights for {source}.{way or ' None are published.'} Nothing is downloaded by this program. Or "
-        "give weights of your own: --teacher.checkpoint FILE."
+        "give weights of your own: --teacher.checkpoint FILE; to dfad evaluate, as --model FILE --factory SOURCE."
     )
 
 
@@ -292,6 +299,15 @@ def _file_of(name: str, file: str) -> Path | None:
         path = Path(name) / file
         return path if path.is_file() else None
     return _in_hugging_face_cache(name, file)
+
+
+def _hugging_face_normalisation(said: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, for pixels in 0–1, of what an image processor returns."""
+    scale = 255 * float(said.get("rescale_factor") or 1 / 255) if said.get("do_rescale", True) else 255.0
+    mean, std = (said.get(key) or () for key in ("image_mean", "image_std"))
+    if not said.get("do_normalize", True):
+        mean, std = [0.0] * channels, [1.0] * channels
+    return tuple(float(value) / scale for value in mean), tuple(float(value) / scale for value in std)
 
 
 def _hugging_face_size(said: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfad import models
 from dfad.errors import ModelError
-from dfad.models.exported import is_exported, load_exported
+from dfad.models.exported import is_exported, load_exported, normalisation_of
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
 from dfad.models.likeness import require_origin
@@ -104,7 +104,8 @@ def load(
         _refuse_extras(source, "weights", checkpoint, arguments)
         network, size = load_exported(file)
         shape = (size[0], size[1], size[2]) if len(size) == 3 else None
-        return Loaded(_tapped(network, taps), True, shape, exported=True)
+        images = Images(None, *normalisation_of(file), f"the file {file}")
+        return Loaded(_tapped(network, taps), True, shape, images, exported=True)
     if file is not None:
         _refuse_extras(source, "keyword arguments", None, arguments)
         network, manifest = load_model(file, taps=tuple(taps) or None)

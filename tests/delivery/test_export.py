@@ -17,6 +17,7 @@ from dfad.delivery import int8, onnx, program, safetensors
 from dfad.delivery.classifier import Delivery
 from dfad.errors import ExportError, ModelError
 from dfad.models.model_file import load_model
+from dfad.models.sources import load
 from dfad.presets import TrainConfig
 from tests.delivery.conftest import distil
 
@@ -59,6 +60,7 @@ def test_without_options_all_is_written_that_the_machine_allows(run, call):
     wanted = logits_of(run / "student_best.safetensors")
     assert torch.equal(logits_of(folder / "student.safetensors"), wanted)
     torch.testing.assert_close(torch.export.load(folder / "student.pt2").module()(IMAGES), wanted)
+    assert load(str(folder / "student.pt2")).images.mean == tuple(load_model(run / "student.safetensors")[1]["mean"])
     if not onnx.missing():
         import onnxruntime
 
@@ -80,6 +82,7 @@ def test_a_built_in_normalisation_takes_pixels(run, call):
     pixels = IMAGES * manifest["std"][0] + manifest["mean"][0]
     wanted = logits_of(run / "student_best.safetensors")
     torch.testing.assert_close(torch.export.load(folder / "student.pt2").module()(pixels), wanted, rtol=1e-4, atol=1e-4)
+    assert load(str(folder / "student.pt2")).images.mean == (0,)
     found = safetensors.read(folder / "student.safetensors")(pixels)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     unknown = {name: value for name, value in manifest.items() if name not in ("mean", "std")}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dfad import models
@@ -79,6 +80,35 @@ def test_of_a_network_that_is_not_plain_by_what_modules_hand_on():
     taps = candidate_taps(network, SHAPE)
     assert [(tap.name, tap.shape) for tap in taps] == [("stem.1", (4, 16, 12))]  # additions are no modules
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's: with an activation of its own, counting its calls in training mode."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, features):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        bn_training = self.training
+        features = F.batch_norm(
+            features, self.running_mean, self.running_var, self.weight, self.bias, bn_training, self.momentum, self.eps
+        )
+        return self.act(self.drop(features))
+
+
+def test_of_a_network_that_is_plain_in_eval_mode_alone():
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), NormAndActivation(4), nn.Conv2d(4, 6, 3, 2, 1), NormAndActivation(6)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+    )
+    taps = candidate_taps(network, SHAPE)
+    assert [(tap.name, tap.shape) for tap in taps] == [("1.drop", (4, 16, 12)), ("3.drop", (6, 8, 6))]
+    for training in (True, False):
+        tapped = with_taps(network, [tap.name for tap in taps]).train(training)(torch.randn(2, *SHAPE))
+        assert all((tap < 0).any() for tap in tapped.taps)
 
 
 def test_of_a_network_that_returns_its_own():

@@ -133,23 +133,29 @@ def transformers(monkeypatch, tmp_path):
 
     class AutoConfig:
         @staticmethod
-        def from_pretrained(name, local_files_only=False, **kwargs):
+        def from_pretrained(name, local_files_only=False, trust_remote_code=None, **kwargs):
             assert local_files_only
+            assert trust_remote_code is False
             if not (tmp_path / name / "config.json").exists():
                 raise OSError(f"{name} is not cached\nand more")
+            if "auto_map" in json.loads((tmp_path / name / "config.json").read_text()):
+                raise ValueError("It contains custom code. Set the option `trust_remote_code=True`.")
             return types.SimpleNamespace(**json.loads((tmp_path / name / "config.json").read_text()) | kwargs)
 
     class AutoModelForImageClassification:
         @staticmethod
-        def from_config(config):
+        def from_config(config, trust_remote_code=None):
+            assert trust_remote_code is False
             network = OfMapping(config.num_labels)
             network.config = config
             return network
 
         @classmethod
-        def from_pretrained(cls, name, config, local_files_only=False, output_loading_info=False):
+        def from_pretrained(
+            cls, name, config, local_files_only=False, trust_remote_code=None, output_loading_info=False
+        ):
             assert local_files_only
-            network = cls.from_config(config)
+            network = cls.from_config(config, trust_remote_code)
             state = torch.load(tmp_path / name / "pytorch_model.bin")
             missing = network.state_dict().keys() - state.keys()
             network.load_state_dict(state, strict=False)
@@ -272,6 +278,27 @@ class TestHuggingFace:
         (transformers / "preprocessor_config.json").write_text(json.dumps(processor))
         torch.save(filled().state_dict(), transformers / "pytorch_model.bin")
         assert load(f"hf:{transformers}").images.size == size
+
+    @pytest.mark.parametrize(
+        ("processor", "mean", "std"),
+        [
+            ({"do_normalize": False, "image_mean": MEAN}, (0, 0, 0), (1, 1, 1)),
+            ({"rescale_factor": 2 / 255, "image_mean": [1] * 3, "image_std": [4] * 3}, (0.5,) * 3, (2,) * 3),
+            ({"do_rescale": False, "image_mean": [51] * 3, "image_std": [255] * 3}, (0.2,) * 3, (1,) * 3),
+            ({"do_rescale": False, "do_normalize": False}, (0, 0, 0), (1 / 255,) * 3),
+            ({"size": 9}, (), ()),
+        ],
+    )
+    def test_normalisations_as_image_processors_say_them(self, transformers, processor, mean, std):
+        (transformers / "preprocessor_config.json").write_text(json.dumps(processor))
+        torch.save(filled().state_dict(), transformers / "pytorch_model.bin")
+        images = load(f"hf:{transformers}").images
+        assert (images.mean, images.std) == (pytest.approx(mean), pytest.approx(std))
+
+    def test_code_in_a_folder_is_not_run(self, transformers):
+        (transformers / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "own.Config"}}))
+        with pytest.raises(ModelError, match=r"code of its own, which this program does not run\. Name what builds"):
+            load(f"hf:{transformers}")
 
     def test_weights_without_a_head_are_refused(self, transformers):
         state = {name: value for name, value in filled().state_dict().items() if not name.startswith("fc")}

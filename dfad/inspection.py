@@ -9,7 +9,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from dfad.models.anatomy import (
     boundary_of,
     candidate_taps,
     has_boundary,
+    names_of_own_taps,
     norms_of,
     paired,
 )
@@ -286,6 +287,9 @@ def _students(
             if count >= largest or dry_forward(network, shape).logits.shape[1] != classes:
                 continue
             student_taps = candidate_taps(network, shape)
+            if len(paired(taps, student_taps)) < len(student_taps) and (names := names_of_own_taps(network)):
+                named = zip(student_taps, names, strict=True)
+                student_taps = [replace(tap, name=name, found="found in the graph") for tap, name in named]
         except Exception:  # a network may raise anything for such images
             continue
         yield _student(candidate, kwargs, count, taps, student_taps, own_taps, boundary)

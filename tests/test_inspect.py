@@ -83,6 +83,24 @@ def test_the_command_that_it_prints_runs(inspected, tmp_path, caplog):
     assert "Features are not matched" not in caplog.text
 
 
+def test_a_student_that_returns_more_taps_than_pair_is_given_names(inspected, monkeypatch, tmp_path, caplog):
+    """The teacher halves its images at once, and the student after its first tap."""
+
+    def halving():
+        return nn.Sequential(
+            *(nn.Conv2d(3, 256, 3, 2, 1), nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 64, 3, 2, 1)),
+            *(nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)),
+        )
+
+    monkeypatch.setattr(sys.modules["user_networks"], "halving", halving, raising=False)
+    torch.save(halving().state_dict(), tmp_path / "halving.pt")
+    found = inspected("user_networks:halving", "--teacher.checkpoint", "halving.pt", "--teacher.image_size", "16")
+    assert "--teacher.taps 1 4 --student.taps stages_1_1 stages_2_1" in found["command"]
+    student = distil(found["command"], tmp_path)
+    assert [tap.shape[1:] for tap in student(torch.zeros(2, 3, 16, 16)).taps] == [(64, 8, 8), (128, 4, 4)]
+    assert "Features are not matched" not in caplog.text
+
+
 def test_taps_whose_names_are_numbers_are_given_by_name(inspected, monkeypatch):
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     monkeypatch.setattr(sys.modules["user_networks"], "flat", lambda: layers, raising=False)

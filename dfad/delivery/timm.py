@@ -13,7 +13,7 @@ from dfad.files import write_atomically
 USAGE = """```python
 import timm
 
-student = timm.create_model("local-dir:this-folder", pretrained=True)
+student = timm.create_model("local-dir:this-folder", pretrained=True).eval()
 logits = student(images)
 ```"""
 
@@ -38,9 +38,11 @@ def write(delivery: Delivery, folder: Path) -> None:
         )
     hub = importlib.import_module("timm.models._hub")
     channels, height, width = delivery.image_shape
-    images: dict[str, Any] = {"input_size": [channels, height, width]}
+    # not the size that timm would test the published weights at
+    images: dict[str, Any] = {"input_size": [channels, height, width], "test_input_size": None, "test_crop_pct": None}
     if delivery.mean:
         images |= {"mean": delivery.mean, "std": delivery.std}
+    known = {name: value for name, value in network.pretrained_cfg.items() if value is not None}
     arguments = {
         name: value for name, value in (delivery.manifest["architecture"].get("kwargs") or {}).items()
         if name not in ("model_name", "pretrained", "num_classes", "checkpoint_path")
@@ -48,7 +50,7 @@ def write(delivery: Delivery, folder: Path) -> None:
     hub.save_for_hf(
         network,
         str(folder),
-        model_config={**network.pretrained_cfg, **images, "num_classes": delivery.classes},
+        model_config={"num_classes": delivery.classes, "pretrained_cfg": {**known, **images}},
         model_args=arguments,
         safe_serialization=True,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from dfad.engine.tracing import NotPlain, trace
 from dfad.models.outputs import Outputs
 from dfad.models.probing import answer_to_blanks
+from dfad.models.taps import returned_outputs
 from dfad.modes import BatchNorm, evaluating
 
 BOUNDED = {nn.ReLU: "ReLU", nn.ReLU6: "ReLU6", nn.LeakyReLU: "LeakyReLU", nn.PReLU: "PReLU"}
@@ -147,6 +148,16 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
             last.pop(resolution, None)
             last[resolution] = tap
     return sorted(last.values(), key=lambda tap: -tap.shape[1] * tap.shape[2])
+
+
+def names_of_own_taps(network: nn.Module) -> list[str]:
+    """Names for :func:`dfad.models.taps.with_taps` of the taps that a plain network itself returns; else empty."""
+    try:
+        trace(network, training=True)
+        own = returned_outputs(trace(network, training=False).graph)
+    except NotPlain:
+        return []
+    return [node.name for node in own.all_input_nodes[1:]] if own is not None else []
 
 
 def _by_graph(network: nn.Module, graph: fx.Graph, images: Tensor) -> Iterator[Tap]:

@@ -54,6 +54,12 @@ def _output(graph: fx.Graph) -> fx.Node:
     return next(node for node in graph.nodes if node.op == "output")
 
 
+def returned_outputs(graph: fx.Graph) -> fx.Node | None:
+    """The :class:`Outputs` with taps that a network returns itself."""
+    node = _output(graph).args[0]
+    return node if isinstance(node, fx.Node) and node.target is Outputs and len(node.args) == 2 else None
+
+
 def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None:
     last_nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:
@@ -73,9 +79,13 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
         # a copy, because an in-place ReLU often follows a pre-activation
         with graph.inserting_after(last_nodes[name]):
             taps.append(graph.call_method("clone", (last_nodes[name],)))
+    own = returned_outputs(graph)
+    logits = output.args[0] if own is None else own.args[0]
     with graph.inserting_before(output):
-        outputs = graph.call_function(Outputs, (output.args[0], tuple(taps)))
+        outputs = graph.call_function(Outputs, (logits, tuple(taps)))
     output.args = (outputs,)
+    if own is not None:
+        graph.erase_node(own)
     graph.lint()
 
 

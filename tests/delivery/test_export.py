@@ -303,6 +303,8 @@ class TestFamilies:
         loaded = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True, in_chans=1).eval()
         images = torch.randn(2, 1, 32, 32)
         torch.testing.assert_close(loaded(images), network(images))
+        said = timm.data.resolve_model_data_config(loaded, use_test_size=True)
+        assert (said["input_size"], said["mean"], said["std"]) == ((1, 32, 32), [0.5], [0.5])
 
     def test_others_are_no_students_of_timm(self, run, call):
         code, printed, folder = call(run, "--formats", "timm")

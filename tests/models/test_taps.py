@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dfad import models
 from dfad.errors import ModelError
+from dfad.models.anatomy import names_of_own_taps
 from dfad.models.taps import BatchNormTaps, has_batchnorm, with_taps
 from dfad.models.wrappers import CHECKED_WITH
 
@@ -51,6 +53,14 @@ def network() -> Residual:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8)
+
+
+def test_names_replace_the_taps_that_a_network_returns_itself(images):
+    network = models.convnet(channels=(4, 6, 8), num_classes=5).eval()
+    outputs, own = with_taps(network, names_of_own_taps(network)[1:])(images), network(images)
+    assert torch.equal(outputs.logits, own.logits)
+    assert len(outputs.taps) == 2
+    assert all(torch.equal(tap, other) for tap, other in zip(outputs.taps, own.taps[1:], strict=True))
 
 
 def test_modules_containers_and_functional_nodes_are_tapped(network, images):

@@ -10,13 +10,15 @@ from dfad.config import (
     FeatureMatchingConfig,
     GeneratorConfig,
     InterpolationConfig,
+    MethodConfig,
     OptimizerConfig,
+    RandomFieldsConfig,
     RecordingConfig,
     RegularizerConfig,
     StudentConfig,
     TeacherConfig,
 )
-from dfad.presets import PRESETS, RECIPE, TrainConfig
+from dfad.presets import OWN_STEP, PRESETS, RECIPE, TrainConfig
 from dfad.supervised.recipes import RECIPES, NetworkConfig, Recipe
 
 REAL_DATA = "real data"
@@ -127,6 +129,18 @@ DIGITS = replace(
 )
 """With the learning rate that was searched for short runs, with and without the parts."""
 
+# DFAD's rounds, where every image is fresh
+FRESH_MNIST = replace(
+    PRESETS["mnist"],
+    method=MethodConfig(
+        rounds=2500,
+        batch_size=64,
+        adversarial=0.1,
+        activation=ActivationConfig(weight=0.1),
+        interpolation=OWN_STEP,
+        regularizers=RegularizerConfig(one_hot=0.1, diversity=1.0),
+    ),
+)
 MNIST = _of_rounds(PRESETS["mnist"], PRESETS["mnist"].method.rounds)
 
 THIN_TEACHER = TeacherConfig(factory="resnet20", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -146,6 +160,7 @@ CIFAR10_RESNET32 = replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, facto
 RECIPE_FULL, RECIPE_BARE = "recipe", "recipe without either part"
 RECIPE_UNMATCHED = "recipe without feature matching"
 RECIPE_LONGER = "recipe, six times as long"
+RECIPE_GENERATED, RECIPE_DRAWN = "recipe without random fields", "recipe, all of the student's images random fields"
 
 
 def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
@@ -174,6 +189,11 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 
 
+def with_share(base: TrainConfig, share: float) -> TrainConfig:
+    """Settings with a share of the student's images that are random fields."""
+    return replace(base, method=replace(base.method, random_fields=RandomFieldsConfig(share=share)))
+
+
 # with enough images all arms are equally good: efficiency shows in a short run, and the final accuracy of the method
 # in one of the preset's full length
 COMPARISONS = {
@@ -187,17 +207,33 @@ COMPARISONS = {
         claims=(*CLAIMS, Reaches(FULL, share_of_teacher=0.97)),
     ),
     "mnist": Comparison(
-        arms=arms(_of_rounds(PRESETS["mnist"], 200)),
+        arms=arms(_of_rounds(FRESH_MNIST, 200)),
         teacher="mnist",
-        ceiling=_student_on_real_data("mnist", PRESETS["mnist"]),
+        ceiling=_student_on_real_data("mnist", FRESH_MNIST),
         claims=CLAIMS,
     ),
     "mnist-whole": Comparison(
-        arms={name: arm for name, arm in arms(MNIST).items() if name in (PLAIN, REGULARIZED, FULL)},
+        arms={
+            name: arm for name, arm in arms(_of_rounds(FRESH_MNIST, 2500)).items() if name in (PLAIN, REGULARIZED, FULL)
+        },
         teacher="mnist",
         ceiling=None,
         claims=(*CLAIMS, Reaches(FULL, accuracy=0.985)),
         published={PLAIN: 0.983},  # DFAD (Fang et al. 2019)
+    ),
+    "mnist-random-fields": Comparison(
+        arms={
+            RECIPE_FULL: MNIST,
+            RECIPE_GENERATED: with_share(MNIST, 0.0),
+            RECIPE_DRAWN: with_share(MNIST, 1.0),
+        },
+        teacher="mnist",
+        ceiling=None,
+        claims=(
+            Beats(RECIPE_FULL, RECIPE_GENERATED),
+            Beats(RECIPE_FULL, RECIPE_DRAWN),
+            Reaches(RECIPE_FULL, accuracy=0.986),
+        ),
     ),
     # 600,000 student-images
     "cifar10-resnet20": Comparison(

@@ -2,7 +2,7 @@
 
 Each network has random weights whose BatchNorms have seen random images. It is inspected, teaches a network of its own
 kind for three rounds, with the engine and in plain PyTorch, is measured on image files, exported and loaded back. A
-third run shows what rounding does: plain PyTorch again, with all weights changed in their last bit.
+third run shows what rounding does: plain PyTorch again, with all weights changed in their last bit, and without oneDNN.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ LARGEST_ROUNDING = 0.1
 """Of weights; where it does more, two students cannot be compared."""
 
 LARGEST_WEIGHTS, LARGEST_LOGITS, MARGIN = 1e-2, 1e-3, 4.0
-"""Differences of two students: that much, or that many times what weights changed in their last bit explain."""
+"""Differences of two students: that much, or that many times what rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Row:
     difference: Difference
     """Between the students with and without the engine."""
     rounding: Difference
-    """Between the students without it, one with all weights changed in their last bit."""
+    """Between the students without it, one with all weights changed in their last bit, and without oneDNN."""
     exported: str
     seconds: float
 
@@ -129,6 +129,7 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
     started = time.perf_counter()
     files, starts = {}, {}
     for role, seed in (("teacher", 0), ("student", 1)):
+        torch.manual_seed(seed)
         network = _seasoned(load(source, kwargs=kwargs, pretrained=False).network, seed)
         files[role], files[f"{role}, nudged"] = folder / f"{role}.pt", folder / f"{role}-nudged.pt"
         torch.save(network.state_dict(), files[role])
@@ -148,7 +149,8 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
         ("nudged", "--no_fused", ", nudged"),
     ):
         weights = [f"--{role}.checkpoint={files[role + which]}" for role in ("teacher", "student")]
-        train.main([*networks, *weights, *ROUNDS, switch, f"--run_dir={folder / name}"])
+        with torch.backends.mkldnn.flags(enabled=name != "nudged"):  # or every step would round alike
+            train.main([*networks, *weights, *ROUNDS, switch, f"--run_dir={folder / name}"])
         student = load(str(folder / name / "student.safetensors")).network.eval()
         pairs = zip(_weights(student), starts[f"student{which}"], strict=True)
         changes.append([after - before for after, before in pairs])
@@ -156,7 +158,7 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
             logits.append(as_outputs(student(batch)).logits)
     fused, plain, nudged = zip(changes, logits, strict=True)
     difference, rounding = _difference(fused, plain), _difference(nudged, plain)
-    assert rounding.weights < LARGEST_ROUNDING, f"weights changed in their last bit change the rest by {rounding}"
+    assert rounding.weights < LARGEST_ROUNDING, f"rounding alone changes the student by {rounding}"
     assert difference.explained_by(rounding), f"fused and plain differ by {difference}, rounding explains {rounding}"
     file = folder / "fused" / "student.safetensors"
     data = ["--data.name=folder", f"--data.root={images}", f"--data.image_size={SIZE}", "--device=cpu"]
@@ -257,12 +259,13 @@ def page(rows: list[Row | tuple[str, str]], packages: tuple[str, ...]) -> str:
         "*Fused against plain* compares the two students: the norm of the difference of what the training changed in",
         "their weights, relative to the norm of the change; and the largest difference of their logits, relative to",
         "the largest logit. *Rounding* is the same of two runs in plain PyTorch, of which one starts with all weights",
-        "of the teacher and the student changed in their last bit. A network passes where the first number is below",
-        f"{LARGEST_WEIGHTS:g} and the second below {LARGEST_LOGITS:g}, or where they are below {MARGIN:g} times those",
-        "of rounding. Networks of random weights enlarge rounding, some by orders of magnitude: a value near zero",
-        "changes its side of a ReLU, and a BatchNorm of few values divides by a small deviation. So the learning rates",
-        "are small, and no image is rounded to 8 bits. Where rounding alone changes more than",
-        f"{LARGEST_ROUNDING:g} of the weights' change, nothing can be compared, and the network counts as failed.",
+        "of the teacher and the student changed in their last bit, and computes without oneDNN. A network passes",
+        f"where the first number is below {LARGEST_WEIGHTS:g} and the second below {LARGEST_LOGITS:g}, or where they",
+        f"are below {MARGIN:g} times those of rounding. Networks of random weights enlarge rounding, some by orders of",
+        "magnitude: a value near zero changes its side of a ReLU, and a BatchNorm of few values divides by a small",
+        "deviation. So the learning rates are small, and no image is rounded to 8 bits. Where rounding alone changes",
+        f"more than {LARGEST_ROUNDING:g} of the weights' change, nothing can be compared, and the network counts as",
+        "failed.",
         "",
         "| network | parameters | norms | taps | rewritten by the engine | fused against plain | rounding | loaded |",
         "| --- | ---: | --- | ---: | --- | ---: | ---: | --- |",

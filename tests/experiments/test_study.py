@@ -248,7 +248,7 @@ def test_one_seed_has_no_standard_error():
 def test_arms_differ_in_the_parts_of_the_method_alone(name):
     compared = COMPARISONS[name].arms
     base = compared[FULL if FULL in compared else RECIPE_FULL]
-    parts = {"activation", "feature_matching", "interpolation", "regularizers", "adversarial"}
+    parts = {"activation", "feature_matching", "interpolation", "regularizers", "adversarial", "random_fields"}
     for config in compared.values():
         same = {part: getattr(base.method, part) for part in parts}
         if config is compared.get(RECIPE_LONGER):

@@ -60,7 +60,7 @@ MNIST = TrainConfig(
     student=StudentConfig(factory="lenet5_half"),
     generator=GeneratorConfig(noise_dim=100, width=16),
     method=MethodConfig(
-        rounds=2000,
+        rounds=1500,
         student_steps=10,
         batch_size=64,
         warm_up=100,
@@ -69,7 +69,7 @@ MNIST = TrainConfig(
         interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
         regularizers=RegularizerConfig(one_hot=0.1, diversity=1.0),
         image_bank=ImageBankConfig(size=25_600),
-        random_fields=RandomFieldsConfig(share=0.5),
+        random_fields=RandomFieldsConfig(share=0.75),
         augmentation=AugmentationConfig(crop=0.07),
     ),
     optimizer=OptimizersConfig(

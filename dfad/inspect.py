@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dfad import cli
 from dfad.config import TeacherConfig
@@ -88,7 +88,8 @@ def tables(found: Inspection) -> list[Table]:
     }
     for name, value in rows.items():
         about.add_row(name, value)
-    taps = Table("tap", "shape", "what it is", title="Candidate taps: before the activation, the last of a resolution")
+    whole = Column("tap", overflow="fold")  # a name to be copied
+    taps = Table(whole, "shape", "what it is", title="Candidate taps: before the activation, the last of a resolution")
     for tap in found.taps:
         taps.add_row(tap.name, "×".join(map(str, tap.shape)), tap.found)
     students = Table("student", "parameters", "taps", title="Students that fit")

@@ -4,12 +4,16 @@ import json
 import shlex
 import sys
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from dfad import cli, inspect, models, train
+from dfad.config import TeacherConfig
+from dfad.inspection import inspection
 from dfad.models.model_file import load_model, save_model
 from dfad.models.outputs import as_outputs
 from tests.models.test_anatomy import Residual, Tokens
@@ -170,3 +174,15 @@ def test_tables_for_people(capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[-1].startswith("python -m dfad.train --preset own --teacher user_networks:Residual")
     assert "Candidate taps" in "".join(lines)
+
+
+def test_names_of_taps_are_printed_whole(inspected, monkeypatch):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    deep = nn.Sequential(OrderedDict({"a_name_of_many_letters" * 4: layers}))
+    monkeypatch.setattr(sys.modules["user_networks"], "deep", lambda: deep, raising=False)
+    config = TeacherConfig(image_size=8)
+    found = inspection("user_networks:deep", config, torch.device("cpu"), timed=False)
+    console = Console(width=60, record=True)
+    console.print(inspect.tables(found)[1])
+    text = "".join(cell for line in console.export_text().splitlines() for cell in line.split("│")[1:2])
+    assert found.taps[0].name in text.replace(" ", "")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.config import DistillConfig, OptimizerConfig
+from dfad.copies import copy_network
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
@@ -46,6 +47,8 @@ def check_networks(
     student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
     if uses_taps:
         _require_pre_activations(answers.taps, "teacher")
+        if any(_is_never_negative(tap) for tap in _taps_for_noise(student, image_shape)):
+            _require_pre_activations(_taps_for_noise(_without_zeros(student), image_shape), "student")
     own, others = parameter_count(student), parameter_count(teacher)
     if own > others:
         log.warning("The student has %s parameters, more than its teacher's %s.", f"{own:,}", f"{others:,}")
@@ -166,9 +169,30 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
     return Outputs(logits, tuple(tap.detach() for tap in outputs.taps))
 
 
+def _taps_for_noise(student: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    device = next(student.parameters(), torch.empty(0)).device
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with evaluating(student), torch.no_grad(), random_state_kept():
+        return as_outputs(student(images)).taps
+
+
+def _without_zeros(student: nn.Module) -> nn.Module:
+    """A copy whose parameters are not all zero, as those that end residual branches are at first."""
+    network = copy_network(student)
+    with torch.no_grad(), random_state_kept():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_()
+    return network
+
+
+def _is_never_negative(tap: Tensor) -> bool:
+    return tap.numel() > 1 and bool((tap >= 0).all())
+
+
 def _require_pre_activations(taps: Sequence[Tensor], role: str) -> None:
     for stage, tap in enumerate(taps):
-        if tap.numel() > 1 and bool((tap >= 0).all()):
+        if _is_never_negative(tap):
             raise ModelError(
                 f"Tap {stage} of the {role} is never negative: it comes after a ReLU, where the activation boundary, "
                 "its sign, cannot be seen. Tap what enters the ReLU: the BatchNorm or the addition before it "

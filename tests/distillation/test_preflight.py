@@ -252,11 +252,41 @@ class Activated(ConvNet):
         return Outputs(outputs.logits, tuple(tap.relu() for tap in outputs.taps))
 
 
+class LastActivated(ConvNet):
+    """Only its last tap is what a ReLU returns."""
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        return Outputs(outputs.logits, (outputs.taps[0], outputs.taps[1].relu()))
+
+
+class BeginningAtZero(ConvNet):
+    """Its last tap adds to what is not negative."""
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        return Outputs(outputs.logits, (outputs.taps[0], outputs.taps[1] + 1))
+
+
 def test_taps_after_a_relu_are_refused_where_they_are_used(student, config, plain):
     settings = replace(config, teacher=TeacherConfig(image_size=8))
     with pytest.raises(ModelError, match=r"Tap 0 of the teacher is never negative.*--teacher\.taps"):
         Distiller(Activated((8, 16), 4, 1), student, settings)
     Distiller(Activated((8, 16), 4, 1), student, replace(plain, teacher=settings.teacher))
+    with pytest.raises(ModelError, match=r"Tap 1 of the student is never negative.*--student\.taps"):
+        Distiller(
+            models.convnet(channels=(8, 16), num_classes=4, in_channels=1), LastActivated((8, 16), 4, 1), settings
+        )
+
+
+def test_a_residual_branch_that_begins_at_zero_is_no_relu(config):
+    student = BeginningAtZero((8, 16), 4, 1)
+    nn.init.zeros_(student.stages[1][1].weight)
+    images = torch.randn(2, *IMAGE_SHAPE)
+    assert (student.eval()(images).taps[1] >= 0).all()
+    teacher = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
+    Distiller(teacher, student, replace(config, teacher=TeacherConfig(image_size=8)))
+    assert not student.stages[1][1].weight.any()
 
 
 def test_a_student_that_is_larger_than_its_teacher_is_warned_of(teacher, student, plain, caplog):

@@ -107,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorded = manifest.get("data", {}).get("fingerprint")
     if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
         log.warning("This is not the data that the model was trained on: the fingerprints differ.")
+    size = loaded.image_shape[1:] if loaded.image_shape else loaded.images.size
+    if size and tuple(size) != dataset.image_shape[1:]:
+        log.warning(
+            "The images of %s have %d×%d pixels, those of %s %d×%d. Image files are resized by --data.image_size.",
+            *(dataset.name, *dataset.image_shape[1:], command.model, *size),
+        )
     normalised = _normalised(dataset, command.model, Images(None, command.mean, command.std), loaded.images)
     logits, labels = _predictions(command, network, normalised, device)
     teacher_logits = None

@@ -144,6 +144,15 @@ class TestCommand:
         evaluate.main(["--model", str(other)])
         assert "does not say how its images are normalised. Mean" in capsys.readouterr().err
 
+    def test_images_of_another_size_are_told(self, model, capsys, tmp_path):
+        network, manifest = load_model(model)
+        other = tmp_path / "other.safetensors"
+        save_model(other, network.state_dict(), {**manifest, "image_shape": [1, 16, 8]})
+        evaluate.main(["--model", str(other)])
+        assert "The images of digits have 8×8 pixels, those of" in capsys.readouterr().err
+        evaluate.main(["--model", str(model)])
+        assert "those of" not in capsys.readouterr().err
+
     def test_the_teacher_of_a_run(self, model, capsys, tmp_path):
         settings = replace(TrainConfig(), teacher=TeacherConfig(checkpoint=model))
         (tmp_path / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")

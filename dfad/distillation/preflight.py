@@ -47,7 +47,8 @@ def check_networks(
     student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
     if uses_taps:
         _require_pre_activations(answers.taps, "teacher")
-        if any(_is_never_negative(tap) for tap in _taps_for_noise(student, image_shape)):
+        # few values can all be positive by chance, but none is exactly zero by chance
+        if any(_is_never_negative(tap) and not tap.all() for tap in _taps_for_noise(student, image_shape)):
             _require_pre_activations(_taps_for_noise(_without_zeros(student), image_shape), "student")
     own, others = parameter_count(student), parameter_count(teacher)
     if own > others:

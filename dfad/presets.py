@@ -60,8 +60,8 @@ MNIST = TrainConfig(
     student=StudentConfig(factory="lenet5_half"),
     generator=GeneratorConfig(noise_dim=100, width=16),
     method=MethodConfig(
-        rounds=1500,
-        student_steps=10,
+        rounds=1250,
+        student_steps=20,
         batch_size=64,
         warm_up=100,
         adversarial=0.1,
@@ -70,7 +70,7 @@ MNIST = TrainConfig(
         regularizers=RegularizerConfig(one_hot=0.1, diversity=1.0),
         image_bank=ImageBankConfig(size=25_600),
         random_fields=RandomFieldsConfig(share=0.75),
-        augmentation=AugmentationConfig(crop=0.07),
+        augmentation=AugmentationConfig(crop=0.07, cutout=0.25, colour=0.3),
     ),
     optimizer=OptimizersConfig(
         student=OptimizerConfig(lr=0.05, weight_decay=5e-4),

@@ -160,7 +160,7 @@ CIFAR10_RESNET32 = replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, facto
 RECIPE_FULL, RECIPE_BARE = "recipe", "recipe without either part"
 RECIPE_UNMATCHED = "recipe without feature matching"
 RECIPE_LONGER = "recipe, six times as long"
-RECIPE_GENERATED, RECIPE_DRAWN = "recipe without random fields", "recipe, all of the student's images random fields"
+RECIPE_GENERATED, RECIPE_DRAWN = "recipe without random fields", "recipe, random fields alone"
 
 
 def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:

@@ -5,7 +5,9 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -62,7 +64,7 @@ def execute(runs: Sequence[Run], processes: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     started = (threads, context.Value("i", 0))
     with ProcessPoolExecutor(processes, context, _start_process, started) as pool:
-        futures = [pool.submit(run_once, run) for run in runs]
+        futures = [pool.submit(_run_of_parent, run) for run in runs]
         # after a failure no new run starts; started ones finish, or write their checkpoint after a signal
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if any(future.exception() for future in done):
@@ -78,6 +80,29 @@ def _start_process(threads: int, started: Any) -> None:
     if torch.cuda.is_available():  # which a device without a number stands for
         torch.cuda.set_device(number % torch.cuda.device_count())
     configure_logging(logging.WARNING)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop_with_parent() -> None:
+    """Once the parent is dead, nobody waits for the run: ask it to write its checkpoint, and stop."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_of_parent(run: Run) -> dict[str, Any]:
+    try:
+        _leave_without_parent()
+        return run_once(run)
+    finally:
+        _leave_without_parent()
+
+
+def _leave_without_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(128 + signal.SIGTERM)  # an exception would only lead to the queue, and to the next run in it
 
 
 def run_once(run: Run) -> dict[str, Any]:

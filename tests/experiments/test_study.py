@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from dfad.experiments.study import judge
 from dfad.presets import PRESETS
 from dfad.supervised.recipes import RECIPES, NetworkConfig
 from tests.conftest import threads, with_method
-from tests.processes import context
+from tests.processes import HANGING, context
 
 CHANNELS = {"channels": [4, 8, 16]}
 ARMS = [PLAIN, FULL]
@@ -156,6 +158,41 @@ def test_several_processes_come_to_the_same(finished, tmp_path, monkeypatch, one
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: context())
     together = run(tmp_path, "--workers=2", "--arms", PLAIN)
     assert timeless(together)["arms"][PLAIN] == timeless(record_in(finished))["arms"][PLAIN]
+
+
+PARENT = """
+import multiprocessing, time
+from dfad.experiments import study
+from dfad.runs.interruption import stop_requests
+
+def work(number):
+    study.run_once = loop  # a run that never ends by itself
+    return study._run_of_parent(number)
+
+def loop(number):
+    with stop_requests() as stop:
+        print("started", number, flush=True)
+        while not stop.signal_number:
+            time.sleep(0.05)
+    print("saved", number, flush=True)
+
+if __name__ == "__main__":
+    started = (1, multiprocessing.get_context("spawn").Value("i", 0))
+    context = multiprocessing.get_context("spawn")
+    with study.ProcessPoolExecutor(2, context, study._start_process, started) as pool:
+        list(pool.map(work, range(4)))
+"""
+
+
+def test_processes_save_their_runs_and_stop_when_the_one_that_started_them_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert sorted(parent.stdout.readline() for _ in range(2)) == ["started 0\n", "started 1\n"]
+    parent.kill()
+    # to the end of the stream, which the last process closes
+    rest, _ = parent.communicate(timeout=HANGING)
+    assert sorted(rest.splitlines()) == ["saved 0", "saved 1"]
 
 
 @pytest.mark.parametrize("flag", ["--workers", "--processes"])

@@ -265,7 +265,16 @@ class BeginningAtZero(ConvNet):
 
     def forward(self, images):
         outputs = super().forward(images)
-        return Outputs(outputs.logits, (outputs.taps[0], outputs.taps[1] + 1))
+        skipped = torch.linspace(-1, 1, outputs.taps[1].shape[3]).relu()
+        return Outputs(outputs.logits, (outputs.taps[0], outputs.taps[1] + skipped))
+
+
+class Positive(ConvNet):
+    """No value of its last tap is negative, and none is zero."""
+
+    def forward(self, images):
+        outputs = super().forward(images)
+        return Outputs(outputs.logits, (outputs.taps[0], outputs.taps[1].exp()))
 
 
 def test_taps_after_a_relu_are_refused_where_they_are_used(student, config, plain):
@@ -283,10 +292,17 @@ def test_a_residual_branch_that_begins_at_zero_is_no_relu(config):
     student = BeginningAtZero((8, 16), 4, 1)
     nn.init.zeros_(student.stages[1][1].weight)
     images = torch.randn(2, *IMAGE_SHAPE)
-    assert (student.eval()(images).taps[1] >= 0).all()
+    tap = student.eval()(images).taps[1]
+    assert (tap >= 0).all()
+    assert (tap == 0).any()
     teacher = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
     Distiller(teacher, student, replace(config, teacher=TeacherConfig(image_size=8)))
     assert not student.stages[1][1].weight.any()
+
+
+def test_values_that_are_all_positive_by_chance_are_no_relu(config):
+    teacher = models.convnet(channels=(8, 16), num_classes=4, in_channels=1)
+    Distiller(teacher, Positive((8, 16), 4, 1), replace(config, teacher=TeacherConfig(image_size=8)))
 
 
 def test_a_student_that_is_larger_than_its_teacher_is_warned_of(teacher, student, plain, caplog):

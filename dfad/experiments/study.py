@@ -102,7 +102,7 @@ def _run_of_parent(run: Run) -> dict[str, Any]:
 def _leave_without_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(128 + signal.SIGTERM)  # an exception would only lead to the queue, and to the next run in it
+        signal.raise_signal(signal.SIGTERM)  # an exception would only lead to the queue, and to the next run in it
 
 
 def run_once(run: Run) -> dict[str, Any]:

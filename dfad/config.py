@@ -304,7 +304,7 @@ class MethodConfig:
             require(bank >= self.batch_size, "image_bank.size", bank, need)
             require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
         share = self.random_fields.share
-        require(not share or bank > 0, "random_fields.share", share, "0 where there is no image bank")
+        require(not share or bank > 0, "random_fields.share", share, "0 where there is no image bank (image_bank.size)")
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
         need = "0 if every weight of regularizers is 0, because only they shape the images of the warm-up"
         require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)

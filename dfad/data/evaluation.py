@@ -71,7 +71,7 @@ class Evaluator:
                     "--teacher.std with one value per channel, choose other data, or --no_evaluate."
                 )
             self.dataset = replace(self.dataset, mean=mean, std=std)
-        elif normalisation:
+        elif normalisation is not None:  # a teacher of which it is not known
             log.warning(
                 "The normalisation of the teacher's images is not known; those of %s are normalised with its own "
                 "mean and standard deviation. If those are wrong, give --teacher.mean and --teacher.std.",

@@ -189,7 +189,7 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 
 
-def with_share(base: TrainConfig, share: float) -> TrainConfig:
+def _with_share(base: TrainConfig, share: float) -> TrainConfig:
     """Settings with a share of the student's images that are random fields."""
     return replace(base, method=replace(base.method, random_fields=RandomFieldsConfig(share=share)))
 
@@ -224,8 +224,8 @@ COMPARISONS = {
     "mnist-random-fields": Comparison(
         arms={
             RECIPE_FULL: MNIST,
-            RECIPE_GENERATED: with_share(MNIST, 0.0),
-            RECIPE_DRAWN: with_share(MNIST, 1.0),
+            RECIPE_GENERATED: _with_share(MNIST, 0.0),
+            RECIPE_DRAWN: _with_share(MNIST, 1.0),
         },
         teacher="mnist",
         ceiling=None,

@@ -21,10 +21,10 @@ from dfad.config import Keywords
 from dfad.data import DataConfig, Dataset, batch_source, open_dataset
 from dfad.data.evaluation import predict
 from dfad.engine import choose_device
-from dfad.errors import ConfigurationError, ModelError, first_line, name_of
+from dfad.errors import ConfigurationError, ModelError, name_of
 from dfad.files import write_atomically
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
-from dfad.models.probing import Images, require_same_classes
+from dfad.models.probing import Images, images_taken, require_same_classes
 from dfad.models.sources import Loaded, load, load_trained
 from dfad.presets import TrainConfig
 from dfad.ranks import current_ranks, joined
@@ -200,13 +200,9 @@ def _predictions(
 ) -> tuple[Tensor, Tensor]:
     split = getattr(dataset, command.split)
     source = batch_source(dataset, split, command.data.backend, device)
-    try:
+    remedy = "Choose other data, or --data.image_size for image files."
+    with images_taken(name_of(network), f"the images of {dataset.name}", dataset.image_shape, remedy):
         logits, labels = predict(network.to(device), source, len(split))
-    except RuntimeError as error:
-        raise ModelError(
-            f"{name_of(network)} does not take the images of {dataset.name}, (channels, height, width) = "
-            f"{dataset.image_shape}: {first_line(error)}. Choose other data, or --data.image_size for image files."
-        ) from error
     remedy = "Choose the data that it was trained for."
     require_same_classes(network, logits.shape[1], dataset.name, len(dataset.classes), remedy)
     return logits, labels

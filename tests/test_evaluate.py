@@ -16,11 +16,20 @@ from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
 from dfad.errors import ConfigurationError, DataError, ModelError
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
+from dfad.models.factory import build
 from dfad.models.model_file import load_model, save_model
 from dfad.presets import TrainConfig
 from dfad.runs.settings import to_yaml
 from dfad.supervised.trainer import SupervisedTrainer
 from tests.supervised.test_teaching import QUICK
+
+
+class Asserting(torch.nn.Linear):
+    """Refuses images of another size as timm's transformers do."""
+
+    def forward(self, images):
+        assert images.shape[2:] == (224, 224), "Input height doesn't match model"
+        return super().forward(images.mean(dim=(2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +201,17 @@ class TestBadInput:
             evaluate.main(["--model", str(path), "--data.name", "digits"])
 
     @pytest.mark.parametrize(
-        ("kwargs", "message"),
+        ("factory", "kwargs", "message"),
         [
-            ({"num_classes": 7, "in_channels": 1}, "has 7 classes and digits 10"),
-            ({"num_classes": 10, "in_channels": 3}, r"does not take the images of digits.*\(1, 8, 8\)"),
+            ("convnet", {"num_classes": 7, "in_channels": 1}, "has 7 classes and digits 10"),
+            ("convnet", {"num_classes": 10, "in_channels": 3}, r"does not take the images of digits \(1, 8, 8\)"),
+            (f"{__name__}:Asserting", {"in_features": 1, "out_features": 10}, r"AssertionError: Input height doesn't"),
         ],
     )
-    def test_a_network_that_does_not_fit_the_data(self, tmp_path, kwargs, message):
+    def test_a_network_that_does_not_fit_the_data(self, tmp_path, factory, kwargs, message):
         path = tmp_path / "foreign.safetensors"
-        save_file(models.convnet(**kwargs).state_dict(), path)
-        flags = ["--model", str(path), "--factory", "convnet", "--kwargs", json.dumps(kwargs)]
+        save_file(build(factory, kwargs).state_dict(), path)
+        flags = ["--model", str(path), "--factory", factory, "--kwargs", json.dumps(kwargs)]
         with pytest.raises(ModelError, match=message):
             evaluate.main([*flags, "--data.name", "digits"])
 

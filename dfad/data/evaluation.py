@@ -12,7 +12,7 @@ from dfad.data import BatchSource, DataConfig, batch_source, in_order, open_data
 from dfad.errors import ModelError, name_of
 from dfad.metrics import top_k_accuracy
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, refusal, require_same_classes
+from dfad.models.probing import dry_forward, images_taken, require_same_classes
 from dfad.modes import evaluating
 from dfad.ranks import Ranks, current_ranks
 
@@ -95,14 +95,9 @@ class Evaluator:
                 f"The images of {name} have {given[0]} channels, those of the teacher {image_shape[0]}. {OTHER_DATA} "
                 "Image files are converted by --data.channels."
             )
-        try:
+        remedy = f"{OTHER_DATA} Image files are resized by --data.image_size {image_shape[1]}."
+        with images_taken(name_of(network), f"the images of {name}", given, remedy):
             classes = dry_forward(network, given).logits.shape[1]
-        except Exception as error:  # a network may refuse a size with any error
-            remedy = f"{OTHER_DATA} Image files are resized by --data.image_size {image_shape[1]}."
-            raise ModelError(
-                f"{name_of(network)} does not take the images of {name}, {given} (channels, height, width): "
-                f"{refusal(error, remedy)}"
-            ) from None
         require_same_classes(network, classes, name, len(self.dataset.classes), OTHER_DATA)
         if given != tuple(image_shape) and not self._said:
             self._said = True

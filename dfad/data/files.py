@@ -56,7 +56,7 @@ class Blob:
         if self.size is not None and len(data) < self.size:
             raise DataError(
                 f"{self} is truncated: {len(data)} of {self.size} bytes exist from offset {self.offset} on. "
-                "Get the archive anew."
+                "Download the archive again."
             )
         return data
 

@@ -268,4 +268,4 @@ class _Export:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())

@@ -16,7 +16,7 @@ from dfad.copies import copy_network
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, parameter_count, refusal, require_same_classes
+from dfad.models.probing import dry_forward, images_taken, parameter_count, require_same_classes
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 from dfad.seeds import random_state_kept
@@ -202,15 +202,9 @@ def _require_pre_activations(taps: Sequence[Tensor], role: str) -> None:
 
 
 def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
-    try:
+    who = f"The student {name_of(student)}"
+    with images_taken(who, "the teacher's images", image_shape, "Give --student.kwargs that fit."):
         outputs = dry_forward(student, image_shape, announce=True)
-    except ModelError:
-        raise
-    except Exception as error:  # a network may refuse images in any way
-        raise ModelError(
-            f"The student {name_of(student)} does not take the teacher's images {image_shape} (channels, height, "
-            f"width): {refusal(error, 'Give --student.kwargs that fit.')}"
-        ) from None
     classes = teacher.logits.shape[1]
     remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."
     require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)

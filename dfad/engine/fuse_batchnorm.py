@@ -238,15 +238,14 @@ def addend(norm: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def negative_slope(fused: fx.GraphModule, node: fx.Node) -> float | None:
-    """The negative slope of a node that is a leaky ReLU; None for other nodes."""
-    if node.op == "call_module":
-        module = fused.get_submodule(str(node.target))
-        if type(module) is nn.LeakyReLU:
-            return module.negative_slope
-        return 0.0 if type(module) is nn.ReLU else None
-    if node.target in (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"):
-        return 0.0
-    if node.target is F.leaky_relu:
+    """The negative slope of a node that is a leaky ReLU, if that is not itself negative; None for other nodes."""
+    module = fused.get_submodule(str(node.target)) if node.op == "call_module" else None
+    slope: Any = None
+    if type(module) is nn.ReLU or node.target in (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"):
+        slope = 0.0
+    elif type(module) is nn.LeakyReLU:
+        slope = module.negative_slope
+    elif node.target is F.leaky_relu:
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return slope if isinstance(slope, float) and slope >= 0 else None
-    return None
+    # the sign of what a negative slope gives does not show that of its input
+    return float(slope) if isinstance(slope, (int, float)) and slope >= 0 else None

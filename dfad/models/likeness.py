@@ -103,7 +103,7 @@ def _difference(network: nn.Module, other: nn.Module, image_shape: tuple[int, in
     if found.shape != expected.shape:
         return float("inf")
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-6))
-    return difference if difference > ROUNDING else None
+    return None if difference <= ROUNDING else difference  # NaN differs
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfad.errors import ModelError, first_line, name_of
+from dfad.errors import DfadError, ModelError, first_line, name_of
 from dfad.models.outputs import LOGITS, Outputs, as_outputs, logits_entry, matrices
 from dfad.modes import evaluating
 
@@ -188,6 +189,29 @@ def refusal(error: Exception, remedy: str) -> str:
     if re.search(r"dtype|scalar type|\btype \(", said):
         remedy = "Images and weights are float32 here, whatever they were: its forward pass must not cast them."
     return f"{type(error).__name__}: {said}. {remedy}"
+
+
+@contextmanager
+def images_taken(who: str, images: str, shape: tuple[int, int, int], remedy: str) -> Iterator[None]:
+    """Turns whatever a network raises for images into an error that names both.
+
+    Args:
+        who: the network that is called in the block.
+        images: whose images they are, such as ``the images of digits``.
+        shape: ``(channels, height, width)``.
+        remedy: see :func:`refusal`.
+
+    Raises:
+        ModelError: instead of any error that is not meant for users.
+    """
+    try:
+        yield
+    except DfadError:
+        raise
+    except Exception as error:  # a network may refuse images in any way
+        raise ModelError(
+            f"{who} does not take {images} {shape} (channels, height, width): {refusal(error, remedy)}"
+        ) from error
 
 
 def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:

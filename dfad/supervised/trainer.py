@@ -15,11 +15,11 @@ from dfad.data import Dataset, batch_source, shuffled
 from dfad.data.evaluation import predict
 from dfad.engine import Engine, choose_device
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with_momentum
-from dfad.errors import ConfigurationError, DivergenceError, ModelError, first_line, name_of
+from dfad.errors import ConfigurationError, DivergenceError, name_of
 from dfad.metrics import top_k_accuracy
 from dfad.models.factory import build, resolve
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, require_same_classes
+from dfad.models.probing import dry_forward, images_taken, require_same_classes
 from dfad.ranks import Ranks
 from dfad.runs.settings import to_tree
 from dfad.seeds import seeded, stream_seed
@@ -178,12 +178,8 @@ def network_kwargs(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 
 
 def _check_fit(network: nn.Module, dataset: Dataset) -> None:
-    try:
+    remedy = "Choose another --network.factory or --network.kwargs."
+    with images_taken(name_of(network), f"the images of {dataset.name}", dataset.image_shape, remedy):
         classes = dry_forward(network, dataset.image_shape).logits.shape[1]
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{name_of(network)} does not take the images of {dataset.name}, (channels, height, width) = "
-            f"{dataset.image_shape}: {first_line(error)}. Choose another --network.factory or --network.kwargs."
-        ) from error
     remedy = f"Give --network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
     require_same_classes(network, classes, dataset.name, len(dataset.classes), remedy)

@@ -40,7 +40,7 @@ def test_other_sizes_are_measured_and_said(evaluator, caplog):
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)),
             (1, 28, 28),
-            r"does not take the images of digits, \(1, 8, 8\).*--data\.image_size 28",
+            r"does not take the images of digits \(1, 8, 8\).*--data\.image_size 28",
         ),
     ],
     ids=["classes", "channels", "size"],

@@ -217,6 +217,8 @@ class TestImages:
             )
         )
         assert one == two
+        size = sum(file.stat().st_size for file in (other / "images").rglob("*") if file.is_file())
+        assert json.loads((other / "export.json").read_text())["parts"]["images"]["bytes"] == size
         assert (other / "images" / "files.txt").read_text().count("\n") == 20
 
     def test_reading_back_finds_what_is_wrong(self, run, tmp_path):

@@ -134,6 +134,25 @@ def test_every_form_of_addition_and_activation(form, calls):
 
 
 @pytest.mark.parametrize(
+    ("activation", "slope"),
+    [(nn.LeakyReLU(-0.1), 1.0), (partial(F.leaky_relu, negative_slope=-0.1), 1.0), (nn.LeakyReLU(0), 0.0)],
+    ids=["negative module", "negative function", "integer"],
+)
+def test_an_activation_is_left_alone_where_its_sign_does_not_show(activation, slope, calls):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.activation = activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(self.norm(x))
+
+    assert_computes_the_same(Network(), images())
+    assert {found for _, found in calls} == {slope}
+
+
+@pytest.mark.parametrize(
     ("make", "count", "additions"),
     [(models.resnet20, 19, 9), (models.resnet18, 20, 8), (models.vgg11, 8, 0), (models.wrn_16_1, None, None)],
 )

@@ -33,6 +33,11 @@ class Doubled(nn.Module):
         return 2 * self.network(images).logits
 
 
+class NotANumber(Doubled):
+    def forward(self, images):
+        return self.network(images).logits * torch.nan
+
+
 class Restless(Doubled):
     def forward(self, images):
         return self.network(images).logits * torch.rand(())
@@ -53,6 +58,8 @@ class TestGivenInPython:
     def test_the_same_tensors_in_another_network_are_refused(self):
         with pytest.raises(ModelError, match=r"logits of random images differ by 50.0%"):
             require_same(Doubled(**KWARGS), models.convnet(**KWARGS), "convnet", SHAPE, "student")
+        with pytest.raises(ModelError, match=r"logits of random images differ by nan%"):
+            require_same(Doubled(**KWARGS), NotANumber(**KWARGS), "NotANumber", SHAPE, "student")
 
     def test_draws_are_the_same_for_both_and_move_no_stream(self):
         restless, built = Restless(**KWARGS), Restless(**KWARGS)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dfad import cli
 from dfad.errors import ConfigurationError, RunFolderError
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.ranks import require_alone
 from dfad.runs.compare import Run, comparison_page, differences, read_runs, results
 from dfad.terminal import configure_logging
@@ -71,8 +71,7 @@ def _write(command: Compare, runs: Sequence[Run], path: Path) -> None:
         raise RunFolderError(f"{path} already exists. Replace it with --overwrite, or choose another --output.")
     if not path.absolute().parent.is_dir():
         raise RunFolderError(f"There is no folder {path.absolute().parent} to write {path.name} to.")
-    text = comparison_page(runs)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, comparison_page(runs))
     log.info("The page is %s.", path)
 
 

@@ -22,7 +22,7 @@ from dfad.data import DataConfig, Dataset, batch_source, open_dataset
 from dfad.data.evaluation import predict
 from dfad.engine import choose_device
 from dfad.errors import ConfigurationError, ModelError, name_of
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.probing import Images, images_taken, require_same_classes
 from dfad.models.sources import Loaded, load, load_trained
@@ -47,7 +47,7 @@ OF_MODEL = "of-model"
 class Evaluate:
     """Measure a network on real data, alone and against its teacher.
 
-    Exit codes: 0 done; 2 option; 3 model; 6 data.
+    Exit codes: 0 done; 2 option; 3 model; 4 output folder; 6 data; 8 another process has ended or hangs.
     """
 
     model: str
@@ -131,8 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     text = json.dumps({**about, **figures}, indent=2, ensure_ascii=False)
     if command.output is not None and current_ranks().first:
-        command.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(command.output / JSON_FILE, lambda file: file.write(text.encode()))
+        write_text(command.output / JSON_FILE, text)
         confusion = torch.tensor(figures["confusion"])
         save_picture(command.output / PICTURE_FILE, lambda: confusion_figure(confusion, dataset.classes))
     if command.json:

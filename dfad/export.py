@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
@@ -16,9 +16,18 @@ from dfad import cli
 from dfad.assembly import Teacher, load_teacher
 from dfad.config import Keywords
 from dfad.data import in_order
-from dfad.data.evaluation import Evaluator
+from dfad.data.evaluation import BATCH_SIZE, Evaluator
 from dfad.delivery.classifier import Classifier, Delivery
-from dfad.delivery.export import Exported, Format, Measured, Request, default_formats, export, require_packages
+from dfad.delivery.export import (
+    Exported,
+    Format,
+    LabelledImages,
+    Measured,
+    Request,
+    default_formats,
+    export,
+    require_packages,
+)
 from dfad.delivery.images import GeneratedImages
 from dfad.errors import DfadError, ModelError
 from dfad.models.factory import build
@@ -28,6 +37,7 @@ from dfad.modes import set_mode
 from dfad.presets import TrainConfig
 from dfad.ranks import require_alone
 from dfad.runs.folder import EXPORTS
+from dfad.runs.report import RESULT, read_result
 from dfad.runs.settings import saved_settings, to_tree
 from dfad.terminal import configure_logging
 from dfad.validation import not_negative, positive
@@ -151,15 +161,13 @@ def load_student(command: Export, settings: TrainConfig) -> Delivery:
         manifest["architecture"] = {"factory": command.factory, "kwargs": command.kwargs}
     else:
         network, manifest = load_model(path, taps=())
-    result = json.loads((command.run / "result.json").read_text(encoding="utf-8"))
-    return Delivery(
-        network.eval(), manifest, normalise=command.normalise, about={"config": to_tree(settings), "result": result}
-    )
+    about = {"config": to_tree(settings), "result": read_result(command.run)}
+    return Delivery(network.eval(), manifest, normalise=command.normalise, about=about)
 
 
 def _file_of(run: Path, name: str) -> Path:
     path = run / f"{name}.safetensors"
-    if not path.exists() or not (run / "result.json").exists():
+    if not path.exists() or not (run / RESULT).exists():
         raise ModelError(f"{run} holds no finished run: there is no {path.name} in it. Finish it with --resume {run}.")
     return path
 
@@ -181,8 +189,8 @@ def find_teacher(settings: TrainConfig, *, required: bool) -> Teacher | None:
     return teacher
 
 
-def find_test_images(settings: TrainConfig, teacher: Teacher | None) -> Any:
-    """An iterator over the test images of the run; None, with a line in the log, without them."""
+def find_test_images(settings: TrainConfig, teacher: Teacher | None) -> LabelledImages | None:
+    """What goes through the test images of the run; None, with a line in the log, without them."""
     if not settings.evaluate:
         return None
     try:
@@ -193,7 +201,7 @@ def find_test_images(settings: TrainConfig, teacher: Teacher | None) -> Any:
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         order = in_order(len(evaluate.dataset.test))
-        for images, labels in evaluate.source.batches(order, 500, drop_last=False):
+        for images, labels in evaluate.source.batches(order, BATCH_SIZE, drop_last=False):
             yield images.float(), labels
 
     return batches

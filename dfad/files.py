@@ -36,6 +36,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, atomically, into a folder that is made if there is none.
+
+    Raises:
+        RunFolderError: see :func:`write_atomically`.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``path`` when the block ends; if the block raises, nothing is left.

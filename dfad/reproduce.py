@@ -16,7 +16,7 @@ from dfad.experiments.comparisons import COMPARISONS, REAL_DATA, Comparison
 from dfad.experiments.figures import comparison_figure
 from dfad.experiments.provenance import machine
 from dfad.experiments.study import execute, plan, summarise
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.presets import TrainConfig
 from dfad.ranks import require_alone
 from dfad.runs.pictures import save_picture
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {"comparison": command.comparison, **summarise(comparison, runs, results), "machine": measured_with}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for path in filter(None, (folder / RECORD_FILE, command.output)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
     save_picture(folder / CURVES_FILE, lambda: comparison_figure(record))
     Console().print(table(record))
     for claim in record["claims"]:

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 class Teach(cli.Command):
     """Train a network on labelled images: SGD with Nesterov momentum.
 
-    Exit codes: 0 done; 2 option or configuration; 3 network; 4 run folder; 5 the loss became NaN or infinite; 6 data;
-    130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
+    Exit codes: 0 done; 2 option or configuration; 3 network; 4 run folder; 5 the loss became NaN or infinite; 6 data; 8
+    another process of the run has ended or hangs; 130 and 143 stopped by Ctrl-C or SIGTERM, with a checkpoint.
     """
 
     settings: Annotated[Recipe, cli.Settings] = Recipe()

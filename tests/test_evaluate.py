@@ -14,7 +14,7 @@ from scipy.special import rel_entr
 from dfad import evaluate, models
 from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
-from dfad.errors import ConfigurationError, DataError, ModelError
+from dfad.errors import ConfigurationError, DataError, ModelError, RunFolderError
 from dfad.metrics import agreement, confusion_matrix, expected_calibration_error, teacher_divergence, top_k_accuracy
 from dfad.models.factory import build
 from dfad.models.model_file import load_model, save_model
@@ -228,6 +228,11 @@ class TestBadInput:
         flags = ["--model", str(model), "--data.name", "mnist", "--data.root", str(tmp_path)]
         with pytest.raises(DataError, match="holds neither"):
             evaluate.main(flags)
+
+    def test_a_folder_that_cannot_be_made(self, model, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(RunFolderError, match="evaluation.json cannot be written: Not a directory"):
+            evaluate.main(["--model", str(model), "--output", str(tmp_path / "file" / "folder")])
 
     def test_missing_model(self, tmp_path):
         with pytest.raises(ModelError, match="does not exist"):

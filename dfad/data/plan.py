@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfad.ranks import Ranks
 from dfad.seeds import stream_seed
+from dfad.validation import not_negative
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class AugmentConfig:
     """Side in pixels of a square that is set to the mean colour; 0 is off."""
 
     def __post_init__(self) -> None:
-        for name in ("translate", "cutout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(translate=self.translate, cutout=self.cutout)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The exported student: a function from images to logits."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +148,7 @@ def largest_difference(original: Function, delivered: Function, batches: Iterabl
         if found.shape != wanted.shape:
             raise ExportError(f"It returns logits of shape {tuple(found.shape)} instead of {tuple(wanted.shape)}.")
         gap = (found - wanted).abs().max().item()
-        if gap != gap:
+        if math.isnan(gap):
             raise ExportError("It returns NaN.")
         difference, magnitude = max(difference, gap), max(magnitude, wanted.abs().max().item())
     return difference, magnitude

@@ -14,12 +14,15 @@ from dfad.delivery import images as image_files
 from dfad.delivery.classifier import Delivery, Function, largest_difference
 from dfad.delivery.images import GeneratedImages
 from dfad.errors import ConfigurationError, ExportError
-from dfad.files import whole_folder, write_atomically
+from dfad.files import whole_folder, write_text
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.models.model_file import versions
 from dfad.seeds import stream_seed
 
 Format = Literal["safetensors", "program", "onnx", "huggingface", "timm", "int8"]
+
+LabelledImages = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""A function that goes through batches of normalised images and their labels."""
 
 RECORD = "export.json"
 
@@ -83,8 +86,8 @@ class Request:
     shard_size: int = 10_000
     teacher: Function | None = None
     """A function from normalised images to logits; needed to write images, and to measure the 8-bit network."""
-    test_images: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
-    """Normalised images and labels, to measure the 8-bit network."""
+    test_images: LabelledImages | None = None
+    """To measure the 8-bit network."""
 
 
 def default_formats(delivery: Delivery) -> tuple[list[Format], list[str]]:
@@ -141,8 +144,7 @@ def export(delivery: Delivery, request: Request, folder: Path, *, overwrite: boo
             },
             "versions": versions(),
         }  # fmt: skip
-        text = json.dumps(record, indent=2) + "\n"
-        write_atomically(new / RECORD, lambda file: file.write(text.encode()))
+        write_text(new / RECORD, json.dumps(record, indent=2) + "\n")
     return exported
 
 

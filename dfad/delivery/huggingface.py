@@ -10,7 +10,7 @@ from dfad import models
 from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Classifier, Delivery, Function, member_of_family
 from dfad.errors import ModelError
-from dfad.files import write_atomically
+from dfad.files import write_atomically, write_text
 from dfad.models.factory import build
 from dfad.models.model_file import divided
 from dfad.models.weights import load_weights
@@ -58,7 +58,7 @@ def write(delivery: Delivery, folder: Path) -> None:
     if own is not None:
         own_network: Any = own
         own_network.save_pretrained(folder)
-        _write_text(folder / "README.md", model_card(delivery, OWN_USAGE, "transformers"))
+        write_text(folder / "README.md", model_card(delivery, OWN_USAGE, "transformers"))
         _write_preprocessor(delivery, folder)
         return
     architecture = delivery.manifest.get("architecture", {})
@@ -85,15 +85,15 @@ def write(delivery: Delivery, folder: Path) -> None:
         "id2label": {str(label): str(label) for label in range(delivery.classes)},
         "torch_dtype": "float32",
     }
-    _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     # tied weights under each of their names, because transformers does not know the manifest that maps them
     stored = {f"network.{name}": tensor.detach().clone().contiguous() for name, tensor in weights.items()}
     data = save(stored, {"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(data))
-    _write_text(folder / "modeling_dfad.py", CODE)
+    write_text(folder / "modeling_dfad.py", CODE)
     factory = architecture["factory"]
     usage = USAGE.format(package="" if factory in models.__all__ else f", and the package that builds it: `{factory}`")
-    _write_text(folder / "README.md", model_card(delivery, usage))
+    write_text(folder / "README.md", model_card(delivery, usage))
     _write_preprocessor(delivery, folder)
 
 
@@ -134,8 +134,4 @@ def _write_preprocessor(delivery: Delivery, folder: Path) -> None:
         "image_mean": delivery.mean,
         "image_std": delivery.std,
     }
-    _write_text(folder / "preprocessor_config.json", json.dumps(settings, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(folder / "preprocessor_config.json", json.dumps(settings, indent=2) + "\n")

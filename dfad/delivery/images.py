@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfad.delivery.classifier import Function
 from dfad.errors import ExportError, ModelError, not_installed
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.modes import statistics_kept
 from dfad.seeds import stream_seed
 
@@ -114,8 +114,7 @@ def write(
     store.close()
     classes = probabilities.shape[1]
     description = {"images": count, "form": form, "classes": classes, "mean": list(mean), "std": list(std)}
-    text = json.dumps(description, indent=2) + "\n"
-    write_atomically(folder / DESCRIPTION, lambda file: file.write(text.encode()))
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     return count
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Classifier, Delivery, Function, member_of_family
 from dfad.errors import ModelError, name_of
-from dfad.files import write_atomically
+from dfad.files import write_text
 
 USAGE = """```python
 import timm
@@ -54,8 +54,7 @@ def write(delivery: Delivery, folder: Path) -> None:
         model_args=arguments,
         safe_serialization=True,
     )
-    card = model_card(delivery, USAGE, "timm")
-    write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+    write_text(folder / "README.md", model_card(delivery, USAGE, "timm"))
 
 
 def read(folder: Path) -> Function:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfad.errors import ConfigurationError
+from dfad.errors import ConfigurationError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _release_pool(index: int, pool: Any) -> None:
 
 def _reason(error: RuntimeError) -> str:
     """The reason for a failed capture, with the line of code that caused it."""
-    words = str(error).strip().partition("\n")[0].rstrip(".")
+    words = first_line(error)
     inside = Path(torch.__file__).parent
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if inside not in Path(frame.filename).parents

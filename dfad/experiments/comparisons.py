@@ -74,7 +74,7 @@ class Comparison:
     """How far below a published accuracy still counts as reproduced."""
 
 
-PLAIN, BOTH = "DFAD", "DFAD + both"
+PLAIN = "DFAD"
 REGULARIZED, FULL = "regularized", "regularized + both"
 WITHOUT_ADVERSARY = "regularized + both, no adversary"
 

@@ -21,10 +21,11 @@ from dfad.data.evaluation import Evaluator
 from dfad.distillation.estimate import count_flops
 from dfad.engine import choose_device
 from dfad.experiments.comparisons import REAL_DATA, Beats, Claim, Comparison, Reaches
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.presets import TrainConfig
 from dfad.runs.folder import check_folder
-from dfad.runs.recorder import METRICS
+from dfad.runs.recorder import read_history
+from dfad.runs.report import RESULT, read_result, write_result
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from dfad.supervised.recipes import Recipe
 from dfad.supervised.teaching import teach
@@ -32,7 +33,7 @@ from dfad.terminal import configure_logging
 
 log = logging.getLogger(__name__)
 
-RESULT_FILE, COST_FILE = "result.json", "cost.json"
+COST_FILE = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,17 @@ def run_once(run: Run) -> dict[str, Any]:
     started = (run.folder / SETTINGS_FILE).exists()
     if started:
         check_folder(run.folder, run.settings, resume=True)
-    if not (run.folder / RESULT_FILE).exists():
+    if not (run.folder / RESULT).exists():
         log.info("%s, seed %d", run.arm, run.settings.seed)
         if isinstance(run.settings, Recipe):
             _train_on_real_data(run.settings, run.folder, resume=started)
         else:
             _distil(run.settings, run.folder, resume=started)
-    result: dict[str, Any] = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+    result = read_result(run.folder)
     if not isinstance(run.settings, Recipe):
         result["flops"] = _flops(run.settings, run.folder / COST_FILE)
-    records = map(json.loads, (run.folder / METRICS).read_text(encoding="utf-8").splitlines())
-    curve = [(record.get("round", 0), record["accuracy"]) for record in records if "accuracy" in record]
+    history = read_history(run.folder)
+    curve = [(record.get("round", 0), record["accuracy"]) for record in history if "accuracy" in record]
     return {**result, "seed": run.settings.seed, "curve": curve}
 
 
@@ -134,15 +135,14 @@ def _flops(config: TrainConfig, path: Path) -> int:
     """FLOPs of a run, counted once."""
     if not path.exists():
         flops, _ = count_flops(build_distiller(load_teacher(config.teacher), build_student(config), config))
-        write_atomically(path, lambda file: file.write(json.dumps({"flops": flops}).encode()))
+        write_text(path, json.dumps({"flops": flops}))
     return int(json.loads(path.read_text(encoding="utf-8"))["flops"])
 
 
 def _train_on_real_data(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     trainer, accuracy = teach(recipe, folder, resume=resume)
     images = recipe.epochs * trainer.steps_per_epoch * recipe.batch_size
-    text = json.dumps({"accuracy": accuracy, "best_accuracy": None, "images": images, "teacher_queries": 0})
-    write_atomically(folder / RESULT_FILE, lambda file: file.write(text.encode()))
+    write_result(folder, {"accuracy": accuracy, "best_accuracy": None, "images": images, "teacher_queries": 0})
 
 
 def summarise(comparison: Comparison, runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

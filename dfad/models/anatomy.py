@@ -258,8 +258,7 @@ def _is_inside_a_norm(name: str, network: nn.Module) -> bool:
 
 
 def _activation(module: nn.Module) -> str | None:
-    known = next((name for kind, name in (BOUNDED | SMOOTH).items() if type(module) is kind), None)
-    return known or OWN_NAMES.get(type(module).__name__.lower())
+    return (BOUNDED | SMOOTH).get(type(module)) or OWN_NAMES.get(type(module).__name__.lower())
 
 
 def _activation_of_call(node: fx.Node, network: nn.Module) -> str | None:

@@ -36,12 +36,12 @@ class UpsampledConv2d(nn.Conv2d):
     Args:
         in_channels: of the features.
         out_channels: of the result.
-        merged: compute it as one transposed convolution; otherwise as two operations.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, merged: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.merged = merged
+        self.merged = False
+        """Whether it is computed as one transposed convolution, by :func:`merge_upsampling`."""
 
     def forward(self, features: Tensor) -> Tensor:
         """``(B, in_channels, height, width)`` to ``(B, out_channels, 2 height, 2 width)``."""
@@ -78,20 +78,12 @@ class Generator(nn.Module):
         image_shape: ``(channels, height, width)`` of the images.
         noise_dim: length of a noise vector.
         width: channels before the last convolution; the stages before have twice as many.
-        merge_upsampling: compute each upsampling and the convolution after it as one operation.
 
     Raises:
         ModelError: if channels, height or width is not positive.
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        noise_dim: int = 256,
-        width: int = 64,
-        *,
-        merge_upsampling: bool = False,
-    ) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], noise_dim: int = 256, width: int = 64) -> None:
         super().__init__()
         channels, *size = image_shape
         if min(image_shape) < 1:
@@ -110,7 +102,7 @@ class Generator(nn.Module):
         self.bn0 = nn.BatchNorm2d(2 * width)
         for stage in range(1, self.stages + 1):
             out_channels = width if stage == self.stages else 2 * width
-            self.add_module(f"conv{stage}", UpsampledConv2d(2 * width, out_channels, merged=merge_upsampling))
+            self.add_module(f"conv{stage}", UpsampledConv2d(2 * width, out_channels))
             self.add_module(f"bn{stage}", nn.BatchNorm2d(out_channels))
         last = self.stages + 1
         self.add_module(f"conv{last}", nn.Conv2d(width, channels, kernel_size=3, padding=1))

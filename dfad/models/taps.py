@@ -143,7 +143,7 @@ class _HookedTaps(SameNetwork):
             return hook
 
         modules = [self.network.get_submodule(name) for name in self.names]
-        with _hooks(modules, "register_forward_hook", [keep(name) for name in self.names]):
+        with _forward_hooks(modules, [keep(name) for name in self.names]):
             logits = as_outputs(self.network(*inputs, **options)).logits
         missing = [name for name in self.names if name not in found]
         if missing:
@@ -155,12 +155,12 @@ class _HookedTaps(SameNetwork):
 
 
 @contextmanager
-def _hooks(modules: Sequence[nn.Module], register: str, hooks: Sequence[Callable[..., None]]) -> Iterator[None]:
+def _forward_hooks(modules: Sequence[nn.Module], hooks: Sequence[Callable[..., None]]) -> Iterator[None]:
     handles: list[Any] = []
     try:
         for module, hook in zip(modules, hooks, strict=True):
             try:
-                handles.append(getattr(module, register)(hook))
+                handles.append(module.register_forward_hook(hook))
             except RuntimeError as error:  # TorchScript's modules take none
                 raise ModelError(f"A {type(module).__name__} cannot be tapped: {first_line(error)}.") from error
         yield

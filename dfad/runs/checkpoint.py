@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dfad.errors import RunFolderError
+from dfad.errors import RunFolderError, first_line
 from dfad.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -49,15 +49,8 @@ def load(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            OSError,
-            zipfile.BadZipFile,
-            KeyError,
-        ) as error:
-            failures.append(f"{path.name}: {str(error).partition(chr(10))[0]}")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+            failures.append(f"{path.name}: {first_line(error)}")
             log.warning("The checkpoint %s cannot be read; trying the previous one.", path)
         else:
             return state

@@ -132,4 +132,6 @@ _MISSING = object()
 
 
 def _text(value: Any) -> str:
-    return "–" if value is _MISSING else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    if value is _MISSING:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfad.errors import RunFolderError
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.runs import checkpoint
 from dfad.runs.recorder import EVENTS, METRICS
 from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
@@ -87,7 +87,7 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
         for of_the_old_run in (EVENTS, EXPORTS, SNAPSHOTS):
             shutil.rmtree(folder / of_the_old_run, ignore_errors=True)
         # last, because this file marks the folder as a run's
-        write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
+        write_text(folder / SETTINGS_FILE, text)
     except OSError as error:
         raise RunFolderError(
             f"{folder} cannot be created or cleared: {error.strerror}. Choose another --run_dir."
@@ -106,8 +106,7 @@ def extend(folder: Path, settings: Any) -> None:
         RunFolderError: if the file cannot be written.
     """
     if require_unchanged(folder, saved_settings(folder, type(settings)()), settings):
-        text = to_yaml(settings)
-        write_atomically(folder / SETTINGS_FILE, lambda file: file.write(text.encode()))
+        write_text(folder / SETTINGS_FILE, to_yaml(settings))
         log.info("%s is extended: its learning rates go on as those of a run of the new length do from there.", folder)
         if (folder / EXPORTS).exists():
             log.warning(

@@ -18,11 +18,7 @@ class StopRequest:
     """Whether a stop was requested, and by which signal."""
 
     signal_number: int = 0
-
-    @property
-    def requested(self) -> bool:
-        """Whether the run should stop after the current round."""
-        return self.signal_number != 0
+    """0 until then."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dfad.errors import not_installed
-from dfad.files import write_atomically, writing
+from dfad.files import write_text, writing
 from dfad.runs.trend import direction, duration, recent_change
 from dfad.terminal import console
 
@@ -78,7 +78,7 @@ class Recorder:
         self._file = self._events = None
         if folder is not None:
             self.history = [record for record in read_history(folder) if record[unit] <= start]
-            _rewrite(folder / METRICS, self.history)
+            write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.history))
             with self._writing():
                 self._file = (folder / METRICS).open("a", encoding="utf-8")
                 self._events = _event_writer(folder, purge_step=start + 1 if start > first else None)
@@ -169,8 +169,3 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(path, lambda file: file.write(text.encode()))

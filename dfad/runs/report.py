@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfad.config import DistillConfig, StudentConfig
 from dfad.errors import RunFolderError
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.models.factory import path_of
 from dfad.models.model_file import save_model
 from dfad.models.sources import architecture_of
@@ -82,8 +82,7 @@ def write_networks(
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write ``result.json``."""
-    text = json.dumps(result, indent=2) + "\n"
-    write_atomically(folder / RESULT, lambda file: file.write(text.encode()))
+    write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfad.files import write_atomically
+from dfad.files import write_text
 from dfad.metrics import confusion_matrix
 from dfad.models.model_file import versions
 from dfad.runs.page import chart, image, page, percent, scrolled, table, tiles
@@ -65,8 +65,7 @@ class RunFacts:
 
 def write_page(folder: Path, facts: RunFacts) -> None:
     """Write ``report.html`` into a run's folder."""
-    text = page(f"{_title(facts)} · dfad", run_page(facts, folder))
-    write_atomically(folder / REPORT, lambda file: file.write(text.encode()))
+    write_text(folder / REPORT, page(f"{_title(facts)} · dfad", run_page(facts, folder)))
 
 
 def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:

@@ -9,16 +9,15 @@ FEWEST = 3
 """Smallest number of evaluations for a trend."""
 
 
-def recent_change(history: Sequence[Mapping[str, float]], name: str = "agreement") -> tuple[float, int] | None:
-    """The change of a metric over the last half of its evaluations, and the number of rounds; None for too few of them.
+def recent_change(history: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
+    """The change of the agreement over the last half of its evaluations, and the number of rounds; None for too few.
 
     The change is that of the least-squares line, so that a single outlier at the end is no trend.
 
     Args:
         history: records of metrics, each with its ``round``.
-        name: of the metric.
     """
-    points = [(record["round"], record[name]) for record in history if name in record]
+    points = [(record["round"], record["agreement"]) for record in history if "agreement" in record]
     points = points[-max(FEWEST, (len(points) + 1) // 2) :]
     span = points[-1][0] - points[0][0] if points else 0
     if len(points) < FEWEST or not span:

@@ -130,7 +130,7 @@ def test_it_runs_every_arm_over_the_seeds_and_writes_what_they_show(finished):
     assert len(record["claims"]) == 3  # the one about an arm that was not run is left out
 
 
-def test_what_is_finished_is_only_read_and_shown(finished, tmp_path, nothing_runs, capsys):
+def test_what_is_finished_is_only_read_and_shown(finished, tmp_path, nothing_runs, one_thread, capsys):
     assert again(finished, tmp_path) == record_in(finished)
     printed = capsys.readouterr().out
     assert "missed" in printed

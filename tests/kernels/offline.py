@@ -65,7 +65,9 @@ class Compiled:
     spills: int
     local_bytes: int
     wide_loads: int
-    """Loads of 128 bits from global memory."""
+    """Loads of 128 bits from global memory, copies to shared memory among them."""
+    copies: int
+    """Those copies: they are on their way while a program computes. AMD's kernels load into registers ahead instead."""
     expected_loads: int
     """Number of loads that a thread needs to read its share of the tensors once (twice in a chunked forward pass)."""
     wide_stores: int
@@ -263,7 +265,8 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
         text = compiled.asm["ptx"]
         spills = len(re.findall(r"\b(?:ld|st)\.local", text)) + usage["STACK"]
         registers, local = usage["REG"], usage["LOCAL"]
-        loads = [words * bits for words, bits in _nvidia_widths(text, "ld")]
+        copied = len(re.findall(r"\bcp\.async\.cg\.shared\.global .*, 0x10", text))
+        loads = [words * bits for words, bits in _nvidia_widths(text, "ld")] + [128] * copied
         stores = [words * bits for words, bits in _nvidia_widths(text, "st")]
     else:
         text = compiled.asm["amdgcn"]
@@ -271,7 +274,7 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
             for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        loads, stores = _amd_widths(text, "load"), _amd_widths(text, "store")
+        loads, stores, copied = _amd_widths(text, "load"), _amd_widths(text, "store"), 0
     return Compiled(
         kernel=name,
         dtype=TYPES[dtype],
@@ -279,6 +282,7 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
         spills=spills,
         local_bytes=local,
         wide_loads=sum(bits >= 128 for bits in loads),
+        copies=copied,
         expected_loads=tensors_read(launch) * wide_accesses(launch, dtype, target),
         wide_stores=sum(bits >= 128 for bits in stores),
         expected_stores=tensors_written(launch) * wide_accesses(launch, dtype, target),

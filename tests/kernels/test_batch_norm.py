@@ -219,9 +219,8 @@ def test_stretches_of_several_tiles(
 ) -> None:
     """Many stretches, as for large features; the last one ends within a tile."""
     channels = importlib.import_module("dfad_kernels.gpu.channels")
-    for name, value in (("STRETCHES", stretches), ("SUMMED", 64), ("SUMMED_OF_SEVERAL", 32), ("WALKED_BYTES", 256)):
+    for name, value in (("PROGRAMS", stretches), ("SUMMED_BYTES", 128), ("WALKED_BYTES", 256)):
         monkeypatch.setattr(channels, name, value)
-    monkeypatch.setattr(importlib.import_module("dfad_kernels.gpu.batch_norm"), "SUMMED_OF_SEVERAL", 32)
     check((3, 5, 7, 3), torch.float32, variant, "triton", generator)
 
 

@@ -70,7 +70,7 @@ def test_matches_the_equation(
 def test_stretches_of_several_tiles(stretches: int, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many stretches, as for large features, the last one ending within a tile; norms over several channel blocks."""
     channels = importlib.import_module("dfad_kernels.gpu.channels")
-    for name, value in (("STRETCHES", stretches), ("SUMMED", 64), ("WALKED_BYTES", 256)):
+    for name, value in (("PROGRAMS", stretches), ("SUMMED_BYTES", 256), ("WALKED_BYTES", 256)):
         monkeypatch.setattr(channels, name, value)
     monkeypatch.setattr(importlib.import_module("dfad_kernels.gpu.batchnorm_distance"), "MEASURED_CHANNELS", 4)
     check((3, 13, 7, 3), torch.float32, "triton", generator)

@@ -1,5 +1,6 @@
 """The Triton kernels, compiled for GPUs without having one."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.skipif(not has_triton, reason="needs triton")
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_to_wide_accesses_without_spills(target: str) -> None:
+    channels = importlib.import_module("dfad_kernels.gpu.channels")
     program = Path(__file__).with_name("offline.py")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     result = subprocess.run(
@@ -33,6 +35,9 @@ def test_kernels_compile_to_wide_accesses_without_spills(target: str) -> None:
         assert report["wide_loads"] >= report["expected_loads"], report
         assert report["expected_loads"] > 0 or report["kernel"].startswith(("combine", "distance,")), report
         assert report["wide_stores"] >= report["expected_stores"], report
+        if target.startswith("sm") and report["kernel"].startswith(("moments,", "gradient sums,")):
+            stages = channels.STAGES if report["kernel"].startswith("moments") else channels.STAGES_OF_SEVERAL
+            assert report["copies"] == stages.value * report["expected_loads"], report
     rows = [[r["kernel"], r["dtype"], r["registers"], r["wide_loads"], r["wide_stores"]] for r in reports]
     document(
         "kernels.md",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfad_kernels.gpu.channels import (
     COMBINED_CHANNELS,
-    SUMMED_OF_SEVERAL,
+    STAGES_OF_SEVERAL,
     affine_of,
     batch_statistics,
     channels_of,
@@ -48,7 +48,7 @@ def _gradient_sums_kernel(
     mean, _, scale, shift = affine_of(mean_ptr, variance_ptr, w_ptr, b_ptr, channel, channels, epsilon, DTYPE)
     tilts = tl.zeros((ROWS, CHANNELS), DTYPE)
     levels = tl.zeros((ROWS, CHANNELS), DTYPE)
-    for first in range(start, end, ROWS):
+    for first in tl.range(start, end, ROWS, num_stages=STAGES_OF_SEVERAL):
         offsets, row = offsets_of(first, channel, channels, ROWS)
         inside = (row < end)[:, None] & known[None, :]
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
@@ -136,7 +136,7 @@ def backward(
     dtype = compute_type(x)
     of_channels = *statistics.unbind(), weight, bias
     passed_on = None if y is None else residual_gradient
-    tiling = stretches_for(x, SUMMED_OF_SEVERAL)
+    tiling = stretches_for(x)
     partial = statistics.new_empty((tiling.stretches, 2, channels))
     _gradient_sums_kernel[(tiling.stretches, tiling.columns)](
         partial, passed_on, y_gradient, x, y, *of_channels, rows, channels, tiling.stretch, epsilon, negative_slope,

@@ -10,23 +10,24 @@ from torch import Tensor
 
 from dfad_kernels.gpu.common import Tiling, compute_type, tile
 
-SUMMED = 4096
-"""Number of elements that a program holds while it sums a single tensor, in 128 threads."""
+SUMMED_BYTES = 4096
+"""Bytes of each tensor that a program sums at a time: two 128-bit accesses in each of 128 threads."""
 
-SUMMED_OF_SEVERAL = 2048
-"""Number of elements of each while it sums up to three tensors."""
+STAGES, STAGES_OF_SEVERAL = tl.constexpr(4), tl.constexpr(3)
+"""Number of tiles that a program has in work, of one tensor or of up to three: while one is summed, the next ones are
+on their way. Without that, the compiler may let each access wait for the one before."""
 
 SUMMED_CHANNELS = 64
 """Channels of a program that sums: 128 bytes of bfloat16, a whole line of the cache."""
 
 WALKED_BYTES = 8192
-"""Number of elements of each tensor in a program without sums: four 128-bit accesses in each of 128 threads."""
+"""Bytes of each tensor in a program without sums: four 128-bit accesses in each of 128 threads."""
 
 WALKED_CHANNELS = 1024
 """Channels of such a program; if these are all channels, a tile is contiguous."""
 
-PROGRAMS, STRETCHES = 1024, 512
-"""Number of programs that sum, several per multiprocessor; also the number of stretches that are combined at once."""
+PROGRAMS = 512
+"""Number of programs that sum: few enough to run all at once on a GPU with 108 multiprocessors or more."""
 
 COMBINED_CHANNELS = 8
 """Channels of a program that combines stretches: 32 bytes of each, a sector of memory."""
@@ -100,7 +101,7 @@ def _moments_kernel(
     centre = tl.load(x_ptr + start * channels + channel, mask=known, other=0.0).to(DTYPE)
     sums = tl.zeros((ROWS, CHANNELS), DTYPE)
     squares = tl.zeros((ROWS, CHANNELS), DTYPE)
-    for first in range(start, end, ROWS):
+    for first in tl.range(start, end, ROWS, num_stages=STAGES):
         offsets, row = offsets_of(first, channel, channels, ROWS)
         inside = (row < end)[:, None] & known[None, :]
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
@@ -161,10 +162,10 @@ def walk(x: Tensor) -> Tiling:
     return tile(x, WALKED_BYTES // x.element_size(), WALKED_CHANNELS)
 
 
-def stretches_for(x: Tensor, elements: int) -> Tiling:
+def stretches_for(x: Tensor) -> Tiling:
     """The walk over a matrix whose rows are summed."""
     columns = triton.cdiv(x.shape[1], SUMMED_CHANNELS)
-    return tile(x, elements, SUMMED_CHANNELS, min(STRETCHES, max(PROGRAMS // columns, 1)))
+    return tile(x, SUMMED_BYTES // x.element_size(), SUMMED_CHANNELS, max(PROGRAMS // columns, 1))
 
 
 def batch_statistics(
@@ -176,7 +177,7 @@ def batch_statistics(
 ) -> None:
     """Fills mean and biased variance of the columns of a matrix, and updates the running statistics."""
     rows, channels = x.shape
-    tiling = stretches_for(x, SUMMED)
+    tiling = stretches_for(x)
     dtype = compute_type(x)
     partial = statistics.new_empty((tiling.stretches, 2, channels))
     _moments_kernel[(tiling.stretches, tiling.columns)](

@@ -12,8 +12,8 @@ from dfad_kernels.gpu.common import compute_type, load_block
 BLOCK = 2048
 """Number of elements that a program reads from each tensor: four 128-bit loads of float32 in each of 128 threads."""
 
-BLOCKS = 1024
-"""Number of blocks that are added at a time."""
+BLOCKS = 4096
+"""Number of blocks that are added at a time, by 512 threads of a single program: it should take few steps."""
 
 SMALLEST_SIZE = tl.constexpr(1e-12)
 
@@ -83,8 +83,9 @@ def forward(loss: Tensor, student: Tensor, teacher: Tensor, size: Tensor | None,
     settings = {"DTYPE": compute_type(student), "BLOCK": BLOCK}
     _normalized_squared_error_sums_kernel[(blocks,)](partial, student, teacher, numel, **settings)
     _normalized_squared_error_quotient_kernel[(1,)](
-        None if loss.ndim else loss, saved, partial, size, blocks, scale, DTYPE=compute_type(student), BLOCK=BLOCKS
-    )
+        None if loss.ndim else loss, saved, partial, size, blocks, scale,
+        DTYPE=compute_type(student), BLOCK=BLOCKS, num_warps=16,
+    )  # fmt: skip
     if loss.ndim:
         _normalized_squared_error_forward_kernel[(blocks,)](loss, student, teacher, saved, numel, scale, **settings)
 

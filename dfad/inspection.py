@@ -280,7 +280,7 @@ def _students(
 ) -> Iterator[Student]:
     largest = parameter_count(loaded.network)
     shown = 0
-    for candidate, kwargs in _candidates(source, shape, classes):
+    for candidate, kwargs in _candidates(source, loaded.network, shape, classes):
         try:
             network = build(candidate, kwargs)
             count = parameter_count(network)
@@ -324,7 +324,9 @@ def _student(
     return Student(source, kwargs, count, names, teacher_names, fit, pairs=all_match, boundary=all_match and boundary)
 
 
-def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _candidates(
+    source: str, teacher: nn.Module, shape: tuple[int, int, int], classes: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Networks that could be students, of the same family first, the largest first."""
     found = hub_of(source)
     if found is not None:
@@ -344,10 +346,20 @@ def _candidates(source: str, shape: tuple[int, int, int], classes: int) -> Itera
         own = parameter_count(_on_meta(source, classes)) if counted else 0
         smaller = [entry for entry in sorted(counted, key=lambda entry: -entry[0]) if entry[0] < 0.9 * own]
         yield from ((f"{prefix}:{other}", kwargs) for _, other, kwargs in smaller)
+    yield from _own_candidates(teacher, shape, classes)
+
+
+def _own_candidates(teacher: nn.Module, shape: tuple[int, int, int], classes: int) -> list[tuple[str, dict[str, Any]]]:
+    """Those of :mod:`dfad.models`: of the teacher's class first."""
+    offered = {"num_classes": classes, "in_channels": shape[0]}
+    found = []
     for name in models.__all__:
         parameters = inspect.signature(getattr(models, name)).parameters
-        offered = {"num_classes": classes, "in_channels": shape[0]}
-        yield name, {key: value for key, value in offered.items() if key in parameters}
+        kwargs = {key: value for key, value in offered.items() if key in parameters}
+        with torch.device("meta"):
+            network = build(name, kwargs)
+        found.append((name_of(network) != name_of(teacher), -parameter_count(network), name, kwargs))
+    return [(name, kwargs) for *_, name, kwargs in sorted(found, key=lambda entry: entry[:3])]
 
 
 def _family(name: str) -> str:

@@ -105,6 +105,11 @@ def test_a_student_that_returns_more_taps_than_pair_is_given_names(inspected, mo
     assert "Features are not matched" not in caplog.text
 
 
+def test_students_of_the_teachers_class_come_first_and_the_largest_of_them(inspected):
+    students = inspected("resnet20")["students"]
+    assert [student["source"] for student in students] == ["resnet14", "resnet8", "wrn_16_1"]
+
+
 def test_taps_whose_names_are_numbers_are_given_by_name(inspected, monkeypatch):
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     monkeypatch.setattr(sys.modules["user_networks"], "flat", lambda: layers, raising=False)

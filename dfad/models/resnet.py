@@ -103,6 +103,16 @@ def _thin(depth: int, num_classes: int, in_channels: int) -> ResNet:
     return ResNet((16, 32, 64), (blocks,) * 3, "subsampling", num_classes, in_channels)
 
 
+def resnet8(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-8 for CIFAR, 0.08 M parameters: one block in each stage of He et al.'s thin ResNets."""
+    return _thin(8, num_classes, in_channels)
+
+
+def resnet14(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-14 for CIFAR, 0.17 M parameters: two blocks in each stage of He et al.'s thin ResNets."""
+    return _thin(14, num_classes, in_channels)
+
+
 def resnet20(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
     """ResNet-20 for CIFAR, 0.27 M parameters (He et al., CVPR 2016)."""
     return _thin(20, num_classes, in_channels)

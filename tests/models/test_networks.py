@@ -14,6 +14,8 @@ from dfad.models.weights import load_weights
 PARAMETERS = {
     "lenet5": 61_706,
     "lenet5_half": 15_738,
+    "resnet8": 75_290,
+    "resnet14": 172_506,
     "resnet18": 11_173_962,
     "resnet20": 269_722,
     "resnet32": 464_154,
@@ -29,7 +31,7 @@ PARAMETERS = {
     "wrn_40_1": 563_930,
     "wrn_40_2": 2_243_546,
 }
-"""Parameter counts as published with the architectures."""
+"""Parameter counts as published with the architectures; ResNet-8 and ResNet-14 are counted by hand."""
 
 RESNET34_TAPS = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 THIN_TAPS = [(16, 32, 32), (32, 16, 16), (64, 8, 8)]

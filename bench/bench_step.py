@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.device import DEVICE, ON_GPU, captured, cold_cache
+from bench.device import DEVICE, ON_GPU, captured, cold_cache, seconds_of
+from bench.kernel_times import kernels_of
 from bench.race import Contender, Outcome, Rules
 from bench.rounds import CASES, TELLING, Case, contenders, make_distiller
 from dfad.distillation.tensor_memory import TensorMemory
@@ -41,7 +42,8 @@ def peak_memory(round_: Callable[[], object]) -> dict[str, Any]:
 
 
 RULES = Rules(
-    rounds=lambda seconds: 40 if ON_GPU else 10,
+    # between events on a GPU, whose medians are stable: as many as take three seconds
+    rounds=lambda seconds: max(8, min(int(3 / seconds), 40)) if ON_GPU else 10,
     # all contenders at once do not fit into a GPU's memory
     turns=1 if ON_GPU else 5,
     warm_up=2,
@@ -69,6 +71,19 @@ def test_round(case: Case, race: Callable[..., None], request: pytest.FixtureReq
     # on a GPU the round is captured in the warm-up, and inspected before that
     rules = replace(RULES, warm_up=WARM_UP_ROUNDS + 2 if ON_GPU else 1, inspect=peak_memory)
     race(f"round {case.name}", {name: partial(enter, name) for name in names}, rules, rates)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", RUNNABLE)
+def test_kernels(case: Case, keep_profile: Callable[[dict[str, Any]], None]) -> None:
+    """Where the time of one of our rounds goes; after all that is timed, because a profiler stays in the process."""
+    entrant = contenders(DEVICE)["ours"](case)
+    with entrant.running():
+        for _ in range(WARM_UP_ROUNDS + 2):
+            entrant.run()
+        seconds = min(seconds_of(entrant.run) for _ in range(5))
+        found = {"milliseconds": seconds * 1e3, **kernels_of(entrant.run), **entrant.details()}
+    keep_profile({"round": case.name, **found})
 
 
 @pytest.mark.full

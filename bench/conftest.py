@@ -5,7 +5,7 @@ results of pytest-benchmark are added to the same record.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every benchmark and contender, not a representative part")
-    parser.addoption("--contenders", default="", help="names of the contenders to run, separated by semicolons")
+    parser.addoption("--contenders", default="", help="names of the contenders in their order, separated by semicolons")
+    parser.addoption(
+        "--missing", action="store_true", help=f"run contenders without a result, and {OURS!r} beside them"
+    )
     parser.addoption("--seconds", type=float, default=0.5, help="seconds for which each operator is measured")
     parser.addoption("--record", action="store_true", help=f"write to {records.RESULTS.relative_to(ROOT)}")
     parser.addoption("--results", type=Path, help="folder for the JSON; by default runs/bench, see --record")
@@ -57,7 +60,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Runs a race and records it; fails at its end if a contender failed."""
+    """Runs a race and records each outcome as soon as it is complete; fails at the end if a contender failed."""
 
     def run(
         group: str,
@@ -65,18 +68,42 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         rules: Rules,
         details: Callable[[Mapping[str, Outcome], str], Mapping[str, Any]] = lambda outcomes, name: {},
     ) -> None:
-        wanted = [name for name in request.config.getoption("--contenders").split(";") if name]
-        outcomes = hold({name: enter for name, enter in entrants.items() if not wanted or name in wanted}, rules)
-        timed = {name: outcome for name, outcome in outcomes.items() if outcome.error is None}
-        rows = [{**outcome.row(group, name), **details(timed, name)} for name, outcome in timed.items()]
-        request.config.stash[MEASURED].extend(rows)
-        write(rows, request.config)
+        config = request.config
+        chosen = config.getoption("--contenders")
+        wanted = [name for name in chosen.split(";") if name in entrants] if chosen else list(entrants)
+        if config.getoption("--missing"):
+            wanted = missing(wanted, group, config)
+
+        def keep(outcomes: Mapping[str, Outcome]) -> None:
+            timed = {name: outcome for name, outcome in outcomes.items() if outcome.error is None}
+            rows = [{**outcome.row(group, name), **details(timed, name)} for name, outcome in timed.items()]
+            config.stash[MEASURED].extend(rows)
+            write(rows, config)
+
+        outcomes = hold({name: entrants[name] for name in wanted}, rules, keep)
         errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
         if errors:
             words = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in errors.items())
             pytest.fail(f"{group}: {words}")
 
     return run
+
+
+@pytest.fixture
+def keep_profile(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Writes where the time of a round goes."""
+
+    def keep(profile: dict[str, Any]) -> None:
+        write([], request.config, [{**profile, "machine": machine()}])
+
+    if request.config.getoption("--missing"):
+        _, kept = results(request.config)
+        if any(
+            profile["round"] == request.node.callspec.id and profile.get("machine") == machine()
+            for profile in kept.get("profiles", [])
+        ):
+            pytest.skip("it was measured")
+    return keep
 
 
 @pytest.hookimpl(trylast=True)  # after the table of pytest-benchmark
@@ -148,14 +175,29 @@ def ratios(measured: Iterable[dict[str, Any]]) -> Iterable[str]:
         yield f"{group:<66}{ours * 1e3:10.3f}{''.join(f'{cell:>11}' for cell in cells)}".rstrip()
 
 
-def write(measured: list[dict[str, Any]], config: pytest.Config) -> Path:
-    """Add to the machine's file; groups that were measured again are replaced."""
+def missing(names: Sequence[str], group: str, config: pytest.Config) -> list[str]:
+    """The contenders without a result by this code on this machine; beside them ours, with which they are compared."""
+    _, kept = results(config)
+    here = machine()
+    measured = {row["contender"] for row in kept["benchmarks"] if (row["group"], row["machine"]) == (group, here)}
+    return [name for name in names if name not in measured or name == OURS] if set(names) - measured else []
+
+
+def results(config: pytest.Config) -> tuple[Path, records.Record]:
+    """The machine's file, and what it holds."""
     chosen = config.getoption("--results")
     folder = chosen or (records.RESULTS if config.getoption("--record") else ROOT / "runs" / "bench")
     path: Path = folder / file_name()
-    kept = records.load(path) if path.exists() else {"benchmarks": []}
+    return path, records.load(path) if path.exists() else {"benchmarks": []}
+
+
+def write(measured: list[dict[str, Any]], config: pytest.Config, profiles: Sequence[dict[str, Any]] = ()) -> Path:
+    """Add to the machine's file; what was measured again is replaced."""
+    path, kept = results(config)
     again = {(row["group"], row["contender"]) for row in measured}
     rows = [row for row in kept["benchmarks"] if (row["group"], row["contender"]) not in again]
     rows += [{**row, "machine": machine()} for row in measured]
-    records.save(path, {**kept, "device": device_name(), "benchmarks": rows})
+    found = {profile["round"]: profile for profile in (*kept.get("profiles", []), *profiles)}
+    profiled = {"profiles": list(found.values())} if found else {}
+    records.save(path, {**kept, "device": device_name(), **profiled, "benchmarks": rows})
     return path

@@ -68,28 +68,35 @@ class Outcome:
         return {**row, "rounds": len(self.seconds), **self.details}
 
 
-def hold(entrants: Mapping[str, Callable[[], Contender | Run]], rules: Rules) -> dict[str, Outcome]:
+def hold(
+    entrants: Mapping[str, Callable[[], Contender | Run]],
+    rules: Rules,
+    finished: Callable[[Mapping[str, Outcome]], object] = lambda outcomes: None,
+) -> dict[str, Outcome]:
     """Time contenders; one that cannot start, or fails, is left out.
 
     Args:
         entrants: by name, functions that build and check a contender.
         rules: of the race.
+        finished: is given outcomes as soon as they are complete: with a single turn one after the other, otherwise all
+            of them.
     """
     lanes = {name: _Lane(enter, rules) for name, enter in entrants.items()}
-    together = [list(lanes.values())] if rules.turns > 1 else [[lane] for lane in lanes.values()]
+    together = [lanes] if rules.turns > 1 else [{name: lane} for name, lane in lanes.items()]
     for group in together:
-        for lane in group:
+        for lane in group.values():
             lane.attempt(lane.enter)
         gc.collect()
         gc.disable()
         try:
             for turn in range(rules.turns):
-                for lane in group:
+                for lane in group.values():
                     lane.attempt(lambda lane=lane, turn=turn: lane.take(turn))  # type: ignore[misc]
         finally:
             gc.enable()
-        for lane in group:
+        for lane in group.values():
             lane.contender = None
+        finished({name: lane.outcome for name, lane in group.items()})
     return {name: lane.outcome for name, lane in lanes.items()}
 
 

@@ -183,6 +183,14 @@ def all_contenders(records: Records) -> list[str]:
     return table(head, body, figures_from=3)
 
 
+def left_out(records: Records) -> Iterator[str]:
+    """Parts of the engine that our rounds did without, and why."""
+    for group in groups(records):
+        for contender, row in group.rows.items():
+            for reason in row.get("left_out", ()):
+                yield f"- {group.record.removesuffix('.json')}, {group.name}, {contender}: {reason}"
+
+
 def _rate(row: Row) -> str:
     return f"{row['images_per_second']:,.0f}" if "images_per_second" in row else ""
 
@@ -283,7 +291,7 @@ def profiles(records: Records) -> Iterator[str]:
             yield (
                 f"{record.removesuffix('.json')}, {profile['round']} in {profile['precision']}: "
                 f"{profile['milliseconds']:.2f} ms, of which kernels {profile['kernel_milliseconds']:.2f} ms in "
-                f"{profile['launches']} launches; {'' if profile['captured'] else 'not '}captured as a CUDA graph."
+                f"{profile['launches']} launches; {'' if profile.get('captured') else 'not '}captured as a CUDA graph."
             )
             yield ""
             body = [
@@ -424,6 +432,7 @@ def _sections(records: Records, folder: str | None) -> Iterator[str]:
         "Accuracy": accuracy(records),
         "Claims": claims(records),
         "Rounds": all_contenders(records),
+        "Parts left out of these rounds": list(left_out(records)),
         "Losses": losses(records, largest_only=False),
         "Several ranks": ranks(records),
         "Data and choices": other_groups(records),

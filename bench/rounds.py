@@ -1,9 +1,11 @@
 """Contenders for whole rounds: the loop as published, the same repaired, and this project's with ever more parts."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ from dfad.config import (
     Switch,
 )
 from dfad.distillation.distiller import Distiller
-from dfad.engine import has_bfloat16
+from dfad.engine import has_bfloat16, placement
+from dfad.engine.calls import compile_call
 from dfad.engine.precision import float32_products
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator
@@ -34,6 +37,10 @@ BOTH_REGULARIZERS = {
     "activation": ActivationConfig(weight=1.0),
     "interpolation": InterpolationConfig(weight=1.0),
 }
+
+
+SINGLE_PARTS = ("channels_last", "fuse_batchnorm", "merge_upsampling", "cast_weights")
+"""Parts of the engine that ours is measured without, on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +201,44 @@ def ours(case: Case, device: torch.device, engine: EngineConfig, *, fused: bool)
     """This project's round with the given parts."""
     teacher, student = case.networks()
     config = case.config(device, engine=engine, fused=fused)
-    return contender(Distiller(teacher, student, config, image_shape=case.image_shape))
+    with left_out() as reasons:
+        distiller = Distiller(teacher, student, config, image_shape=case.image_shape)
+    return contender(distiller, reasons)
 
 
-def contender(distiller: Distiller) -> Contender:
-    """A distiller's rounds."""
+def contender(distiller: Distiller, reasons: Sequence[str] = ()) -> Contender:
+    """A distiller's rounds.
+
+    Args:
+        distiller: runs them.
+        reasons: why parts of its engine are left out.
+    """
     engine = distiller.engine
-    return Contender(distiller.run_round, engine.running, lambda: {"captured": engine.captured} if ON_GPU else {})
+
+    def details() -> dict[str, Any]:
+        found: dict[str, Any] = {"precision": engine.precision}
+        if ON_GPU:
+            found["captured"] = engine.captured
+        return found | ({"left_out": list(reasons)} if reasons else {})
+
+    return Contender(distiller.run_round, engine.running, details)
+
+
+@contextmanager
+def left_out() -> Iterator[list[str]]:
+    """Collects why parts of the engine are left out for networks."""
+    reasons: list[str] = []
+    log = logging.getLogger(placement.__name__)
+    handler = logging.Handler()
+    handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield reasons
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def make_distiller(case: Case, device: torch.device, **parts: Switch) -> Distiller:
@@ -226,13 +264,18 @@ def published(case: Case, device: torch.device, *, with_tf32: bool) -> Contender
     )
 
 
-def reduce_overhead(case: Case, device: torch.device, engine: EngineConfig) -> Contender:
-    """The repaired round with torch.compile's own CUDA graphs around each network."""
+def repaired_and_compiled(case: Case, device: torch.device, mode: str) -> Contender:
+    """The repaired round, with each network compiled by hand: in the mode reduce-overhead with CUDA graphs of its own.
+
+    The engine's own part would compile each network once more, to compare it.
+    """
     teacher, student = case.networks()
-    config = case.config(device, engine=engine, fused=False)
+    config = case.config(device, engine=repaired_engine(device), fused=False)
     distiller = Distiller(teacher, student, config, image_shape=case.image_shape)
-    for network in (distiller.teacher.network, distiller.student, distiller.generator):
-        network.compile(mode="reduce-overhead", dynamic=False)
+    teacher_networks = (distiller.teacher.network, distiller.teacher.measured)
+    for network in (*teacher_networks, distiller.student, distiller.generator):
+        if network is not None:
+            compile_call(network, mode=mode, dynamic=False)
 
     def round_() -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -257,7 +300,7 @@ def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
     makers: dict[str, Callable[[Case], Contender]] = {
         "published": partial(published, device=device, with_tf32=False),
         "repaired": make(repaired, fused=False),
-        "repaired + torch.compile": make(replace(repaired, compile="on"), fused=False),
+        "repaired + torch.compile": partial(repaired_and_compiled, device=device, mode="default"),
         "losses": make(repaired),
         "losses, folding": make(with_folding),
         "losses, folding, merging": make(with_merging),
@@ -269,9 +312,11 @@ def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
     }
     if on_gpu:
         makers["published, TF32"] = partial(published, device=device, with_tf32=True)
-        makers["repaired + reduce-overhead"] = partial(reduce_overhead, device=device, engine=repaired)
+        makers["repaired + reduce-overhead"] = partial(repaired_and_compiled, device=device, mode="reduce-overhead")
         makers["ours without the graph"] = make(replace(best, cuda_graph="off"))
-        makers["ours, weights cast one by one"] = make(replace(best, cast_weights="off"))
+        makers["ours with two streams"] = make(replace(best, two_streams="on"))
+        for part in SINGLE_PARTS:
+            makers[f"ours without {part}"] = make(replace(best, **{part: "off"}))
     return makers
 
 

@@ -152,6 +152,19 @@ def test_who_fails_is_out_and_the_others_go_on(fails_at):
     assert outcomes["b"].seconds == [1.0] * 4
 
 
+@pytest.mark.parametrize(("turns", "expected"), [(1, [{"a": 4}, {"b": 0}, {"c": 4}]), (2, [{"a": 4, "b": 0, "c": 4}])])
+def test_outcomes_are_handed_over_as_soon_as_they_are_complete(turns, expected):
+    world = World()
+    seen: list[dict[str, int]] = []
+    entrants = {name: world.entrant(name, 1.0, 1 if name == "b" else None) for name in "abc"}
+    hold(
+        entrants,
+        world.rules(4, turns=turns),
+        lambda outcomes: seen.append({name: len(outcome.seconds) for name, outcome in outcomes.items()}),
+    )
+    assert seen == expected
+
+
 def test_who_cannot_be_built_is_out():
     world = World()
 
@@ -221,10 +234,16 @@ def test_pytest_bench(tmp_path):
     assert line.split() == ["size", "1", "1000.000", "8.00", "×", "0.50", "×"]
     assert "Name (time in" in told.partition(" ratios, ")[0]  # pytest-benchmark's own table comes before
 
-    told, found = run("--full", "--contenders=ours;floor")
+    told, found = run("--full", "--contenders=floor;ours")
     assert "3 passed" in told
+    assert list(found["size 2"]) == ["floor", "ours"]  # in the order that was given
     assert set(found["size 2"]) == {"ours", "floor"}
     assert set(found["size 1"]) == {"published", "ours", "floor"}  # what was measured before stays
+
+    told, found = run("--full", "--contenders=ours;floor;published", "--missing", "-k", "2")
+    assert list(found["size 2"]) == ["floor", "ours", "published"]  # ours beside what was missing
+    told, found = run("--full", "--contenders=ours;floor;published", "--missing", "-k", "2")
+    assert "all times" not in told  # nothing is measured twice
 
 
 def test_the_table_takes_the_fastest_of_a_kind():

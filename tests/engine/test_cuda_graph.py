@@ -19,6 +19,7 @@ from dfad.config import (
     MethodConfig,
     OptimizerConfig,
     OptimizersConfig,
+    RandomFieldsConfig,
 )
 from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import CHECKED_WITH, WARM_UP_ROUNDS, RoundGraphs
@@ -273,6 +274,7 @@ class TestOnAGpu:
             adversary="agreeing",
             interpolation=InterpolationConfig(weight=0.5, labels="teacher", step="within"),
             image_bank=ImageBankConfig(size=64),
+            random_fields=RandomFieldsConfig(share=0.25),
             augmentation=AugmentationConfig(flip=True, crop=0.25, cutout=0.25, colour=0.1),
         )
         runs, written = {}, {}

@@ -15,11 +15,13 @@ from dfad import models
 from dfad.config import EngineConfig, OptimizerConfig, OptimizersConfig
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
+from dfad.distillation.round import STREAMS_OF_A_ROUND
 from dfad.engine import Engine, choose_device
 from dfad.engine.calls import compile_call
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward
+from dfad.presets import PRESETS
 from tests.conftest import IMAGE_SHAPE, with_method
 from tests.waiting import NoWaiting
 
@@ -104,8 +106,34 @@ class TestWhatACaptureNeeds:
         with NoWaiting():
             distiller.engine.run(distiller.round)
 
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_no_preset_waits_or_draws_where_no_graph_knows(self, preset, teacher, config):
+        """A replay draws new numbers from the streams alone that are registered with its graph."""
+        method = PRESETS[preset].method
+        bank = replace(method.image_bank, size=min(method.image_bank.size, 64))
+        method = replace(method, batch_size=16, student_steps=2, warm_up=1, image_bank=bank)
+        distiller = make(teacher, replace(config, method=method))
+        distiller.round.warm_up()
+        before = {name: stream.get_state() for name, stream in distiller.round.rng.items()}
+        default = torch.get_rng_state()
+        with NoWaiting():
+            distiller.engine.run(distiller.round)
+        drawn = {
+            name for name, stream in distiller.round.rng.items() if not torch.equal(stream.get_state(), before[name])
+        }
+        assert drawn <= set(STREAMS_OF_A_ROUND)
+        assert ("random_fields" in drawn) == bool(method.random_fields.share)
+        assert torch.equal(torch.get_rng_state(), default)
+
     @pytest.mark.parametrize(
-        "wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool((x > 0).all()), lambda x: x.unique()]
+        "wait",
+        [
+            lambda x: x.sum().item(),
+            lambda x: x[x > 0],
+            lambda x: bool((x > 0).all()),
+            lambda x: x.unique(),
+            lambda x: x * torch.tensor([2.0]),
+        ],
     )
     def test_that_test_would_notice(self, wait):
         with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():

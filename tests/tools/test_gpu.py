@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from bench import figures, records
+from bench.kernel_times import tabulate
 from bench.rounds import contenders
 from tests.processes import HANGING
-from tools.gpu import gpu, kernel_times, parcel
+from tools.gpu import gpu, parcel, probes
 from tools.gpu.gpu import DONE, FAILED, STOPPED, Part, Places, State, plan, run_parts
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +71,9 @@ class TestRunning:
         run_parts(parts, state, places, PLENTY)
         assert state.outcomes["bad"].calls == 1  # not tried again unless asked
         state.forget(parts, "", failed=True)
-        assert statuses(state) == {"other": DONE}
+        assert statuses(state) == {"bad": STOPPED, "other": DONE}
         state.forget(parts, "oth", failed=False)
-        assert statuses(state) == {}
+        assert statuses(state) == {"bad": STOPPED}
 
     def test_a_part_that_does_not_fit_is_left_and_a_shorter_one_runs(self, places):
         parts = [python("long", writes(1), seconds=300), python("short", writes(2), seconds=5)]
@@ -85,7 +86,6 @@ class TestRunning:
 
     def test_a_part_is_stopped_by_the_budget_and_continues(self, places, tmp_path, monkeypatch):
         monkeypatch.setattr(gpu, "RESERVE", 0.0)
-        monkeypatch.setattr(gpu, "SHORTEST", 0.5)
         marks = tmp_path / "marks"
         code = (
             "import pathlib, time\n"
@@ -94,7 +94,7 @@ class TestRunning:
             "try:\n    time.sleep(60)\n"
             "except KeyboardInterrupt:\n    marks.write_text('checkpoint')\n    raise SystemExit(130)\n"
         )
-        part = python("training", code, seconds=30, resumable=True)
+        part = python("training", code, seconds=30, shortest=0.5)
         state = State(places.kept)
         run_parts([part], state, places, budget=2)
         assert statuses(state) == {"training": STOPPED}
@@ -103,6 +103,30 @@ class TestRunning:
         outcome = State(places.kept).outcomes["training"]
         assert (outcome.status, outcome.calls) == (DONE, 2)
         assert outcome.seconds > 1  # of both calls
+
+    def test_a_part_that_continues_is_told_so_and_stops_before_the_others_lose_their_time(self, places, monkeypatch):
+        monkeypatch.setattr(gpu, "GRACE", 0.5)
+        code = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(0 if sys.argv[1:] else 60)"
+        parts = [
+            python("benchmark", code, seconds=1, shortest=0.1, continued=("--missing",)),
+            python("next", writes("ran"), seconds=PLENTY / 2),
+        ]
+        run_parts(parts, State(places.kept), places, PLENTY)
+        assert statuses(State(places.kept)) == {"benchmark": STOPPED, "next": DONE}
+        monkeypatch.setattr(gpu, "PATIENCE", PLENTY)  # however slow the machine is
+        run_parts(parts, State(places.kept), places, PLENTY)
+        assert statuses(State(places.kept)) == {"benchmark": DONE, "next": DONE}
+        assert (places.kept / "logs" / "benchmark.log").read_text().endswith("['--missing']\n")
+
+    def test_on_another_device_only_a_trained_teacher_counts(self, places, monkeypatch, capsys):
+        parts = [python("rounds", writes(1)), python("teacher", writes({"epochs": 3}))]
+        run_parts(parts, State(places.kept), places, PLENTY)
+        assert statuses(State(places.kept)) == {"rounds": DONE, "teacher": DONE}
+        capsys.readouterr()
+        here = gpu.device_name()
+        monkeypatch.setattr(gpu, "device_name", lambda: "another")
+        assert statuses(State(places.kept)) == {"teacher": DONE}
+        assert capsys.readouterr().out == f"What was measured on {here} does not count on another.\n"
 
     def test_a_part_that_hangs_is_killed_with_its_children(self, places, monkeypatch, tmp_path):
         monkeypatch.setattr(gpu, "GRACE", 0.5)
@@ -117,7 +141,7 @@ class TestRunning:
         state = State(places.kept)
         run_parts([python("hanging", code, seconds=0.8)], state, places, PLENTY)
         assert state.outcomes["hanging"].status == FAILED
-        assert state.outcomes["hanging"].error == "still running after 2 s"
+        assert state.outcomes["hanging"].error == "still running after 1 s"
         pid = int(child.read_text())
         for _ in range(50):
             if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
@@ -133,8 +157,7 @@ class TestRunning:
 
     def test_what_never_finishes_is_given_up(self, places, monkeypatch):
         monkeypatch.setattr(gpu, "RESERVE", 0.0)
-        monkeypatch.setattr(gpu, "SHORTEST", 0.1)
-        part = python("endless", "import time; time.sleep(60)", seconds=30, resumable=True)
+        part = python("endless", "import time; time.sleep(60)", seconds=30, shortest=0.1)
         state = State(places.kept)
         state.keep(part, gpu.Outcome(STOPPED, calls=gpu.CALLS - 1))
         run_parts([part], state, places, budget=1)
@@ -173,11 +196,10 @@ class TestPlan:
 
     ORDER = (
         "versions",
-        "probes",
         "rounds: ResNet-34 to ResNet-18",
         "rounds: ResNet-20",
         "ResNet-20 student",
-        "kernels of a round",
+        "tests of rounds",
     )
 
     def test_the_most_telling_parts_are_first_and_fit_one_call(self, parts):
@@ -198,9 +220,21 @@ class TestPlan:
     def test_without_data_nothing_is_trained(self, places):
         assert not [part for part in plan(places, small=False) if "tools.gpu.campaign" in part.command]
 
-    def test_tests_share_the_machine(self, parts):
-        (tests,) = [part for part in parts if part.name == "tests"]
-        assert {"gpu", "12", "worksteal"} <= set(tests.command)
+    def test_tests_share_the_machine_and_none_is_left_out(self, parts):
+        tests = [part for part in parts if part.name.startswith("tests")]
+        assert all({"gpu", "12", "worksteal"} <= set(part.command) for part in tests)
+        folders = [ROOT / word for part in tests for word in part.command if word.startswith("tests/")]
+        marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+        mine = Path(__file__)
+        assert [path for path in marked if path != mine and not {*path.parents} & {*folders}] == []
+
+    def test_probes_end_by_themselves_before_they_are_stopped(self, parts):
+        (part,) = [part for part in parts if part.name == "probes"]
+        assert gpu.PATIENCE * part.seconds > probes.LIMIT
+
+    def test_what_benchmarks_measured_is_not_measured_again_when_they_continue(self, parts):
+        benchmarks = [part for part in parts if any(word.startswith("bench/") for word in part.command)]
+        assert all(part.resumable and part.continued == ("--missing",) for part in benchmarks)
 
     def test_every_contender_exists(self, monkeypatch):
         monkeypatch.setattr("bench.rounds.has_bfloat16", lambda device: True)
@@ -265,15 +299,20 @@ class TestRecord:
             "captured": True,
             "precision": "bfloat16",
             "milliseconds": 2.5,
-            **kernel_times.tabulate([("slow", 3, 1500.0), ("fast", 1, 500.0)]),
+            **tabulate([("slow", 3, 1500.0), ("fast", 1, 500.0)]),
         }
+        rows = [
+            {"group": "round digits", "contender": name, "seconds": seconds, "machine": {"device": "here"}}
+            for name, seconds in (("ours", 1.0), ("published", 2.0))
+        ]
+        rows[0]["left_out"] = ["Without engine.channels_last for the student: it changes output 0."]
+        records.save(places.benchmarks / gpu.file_name(), {"benchmarks": rows, "profiles": [round_]})
         outcomes = {
             "tests": gpu.Outcome(FAILED, 1, 1, {"passed": 3, "failed": ["test_b"], "skipped": 0}, "code 1"),
             "versions": gpu.Outcome(DONE, 0, 1, {"machine": {"torch": "2"}, "driver": "580.1"}),
             "memcheck": gpu.Outcome(DONE, 1, 1, "not installed"),
             "profile": gpu.Outcome(DONE, 1, 1, [kernel]),
             "probes": gpu.Outcome(DONE, 1, 1, {"a failed capture": "survived"}),
-            "kernels of a round": gpu.Outcome(DONE, 1, 1, round_),
             "teacher": gpu.Outcome(DONE, 5, 1, teacher),
             "student": gpu.Outcome(DONE, 12, 2, student),
             "data": gpu.Outcome(DONE, 1, 1, {"passed": 2, "failed": [], "skipped": 0}),
@@ -284,11 +323,8 @@ class TestRecord:
 
     @pytest.fixture
     def record(self, state, places) -> records.Record:
-        rows = [
-            {"group": "round digits", "contender": name, "seconds": seconds, "machine": {"device": "here"}}
-            for name, seconds in (("ours", 1.0), ("published", 2.0))
-        ]
-        records.save(places.benchmarks / "device.json", {"benchmarks": rows})
+        elsewhere = {"group": "round digits", "contender": "floor", "seconds": 1.0, "machine": {"device": "elsewhere"}}
+        records.save(places.benchmarks / "another-device.json", {"benchmarks": [elsewhere]})
         return gpu.make_record([python(name, "") for name in state.outcomes], state, places, small=True)
 
     def test_holds_everything(self, record):
@@ -301,7 +337,7 @@ class TestRecord:
         assert record["checks"]["memcheck"] == record["checks"]["apex"] == "not installed"
         assert record["checks"]["driver"] == "580.1"
         assert record["checks"]["a failed capture"] == "survived"
-        assert record["seconds"] == 23
+        assert record["seconds"] == 22
         assert [profile["launches"] for profile in record["profiles"]] == [4]
 
     def test_of_a_rehearsal_stands_nowhere_among_the_records(self, record, tmp_path):
@@ -316,8 +352,31 @@ class TestRecord:
         assert "| rehearsal | digits | published | 2,000 |" in tables.read_text()
         assert "digits in bfloat16: 2.50 ms, of which kernels 2.00 ms in 4 launches; captured" in tables.read_text()
         assert "| slow | 3 | 1,500 | 75.0 % |" in tables.read_text()
+        left_out = "- rehearsal, round digits, ours: Without engine.channels_last for the student: it changes output 0."
+        assert left_out in tables.read_text()
         assert "](" not in tables.read_text()  # it may be read anywhere
         assert plots.read_bytes().startswith(b"\x89PNG")
+
+    def test_what_an_earlier_record_holds_of_other_tasks_stays(self, record):
+        row = {"seconds": 1.0, "machine": {}}
+        earlier = {
+            "device": "here",
+            "checks": {"old": "failed"},
+            "benchmarks": [
+                {**row, "group": "round digits", "contender": "repaired"},
+                {**row, "group": "a loss", "contender": "ours"},
+            ],
+            "profiles": [{"round": "digits", "old": True}, {"round": "large"}],
+            "students": [{"name": "student", "old": True}, {"name": "another"}],
+        }
+        completed = gpu.with_earlier(record, earlier)
+        tasks = [(row["group"], row["contender"]) for row in completed["benchmarks"]]
+        assert tasks == [("round digits", "ours"), ("round digits", "published"), ("a loss", "ours")]
+        for kind, key in (("profiles", "round"), ("students", "name")):
+            assert [row[key] for row in completed[kind]] == [record[kind][0][key], earlier[kind][1][key]]
+            assert "old" not in completed[kind][0]
+        assert completed["checks"] == record["checks"]
+        assert gpu.with_earlier(record, completed) == completed
 
     def test_every_panel_is_drawn_of_its_part(self, record):
         assert figures.round_times(record) == {"digits": {"ours": 1000.0, "published": 2000.0}}
@@ -387,7 +446,7 @@ class TestCommand:
 
     @pytest.mark.alone
     def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
-        wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe", "kernels of a round")
+        wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe")
         everything = gpu.plan
 
         def few(places: Places, *, small: bool) -> list[Part]:
@@ -398,7 +457,7 @@ class TestCommand:
         monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which nothing is benchmarked
         arguments = ["--rehearse", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
         gpu.main(arguments)
-        assert "6 of 6 parts done, 0 failed" in (told := capsys.readouterr().out), told
+        assert "5 of 5 parts done, 0 failed" in (told := capsys.readouterr().out), told
         record = records.load(tmp_path / "out" / "rehearsal.json")
         assert {row["contender"] for row in record["benchmarks"]} == {"published", "ours", "copy"}
         assert record["benchmarks"][0]["machine"] == record["machine"]

@@ -36,11 +36,8 @@ RESERVE = 25.0
 GRACE = 20.0
 """Seconds for a part to write its checkpoint after the request to stop."""
 
-SHORTEST = 60.0
-"""Shortest time for which a part that can be continued is started."""
-
-PATIENCE = 2.5
-"""Multiple of a part's expected time after which it counts as hanging."""
+PATIENCE = 1.6
+"""Multiple of a part's expected time after which it is stopped: it hangs, or the machine is slower than expected."""
 
 REHEARSED = 60.0
 """Longest time of a part of a rehearsal on two cores."""
@@ -72,13 +69,21 @@ class Part:
     after: str = ""
     """Name of the part whose outcome it needs."""
 
-    resumable: bool = False
-    """Whether it continues after a stop, so that it can be started with less time."""
+    shortest: float = 0.0
+    """Seconds that are enough to start it, because it continues after a stop; 0 if it does not."""
+
+    continued: tuple[str, ...] = ()
+    """Further arguments of a part that continues."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it continues after a stop."""
+        return self.shortest > 0
 
     @property
     def needs(self) -> float:
         """Seconds that must be left."""
-        return min(self.seconds, SHORTEST) if self.resumable else self.seconds
+        return min(self.seconds, self.shortest) if self.resumable else self.seconds
 
     @property
     def slug(self) -> str:
@@ -95,6 +100,12 @@ class Outcome:
     calls: int = 0
     result: Any = None
     error: str = ""
+    device: str = ""
+
+    @property
+    def is_of_this_device(self) -> bool:
+        """Whether it counts here: figures are compared on one device, but a trained teacher is the same on all."""
+        return self.device in ("", device_name()) or _is_teacher(self.result)
 
 
 @dataclass(frozen=True)
@@ -129,13 +140,24 @@ class Places:
         return self.state / "work"
 
 
-ROUNDS = ("published", "published, TF32", "repaired", "ours", "ours without the graph", "floor")
-COMPILED = ("repaired + torch.compile", "repaired + reduce-overhead", "ours + torch.compile")
-"""Contenders of ``bench/bench_step.py``; those that compile take a minute longer."""
+ROUNDS = (
+    "ours",
+    "floor",
+    "repaired",
+    "published, TF32",
+    "ours without merge_upsampling",
+    "ours without fuse_batchnorm",
+    "ours without channels_last",
+    "ours with two streams",
+    "published",
+    "ours without the graph",
+)
+COMPILED = ("repaired + torch.compile", "ours + torch.compile", "repaired + reduce-overhead")
+"""Contenders of ``bench/bench_step.py``, the most telling and the fastest first; each that compiles takes a minute."""
 
 
 def plan(places: Places, *, small: bool) -> list[Part]:
-    """All parts in order; those up to the kernels of a round fit into one call of 540 seconds.
+    """All parts in order; those up to the tests of rounds fit into one call of 540 seconds.
 
     Args:
         places: parts whose data is not given are omitted.
@@ -145,11 +167,13 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     def pytest(name: str, seconds: float, arguments: str, *more: str) -> Part:
         return Part(name, ("-m", "pytest", "-q", "--junitxml={result}", *shlex.split(arguments), *more), seconds)
 
-    def benchmark(name: str, seconds: float, arguments: str, contenders: Sequence[str] = ()) -> Part:
+    def benchmark(
+        name: str, seconds: float, arguments: str, contenders: Sequence[str] = (), shortest: float = 40
+    ) -> Part:
         more = ["--benchmark-disable-gc", f"--results={places.benchmarks}"]
         if contenders:
             more.append(f"--contenders={';'.join(contenders)}")
-        return pytest(name, seconds, arguments, *more)
+        return replace(pytest(name, seconds, arguments, *more), shortest=shortest, continued=("--missing",))
 
     def module(name: str, seconds: float, *command: str) -> Part:
         return Part(name, ("-m", *command, "--result", "{result}"), seconds)
@@ -159,8 +183,8 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         arguments = [what, "--seconds", str(training), "--data", str(data), *more]
         arguments += ["--scale", "rehearsal" if small else "gpu"]
         arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
-        # to read the data, and to measure the time of an epoch or a round
-        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 20, after, resumable=True)
+        # to read the data, to choose algorithms, and to measure the time of an epoch or a round
+        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 45, after, shortest=60)
 
     def of_others(seconds: float) -> list[Part]:
         if not (places.network and places.lossless):
@@ -189,14 +213,13 @@ def plan(places: Places, *, small: bool) -> list[Part]:
     probes = module("probes", 60, "tools.gpu.probes")
     checks = [module(what, 90, "tools.gpu.checks", what) for what in ("memcheck", "racecheck", "profile")]
     if small:
-        digits = "bench/bench_step.py -k 'test_round and digits'"
+        digits = "bench/bench_step.py -k '(test_round or kernels) and digits'"
         parts = [
             versions,
             probes,
             pytest("tests", 60, "tests/test_losses.py -n 2 --dist worksteal"),
-            benchmark("rounds: digits", 60, digits, ("published", "ours", "floor")),
+            benchmark("rounds: digits", 60, f"{digits} --full", ("ours", "floor", "published")),
             *of_others(60),
-            module("kernels of a round", 60, "tools.gpu.kernel_times", "digits"),
             benchmark(
                 "operators, float32",
                 60,
@@ -207,28 +230,33 @@ def plan(places: Places, *, small: bool) -> list[Part]:
             checks[0],
         ]
         return [replace(part, seconds=REHEARSED) for part in parts]
+    workers = "-n 12 --dist worksteal --durations=8"
     pairs = {"ResNet-34 to ResNet-18": "resnet34", "ResNet-20": "cifar-resnet20"}
     steps = {name: f"bench/bench_step.py --full -k 'test_round and {words}'" for name, words in pairs.items()}
     large, thin = pairs
+    with_kernels = {name: words.replace("test_round", "(test_round or kernels)") for name, words in steps.items()}
     return [
         versions,
-        probes,
-        benchmark(f"rounds: {large}", 140, steps[large], ROUNDS),
-        benchmark(f"rounds: {thin}", 100, steps[thin], ROUNDS),
+        benchmark(f"rounds: {large}", 145, with_kernels[large], ROUNDS),
+        benchmark(f"rounds: {thin}", 130, with_kernels[thin], ROUNDS),
         *of_others(60),
-        module("kernels of a round", 40, "tools.gpu.kernel_times", "cifar-resnet34-resnet18"),
+        pytest("tests of rounds", 60, f"-m gpu tests/data tests/distillation tests/engine {workers}"),
         # what follows refines the record, in further calls
         operators("bfloat16"),
-        operators("float32"),
-        pytest("tests", 160, "-m gpu tests -n 12 --dist worksteal"),
-        benchmark(f"rounds, compiled: {large}", 150, steps[large], COMPILED),
+        pytest("tests of kernels", 130, f"-m gpu tests/kernels {workers}"),
         benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
-        benchmark(f"rounds, compiled: {thin}", 100, steps[thin], COMPILED),
+        probes,
+        operators("float32"),
+        benchmark(f"rounds, compiled: {large}", 170, steps[large], COMPILED, shortest=150),
+        benchmark(f"rounds, compiled: {thin}", 150, steps[thin], COMPILED, shortest=100),
         *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark(
-            "rounds: small pairs", 60, "bench/bench_step.py --full -k 'test_round and (digits or lenet5)'", ROUNDS
+            "rounds: small pairs",
+            90,
+            "bench/bench_step.py --full -k '(test_round or kernels) and (digits or lenet5)'",
+            ROUNDS,
         ),
-        benchmark("a round's parts", 90, steps[large], ("repaired", *PARTS, "ours")),
+        benchmark("a round's parts", 90, steps[large], ("ours", *PARTS)),
         benchmark("BatchNorm and what follows", 60, "bench/bench_step.py --full -k follows"),
         benchmark("data", 60, "bench/bench_data.py --full"),
         benchmark("views", 20, "bench/bench_augmentation.py --full"),
@@ -241,14 +269,14 @@ def plan(places: Places, *, small: bool) -> list[Part]:
 
 
 PARTS = (
+    "ours without cast_weights",
     "losses",
     "losses, folding",
     "losses, folding, merging",
     "losses, folding, merging, optimizers",
     "losses, folding, merging, optimizers, BatchNorm",
-    "ours, weights cast one by one",
 )
-"""Contenders with more and more parts of the engine."""
+"""Further contenders: the last ones, with more and more parts of the engine, run without a graph."""
 
 
 class State:
@@ -258,7 +286,10 @@ class State:
         self.path = kept / "parts.json"
         kept.mkdir(parents=True, exist_ok=True)
         written = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.outcomes = {name: Outcome(**outcome) for name, outcome in written.items()}
+        found = {name: Outcome(**outcome) for name, outcome in written.items()}
+        self.outcomes = {name: outcome for name, outcome in found.items() if outcome.is_of_this_device}
+        if others := {outcome.device for outcome in found.values() if not outcome.is_of_this_device}:
+            print(f"What was measured on {', '.join(sorted(others))} does not count on {device_name()}.")
 
     def status(self, part: Part) -> str:
         """Status of a part; empty if it was not started."""
@@ -272,10 +303,13 @@ class State:
         temporary.replace(self.path)
 
     def forget(self, parts: Sequence[Part], wanted: str, *, failed: bool) -> None:
-        """Mark parts to be run again: those whose names contain the words, and those that failed."""
+        """Mark parts to be run again: those whose names contain the words, and those that failed; of the latter
+        benchmarks measure what is missing."""
         for part in parts:
-            if (wanted and wanted in part.name) or (failed and self.status(part) == FAILED):
+            if wanted and wanted in part.name:
                 self.outcomes.pop(part.name, None)
+            elif failed and self.status(part) == FAILED:
+                self.outcomes[part.name].status = STOPPED
 
 
 def run_parts(
@@ -306,7 +340,7 @@ def run_parts(
 def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
     """Run a part within the remaining time, and return its outcome."""
     before = state.outcomes.get(part.name, Outcome(STOPPED))
-    outcome = Outcome(STOPPED, before.seconds, before.calls + 1)
+    outcome = Outcome(STOPPED, before.seconds, before.calls + 1, device=device_name())
     state.keep(part, outcome)  # so that a killed call counts, too
     print(f"{part.name} …", flush=True)
     logs = places.kept / "logs"
@@ -314,10 +348,11 @@ def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
     result = places.work / f"{part.slug}.result"
     result.parent.mkdir(exist_ok=True)
     result.unlink(missing_ok=True)
-    limit = left if part.resumable else min(left, PATIENCE * part.seconds)
+    limit = min(left, PATIENCE * part.seconds)
+    command = [*part.command, *(part.continued if before.calls else ())]
     started = time.monotonic()
-    with (logs / f"{part.slug}.log").open("w") as log:
-        code = _wait([word.replace("{result}", str(result)) for word in part.command], log, limit, places)
+    with (logs / f"{part.slug}.log").open("a" if before.calls else "w") as log:
+        code = _wait([word.replace("{result}", str(result)) for word in command], log, limit, places)
     outcome.seconds += time.monotonic() - started
     outcome.result = read_result(result)
     if code in (0, NOTHING_COLLECTED):
@@ -397,15 +432,16 @@ def _last_words(log: Path) -> str:
 
 
 def make_record(parts: Sequence[Part], state: State, places: Places, *, small: bool) -> records.Record:
-    """All measurements so far."""
-    benchmarks = [row for content in records.load_all(places.benchmarks).values() for row in content["benchmarks"]]
+    """All measurements so far on this device."""
+    measured = places.benchmarks / file_name()
+    benchmarks = records.load(measured) if measured.exists() else {}
     results = {part.name: state.outcomes[part.name] for part in parts if part.name in state.outcomes}
     checks: dict[str, str] = {}
     for name in ("versions", "probes"):
         found = results[name].result if name in results else None
         checks |= {key: words for key, words in (found or {}).items() if isinstance(words, str)}
     for name, outcome in results.items():
-        if name == "tests" or outcome.status == FAILED or isinstance(outcome.result, str):
+        if name.startswith("tests") or outcome.status == FAILED or isinstance(outcome.result, str):
             words = " ".join(filter(None, (_told(outcome.result), outcome.error)))
             checks[name] = f"failed: {words}" if outcome.status == FAILED else words
     versions = machine()
@@ -417,18 +453,35 @@ def make_record(parts: Sequence[Part], state: State, places: Places, *, small: b
         **({"rehearsal": True} if small else {}),
         "machine": versions,
         "checks": checks,
-        "teachers": [result for result in of_networks if "epochs" in result],
+        "teachers": [result for result in of_networks if _is_teacher(result)],
         "students": [result for result in of_networks if "teacher_accuracy" in result],
         "kernels": profiled if isinstance(profiled, list) else [],
-        "profiles": [result for result in of_networks if "kernel_milliseconds" in result],
+        "profiles": benchmarks.get("profiles", []),
         "seconds": sum(outcome.seconds for outcome in results.values()),
-        "benchmarks": benchmarks,
+        "benchmarks": benchmarks.get("benchmarks", []),
     }
+
+
+def _is_teacher(result: Any) -> bool:
+    return isinstance(result, dict) and "epochs" in result
+
+
+def with_earlier(record: records.Record, earlier: records.Record) -> records.Record:
+    """A record completed by what an earlier one of this device holds and it does not: by tasks, rounds and networks,
+    because figures of different calls are not compared."""
+    keys = {"benchmarks": "group", "profiles": "round", "students": "name", "teachers": "name", "kernels": "kernel"}
+    completed = dict(record)
+    for kind, key in keys.items():
+        known = {row[key] for row in record[kind]}
+        completed[kind] = [*record[kind], *(row for row in earlier.get(kind, []) if row[key] not in known)]
+    return completed
 
 
 def write_record(record: records.Record, folder: Path, *, small: bool) -> list[Path]:
     """Write JSON and Markdown; a rehearsal is marked as one, and is kept apart from the records."""
     path = folder / "rehearsal.json" if small else records.RESULTS / file_name()
+    if not small and path.exists():
+        record = with_earlier(record, records.load(path))
     records.save(path, record)
     tables = folder / "summary.md"
     tables.write_text(report.summary(record, path.name), encoding="utf-8")

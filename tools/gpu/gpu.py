@@ -39,7 +39,7 @@ GRACE = 20.0
 PATIENCE = 1.6
 """Multiple of a part's expected time after which it is stopped: it hangs, or the machine is slower than expected."""
 
-REHEARSED = 60.0
+REHEARSED = 90.0
 """Longest time of a part of a rehearsal on two cores."""
 
 CALLS = 6

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfad.copies import copy_network
 from dfad.engine import Engine
-from dfad.engine.calls import uncompiled
+from dfad.engine.compile import uncompiled
 from dfad.errors import first_line, name_of
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import parameter_count

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from dfad.engine.calls import replaced_call, uncompiled
+from dfad.engine.calls import replaced_call
+from dfad.engine.compile import uncompiled
 from dfad.engine.multi_tensor import copy_to_all
 from dfad.errors import ModelError
 from dfad.modes import BatchNorm

@@ -99,8 +99,8 @@ def count_batch(*norms: nn.BatchNorm2d) -> None:
 
 def fuse_batchnorm(
     network: nn.Module,
-    refine: Callable[[fx.GraphModule, Trace], object] = lambda *_: None,
     *,
+    refine: Callable[[fx.GraphModule, Trace], object] | None = None,
     smallest: int | None = None,
     parts: Parts = plain_parts,
 ) -> None:
@@ -121,8 +121,12 @@ def fuse_batchnorm(
         counted: list[nn.BatchNorm2d] = []
         for node in list(fused.graph.nodes):
             if node.op == "call_module" and str(node.target) in traced.replaceable and node.args:
-                _fuse(fused, node, smallest, counted)
-        refine(fused, traced)
+                norm = fused.get_submodule(str(node.target))
+                if type(norm) is nn.BatchNorm2d:
+                    made = functools.partial(FusedBatchNorm, norm, smallest=smallest, counted=counted)
+                    replace_with_following(fused, node, node.args[0], made, "fused")
+        if refine is not None:
+            refine(fused, traced)
         call_rewritten(traced, fused, in_training=True, counted=counted)
 
 
@@ -180,16 +184,23 @@ def call_rewritten(
     replace_call(network, call)
 
 
-def _fuse(fused: fx.GraphModule, norm: fx.Node, smallest: int, counted: list[nn.BatchNorm2d]) -> None:
-    """Replace a node of a BatchNorm and what follows it; leave other nodes."""
-    module = fused.get_submodule(str(norm.target))
-    if type(module) is not nn.BatchNorm2d:
-        return
-    nodes, residual, slope = following(fused, norm)
-    name = f"fused_{norm.name}"
-    fused.add_submodule(name, FusedBatchNorm(module, slope, smallest, counted))
+def replace_with_following(
+    fused: fx.GraphModule, first: fx.Node, source: Any, made: Callable[[float], nn.Module], prefix: str
+) -> None:
+    """Replace a node, and the addition and the activation after it, by one module.
+
+    Args:
+        fused: the graph.
+        first: the node.
+        source: the first input of the module; the second is the residual, or None.
+        made: makes the module for the activation's negative slope.
+        prefix: of the module's name.
+    """
+    nodes, residual, slope = following(fused, first)
+    name = f"{prefix}_{first.name}"
+    fused.add_submodule(name, made(slope))
     with fused.graph.inserting_before(nodes[-1]):
-        nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (norm.args[0], residual)))
+        nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (source, residual)))
     for node in reversed(nodes):
         fused.graph.erase_node(node)
 

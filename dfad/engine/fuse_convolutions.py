@@ -42,7 +42,8 @@ def fuse_convolutions(network: nn.Module, *, smallest: int | None = None, parts:
         parts: finds the plain ones.
     """
     if any(parameter.requires_grad for parameter in network.parameters()):
-        fuse_batchnorm(network, functools.partial(_chain, learns=True), smallest=smallest, parts=parts)
+        refine = functools.partial(_chain, learns=True)
+        fuse_batchnorm(network, refine=refine, smallest=smallest, parts=parts)
         return
     for traced in parts(network, training=False):
         fused = Rewriting(traced)

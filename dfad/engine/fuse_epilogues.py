@@ -1,11 +1,20 @@
 """What follows a convolution of a frozen network, as one pass: BatchNorm in eval mode or a bias, the
 addition of a shortcut, and a (leaky) ReLU. A part of ``engine.fuse_batchnorm``."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import Rewriting, call_rewritten, following, say_once, without_identities
+from dfad.engine.fuse_batchnorm import (
+    Rewriting,
+    call_rewritten,
+    following,
+    replace_with_following,
+    say_once,
+    without_identities,
+)
 from dfad.engine.tracing import Parts, plain_parts
 from dfad_kernels import frozen_batch_norm
 from dfad_kernels.registration import compute_dtype
@@ -109,7 +118,7 @@ def _replace_all(fused: fx.GraphModule, replaceable: frozenset[str], takes_biase
             continue
         module, source = fused.get_submodule(str(node.target)), node.args[0]
         if type(module) is nn.BatchNorm2d and module.running_mean is not None:
-            _replace(fused, node, source, module, None)
+            replace_with_following(fused, node, source, partial(FusedEpilogue, module, None), "epilogue")
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
             on_gpu = module.weight.device.type == "cuda"
             nodes, residual, _ = following(fused, node)
@@ -120,17 +129,4 @@ def _replace_all(fused: fx.GraphModule, replaceable: frozenset[str], takes_biase
                 fused.add_submodule(name, Unbiased(module))
                 with fused.graph.inserting_before(node):
                     source = fused.graph.call_module(name, node.args)
-                _replace(fused, node, source, None, module.bias)
-
-
-def _replace(
-    fused: fx.GraphModule, first: fx.Node, source: object, norm: nn.BatchNorm2d | None, bias: Tensor | None
-) -> None:
-    """Replace a node and what follows it by one operation on ``source``."""
-    nodes, residual, slope = following(fused, first)
-    name = f"epilogue_{first.name}"
-    fused.add_submodule(name, FusedEpilogue(norm, bias, slope))
-    with fused.graph.inserting_before(nodes[-1]):
-        nodes[-1].replace_all_uses_with(fused.graph.call_module(name, (source, residual)))  # type: ignore[arg-type]
-    for node in reversed(nodes):
-        fused.graph.erase_node(node)
+                replace_with_following(fused, node, source, partial(FusedEpilogue, None, module.bias), "epilogue")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.copies import in_float32
-from dfad.engine.calls import compile_call, present_call, replace_call, replaced_call
+from dfad.engine.calls import present_call, replace_call, replaced_call
 from dfad.engine.cast_weights import cast_in, cast_weights
 from dfad.engine.channels_last import to_channels_last
 from dfad.engine.comparison import REWRITING, Comparison
+from dfad.engine.compile import compile_call
 from dfad.engine.distributed import require_reachable
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.engine.fuse_batchnorm import fuse_batchnorm
@@ -127,8 +128,8 @@ class Placement:
         if "fuse_convolutions" in parts:
             fuse_convolutions(network, smallest=smallest, parts=plain_parts)
         elif "fuse_batchnorm" in parts and self.learns:
-            refine = [cast_in] * ("cast_weights" in parts)
-            fuse_batchnorm(network, *refine, smallest=smallest, parts=plain_parts)
+            refine = cast_in if "cast_weights" in parts else None
+            fuse_batchnorm(network, refine=refine, smallest=smallest, parts=plain_parts)
         elif "fuse_batchnorm" in parts:
             fuse_epilogues(network, parts=plain_parts)
         elif "cast_weights" in parts:

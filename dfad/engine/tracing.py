@@ -7,7 +7,6 @@ change buffers, count calls or switch gradients off.
 
 import copy
 import operator
-import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -23,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from dfad.copies import copy_network
 from dfad.engine import internals
 from dfad.engine.calls import replaced_call
+from dfad.engine.side_effects import Snapshot, own_buffers, own_parameters
 from dfad.errors import ModelError, first_line, name_of
 from dfad.modes import evaluating
 from dfad.modes import training as in_training
@@ -269,12 +268,12 @@ class _Refusal(Exception):
 
 def _graph(scratch: nn.Module) -> fx.Graph:
     tracer = _Tracer()
-    before = _Snapshot.of(scratch)
+    before = Snapshot.of(scratch)
     try:
         graph = tracer.trace(scratch)
     except Exception as error:  # tracing runs user code on proxies, which may fail in any way
         raise _Refusal(tracer.reason or f"it cannot be traced by torch.fx ({_said(error)})") from error
-    reason = tracer.reason or before.difference(_Snapshot.of(scratch))
+    reason = tracer.reason or before.difference(Snapshot.of(scratch))
     if reason:
         raise _Refusal(reason)
     if _context() != tracer.context:
@@ -298,16 +297,6 @@ def _replaceable(network: nn.Module, graph: fx.Graph) -> frozenset[str]:
         for name, count in calls.items()
         if count == 1 and name not in owners and all(uses[id(tensor)] == 1 for tensor in _own_tensors(modules[name]))
     )
-
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of a module itself, under each of their names; whatever its class makes of such questions."""
-    return dict(nn.Module.named_parameters(module, recurse=False, remove_duplicate=False))
-
-
-def own_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Likewise."""
-    return dict(nn.Module.named_buffers(module, recurse=False, remove_duplicate=False))
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
@@ -368,98 +357,3 @@ class _StandIn(fx.Proxy):
             tracer = object.__getattribute__(self, "tracer")
             tracer.refuse(f"its forward pass tests the type of a value (in {frame.f_code.co_name})")
         return _StandIn
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """State that a forward pass may change besides its result."""
-
-    draws: Any
-    attributes: dict[str, Any]
-
-    @classmethod
-    def of(cls, network: nn.Module) -> "_Snapshot":
-        return cls(_random_state(), {name: _attributes(module) for name, module in network.named_modules()})
-
-    def difference(self, after: "_Snapshot") -> str | None:
-        if self.draws != after.draws:
-            return "its forward pass draws random numbers in Python"
-        if self.attributes.keys() != after.attributes.keys():
-            return "its forward pass changes its modules"
-        for path, before in self.attributes.items():
-            now = after.attributes[path]
-            changed = [key for key in (*before, *now) if before.get(key) != now.get(key)]
-            if changed:
-                return f"its forward pass changes {f'{path}.' if path else ''}{changed[0]}"
-        return None
-
-
-def _random_state() -> tuple[Any, ...]:
-    _, keys, *position = np.random.get_state()  # noqa: NPY002 the stream that networks draw from
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    streams = (state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda))
-    return random.getstate(), np.asarray(keys).tobytes(), *position, *streams
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module and values of its class, in a form that can be compared."""
-    own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
-    classes = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
-    shared = {
-        key: value
-        for kind in classes
-        for key, value in vars(kind).items()
-        if isinstance(value, (int, float, str, list, dict, set, Tensor))
-    }
-    children = dict(nn.Module.named_children(module))
-    named = {**shared, **own, **own_parameters(module), **own_buffers(module), **children}
-    return {key: _fingerprint(value, 3) for key, value in named.items()}
-
-
-class _Same:
-    """A value that is compared by identity; the reference keeps its address from being reused."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_SCALARS = (type(None), bool, int, float, complex, str, bytes)
-
-
-def _fingerprint(value: Any, depth: int) -> Any:
-    if type(value) in _SCALARS:  # most values of most modules
-        return type(value), repr(value)
-    if isinstance(value, fx.Proxy):  # before it is asked for its type
-        return _Same(value)
-    if isinstance(value, _SCALARS):
-        return type(value), repr(value)
-    if isinstance(value, (list, tuple)) and depth:
-        return type(value), [_fingerprint(entry, depth - 1) for entry in value]
-    if isinstance(value, (set, frozenset)):
-        return type(value), sorted(map(repr, value))
-    return _Same(value), _content(value, depth)
-
-
-def _content(value: Any, depth: int) -> Any:
-    if isinstance(value, Tensor):
-        return internals.version(value)
-    if isinstance(value, (nn.Module, type)):
-        return None
-    if isinstance(value, dict):
-        entries = value.items() if depth else ()
-        return [(_fingerprint(key, 0), _fingerprint(entry, depth - 1)) for key, entry in entries]
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    attributes = getattr(value, "__dict__", None)
-    return _content(attributes, depth - 1) if isinstance(attributes, dict) and depth else None

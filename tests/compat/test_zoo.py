@@ -22,7 +22,8 @@ from dfad.copies import copy_network
 from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
-from dfad.engine.calls import replaced_call, uncompiled
+from dfad.engine.calls import replaced_call
+from dfad.engine.compile import uncompiled
 from dfad.engine.placement import Placement
 from dfad.errors import ConfigurationError
 from dfad.models.probing import as_outputs

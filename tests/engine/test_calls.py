@@ -1,14 +1,13 @@
 """Calls that stand in for a network's own."""
 
 import copy
-import inspect
 import io
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
-from dfad.engine.calls import CHECKED_WITH, compile_call, present_call, replace_call, replaced_call, uncompiled
+from dfad.engine.calls import CHECKED_WITH, present_call, replace_call, replaced_call
 
 
 def test_the_private_attribute_is_the_one_that_was_checked():
@@ -55,33 +54,3 @@ def test_a_version_without_it_says_so(monkeypatch):
     replace_call(network, None)
     with pytest.raises(RuntimeError, match="has no place for a call that replaces a network's own.*--no-fused"):
         replace_call(network, abs)
-
-
-def test_what_was_compiled_is_found():
-    network = nn.Identity()
-    assert uncompiled(torch.compile(network, backend="eager")) is network
-    assert uncompiled(network) is network
-
-
-@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="PyTorch has none")
-def test_every_network_of_a_long_lived_process_is_compiled():
-    compiled = []
-
-    def backend(graph: fx.GraphModule, _: object) -> object:
-        compiled.append(graph)
-        return graph.forward
-
-    class Net(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.layer = nn.Linear(2, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x).relu()
-
-    count = 2 * torch._dynamo.config.recompile_limit
-    for width in range(1, count + 1):
-        network = Net(width)
-        compile_call(network, dynamic=False, fullgraph=True, backend=backend)
-        network(torch.ones(3, 2))
-    assert len(compiled) == count

@@ -191,7 +191,7 @@ def test_together_with_fused_batchnorms(monkeypatch) -> None:
     network = models.resnet20().to(memory_format=torch.channels_last)
     fused = copy.deepcopy(network)
     fuse_batchnorm(fused)
-    fuse_batchnorm(network, cast_in)
+    fuse_batchnorm(network, refine=cast_in)
     with Casts() as casts:
         found = a_step(network, images())
     assert casts.together == 2

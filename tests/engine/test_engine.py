@@ -17,7 +17,7 @@ from dfad.distillation.distiller import Distiller
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.round import STREAMS_OF_A_ROUND
 from dfad.engine import Engine, choose_device
-from dfad.engine.calls import compile_call
+from dfad.engine.compile import compile_call
 from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward

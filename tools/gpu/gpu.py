@@ -184,7 +184,9 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         arguments += ["--scale", "rehearsal" if small else "gpu"]
         arguments += ["--kept", str(places.kept), "--work", str(places.work), "--result", "{result}"]
         # to read the data, to choose algorithms, and to measure the time of an epoch or a round
-        return Part(name, ("-m", "tools.gpu.campaign", *arguments), seconds + 45, after, shortest=60)
+        expected = seconds + 45
+        # checkpoints stay on the machine, and the next call may have another
+        return Part(name, ("-m", "tools.gpu.campaign", *arguments), expected, after, shortest=expected)
 
     def of_others(seconds: float) -> list[Part]:
         if not (places.network and places.lossless):
@@ -242,14 +244,14 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         *of_others(60),
         pytest("tests of rounds", 60, f"-m gpu tests/data tests/distillation tests/engine {workers}"),
         # what follows refines the record, in further calls
-        operators("bfloat16"),
         pytest("tests of kernels", 130, f"-m gpu tests/kernels {workers}"),
+        operators("bfloat16"),
+        *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
         probes,
         operators("float32"),
         benchmark(f"rounds, compiled: {large}", 170, steps[large], COMPILED, shortest=150),
         benchmark(f"rounds, compiled: {thin}", 150, steps[thin], COMPILED, shortest=100),
-        *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark(
             "rounds: small pairs",
             90,
@@ -500,6 +502,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="run every part for seconds, on any machine")
     parser.add_argument("--retry", action="store_true", help="run failed parts again")
     parser.add_argument("--again", default="", metavar="TEXT", help="run parts again whose names contain this text")
+    parser.add_argument("--only", default="", metavar="TEXT,…", help="run parts alone whose names contain one of these")
     parser.add_argument("--list", action="store_true", help="print the parts and their status, and stop")
     return parser.parse_args(arguments)
 
@@ -542,7 +545,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return paths
 
     try:
-        lines += run_parts(parts, state, places, command.budget, written)
+        chosen = [part for part in parts if any(text in part.name for text in command.only.split(","))]
+        lines += run_parts(chosen, state, places, command.budget, written)
     except KeyboardInterrupt:
         lines.append("Stopped by a signal.")
     paths = written()

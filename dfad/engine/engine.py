@@ -180,8 +180,8 @@ class Engine:
             if self.device.type == "cuda":
                 stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
                 torch.backends.cudnn.benchmark = self.fused  # shapes never change
-            if self.precision == "tf32":
-                stack.enter_context(float32_products("tf32"))
+                # by default cuDNN's convolutions are TF32, also for a network that must not be rounded so
+                stack.enter_context(float32_products("tf32" if self.precision == "tf32" else "ieee"))
             if self.keep_memory:
                 stack.enter_context(keep_memory())
             stack.callback(self.forget_graphs)

@@ -50,8 +50,10 @@ class TestFlags:
 
     def test_are_those_that_the_configuration_asks_for(self):
         before = flags()
-        with gpu_engine("float32", fused=False).running():
-            assert flags() == (False, *before[1:])
+        for precision in ("float32", "bfloat16"):  # in which some networks are left in float32
+            with gpu_engine(precision, fused=False).running():
+                assert flags() == (False, "ieee", "ieee")
+            assert flags() == before
         with Engine(EngineConfig(precision="float32"), fused=True, device=CPU).running():
             assert flags() == before
 

@@ -146,7 +146,11 @@ class CapturedRound:
                     f"engine.cuda_graph is on, but the round cannot be captured: {reason}. Leave it on auto, or switch "
                     "it off."
                 ) from cause
-            log.warning("Without a CUDA graph: the round cannot be captured: %s.", reason)
+            log.warning(
+                "Without a CUDA graph: the round cannot be captured: %s. With --engine.cuda_graph off, what gains only "
+                "in a graph is left out as well.",
+                reason,
+            )
         else:
             self.graph = graph
             log.info("The round is captured as a CUDA graph.")

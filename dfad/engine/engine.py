@@ -80,13 +80,13 @@ class Engine:
         self.fold_batchnorm = self._admit("fold_batchnorm", config.fold_batchnorm)
         self.merge_upsampling = self._admit("merge_upsampling", config.merge_upsampling)
         self.compile = self._admit("compile", config.compile)
+        self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         self.fuse_batchnorm = self._admit("fuse_batchnorm", config.fuse_batchnorm, self._check_fuse_batchnorm)
         self.cast_weights = self._admit("cast_weights", config.cast_weights, self._check_cast_weights)
         self.fuse_convolutions = self._admit(
             "fuse_convolutions", config.fuse_convolutions, self._check_fuse_convolutions
         )
         self.keep_memory = self._admit("keep_memory", config.keep_memory, self._check_keep_memory)
-        self.cuda_graph = self._admit("cuda_graph", config.cuda_graph, self._check_cuda_graph)
         self.two_streams = self._admit("two_streams", config.two_streams, self._check_two_streams)
         self._streams = TwoStreams(device) if self.two_streams else None
         # dynamic loss scale, on the device; both networks share it, so that an overflow in one affects both
@@ -111,6 +111,8 @@ class Engine:
     def _check_fuse_batchnorm(self) -> None:
         if self.compile:
             raise Unavailable("engine.compile is on, and fuses them in its own way")
+        if self.device.type == "cuda" and not self.cuda_graph and self.config.fuse_batchnorm == "auto":
+            raise Unavailable("without engine.cuda_graph its kernels take longer to launch than they save")
         try:
             kernel_name(self.device)
         except RuntimeError as error:

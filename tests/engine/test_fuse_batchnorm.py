@@ -182,6 +182,21 @@ def test_a_gpu_has_it_too_but_no_convolutions():
     assert not engine.fuse_convolutions
 
 
+@interpreted
+def test_a_gpu_has_it_only_with_a_graph_unless_it_is_asked_for(caplog):
+    caplog.set_level(logging.INFO)
+    for switch in ("auto", "on"):
+        engine = Engine(
+            EngineConfig(cuda_graph="off", fuse_batchnorm=switch, precision="float32"),
+            fused=True,
+            device=torch.device("cuda"),
+        )
+        assert engine.fuse_batchnorm == (switch == "on")
+    assert [message for message in caplog.messages if "fuse_batchnorm" in message] == [
+        "Without engine.fuse_batchnorm: without engine.cuda_graph its kernels take longer to launch than they save."
+    ]
+
+
 def test_the_generator(calls):
     torch.manual_seed(0)
     generator = channels_last(Generator((3, 16, 16), noise_dim=8, width=4))

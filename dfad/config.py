@@ -125,6 +125,11 @@ class ActivationConfig:
         not_negative(weight=self.weight, generator_weight=self.generator_weight)
         positive(margin=self.margin)
 
+    @property
+    def used(self) -> bool:
+        """Whether it is a term of either loss."""
+        return bool(self.weight or self.generator_weight)
+
 
 @dataclass(frozen=True)
 class FeatureMatchingConfig:
@@ -312,13 +317,12 @@ class MethodConfig:
     @property
     def uses_taps(self) -> bool:
         """Whether a loss reads the taps of both networks."""
-        return bool(self.activation.weight or self.activation.generator_weight or self.feature_matching.weight)
+        return self.activation.used or self.feature_matching.weight > 0
 
     @property
     def needs_taps(self) -> bool:
         """Whether taps that do not pair are an error."""
-        matching = self.feature_matching.weight and self.feature_matching.unpaired == "error"
-        return bool(self.activation.weight or self.activation.generator_weight or matching)
+        return self.activation.used or (self.feature_matching.weight > 0 and self.feature_matching.unpaired == "error")
 
     @property
     def images_per_round(self) -> int:

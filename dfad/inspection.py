@@ -1,15 +1,13 @@
 """Inspection of a teacher before a run: its images, parts and taps, suitable students, and the next command."""
 
 import copy
-import inspect
 import json
 import logging
 import re
 import shlex
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +15,27 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfad import models
 from dfad.config import EngineConfig, TeacherConfig
 from dfad.copies import in_float32
+from dfad.distillation.estimate import median_seconds
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.distillation.preflight import require_finite, usable_answers
-from dfad.engine import Engine, wait_for
+from dfad.engine import Engine
 from dfad.errors import name_of
 from dfad.models.anatomy import (
     Tap,
     activations_of,
+    are_own,
     batchnorms_of,
     boundary_of,
     candidate_taps,
     has_boundary,
-    names_of_own_taps,
     norms_of,
-    paired,
 )
-from dfad.models.factory import build
 from dfad.models.hubs import hub_of
 from dfad.models.probing import dry_forward, is_script, parameter_count
 from dfad.models.sources import Loaded, load, shape_of
+from dfad.models.students import Student, suitable_students
 from dfad.modes import BatchNorm, evaluating
 
 BATCH_SIZE = 32
@@ -46,29 +43,8 @@ BATCH_SIZE = 32
 
 TIMED_BATCHES = 3
 
-TRIED, SHOWN = 24, 3
-"""Limits: networks of the same family to build and count, and students to show."""
-
 ACTIVATION_WEIGHT = 0.1
 """The weight of the recipe; see docs/experiments.md."""
-
-
-@dataclass(frozen=True)
-class Student:
-    """A smaller network for the same images and the same number of classes."""
-
-    source: str
-    kwargs: dict[str, Any]
-    parameters: int
-    taps: list[str]
-    """Names of the taps that pair with the teacher's; empty if none do, or if the network returns its own."""
-    teacher_taps: list[str]
-    fit: str
-    """A description of how its taps fit the teacher's."""
-    pairs: bool
-    """Whether the taps can be compared as they are returned."""
-    boundary: bool
-    """Whether the activation regularizer has a boundary to compare in them."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +110,10 @@ def inspection(
     classes = dry_forward(network, shape).logits.shape[1]
     activations, norms, statistics = activations_of(network), norms_of(network), batchnorms_of(network)
     taps = candidate_taps(network, shape)
-    own_taps = bool(taps) and taps[0].own
     boundary = has_boundary(activations)
-    students = list(_students(source, loaded, shape, classes, taps, own_taps, boundary))
-    named_taps = [] if own_taps or loaded.exported or not (boundary or statistics) else [tap.name for tap in taps]
+    students = suitable_students(source, network, shape, classes, taps, boundary=boundary)
+    hidden = loaded.exported or are_own(taps)
+    named_taps = [] if hidden or not (boundary or statistics) else [tap.name for tap in taps]
     parts, reasons = _engine(network, shape, device)
     mean, std = config.mean or loaded.images.mean, config.std or loaded.images.std
     flops, seconds = _cost(network, shape, device, timed=timed)
@@ -256,120 +232,10 @@ def _cost(network: nn.Module, shape: tuple[int, int, int], device: torch.device,
     with evaluating(network), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             forward(1)
-        return counter.get_total_flops(), _seconds(lambda: forward(BATCH_SIZE), device) if timed else 0.0
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    seconds = []
-    for _ in range(TIMED_BATCHES + 1):
-        started = time.perf_counter()
-        work()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds[1:])[TIMED_BATCHES // 2]
-
-
-def _students(
-    source: str,
-    loaded: Loaded,
-    shape: tuple[int, int, int],
-    classes: int,
-    taps: Sequence[Tap],
-    own_taps: bool,
-    boundary: bool,
-) -> Iterator[Student]:
-    largest = parameter_count(loaded.network)
-    shown = 0
-    for candidate, kwargs in _candidates(source, loaded.network, shape, classes):
-        try:
-            network = build(candidate, kwargs)
-            count = parameter_count(network)
-            if count >= largest or dry_forward(network, shape).logits.shape[1] != classes:
-                continue
-            student_taps = candidate_taps(network, shape)
-            if len(paired(taps, student_taps)) < len(student_taps) and (names := names_of_own_taps(network)):
-                named = zip(student_taps, names, strict=True)
-                student_taps = [replace(tap, name=name, found="found in the graph") for tap, name in named]
-        except Exception:  # a network may raise anything for such images
-            continue
-        yield _student(candidate, kwargs, count, taps, student_taps, own_taps, boundary)
-        shown += 1
-        if shown == SHOWN:
-            return
-
-
-def _student(
-    source: str,
-    kwargs: dict[str, Any],
-    count: int,
-    taps: Sequence[Tap],
-    student_taps: Sequence[Tap],
-    own_taps: bool,
-    boundary: bool,
-) -> Student:
-    pairs = paired(taps, student_taps)
-    student_own = bool(student_taps) and student_taps[0].own
-    if not pairs:
-        reason = "no tap of its has the resolution of one of the teacher's"
-        return Student(source, kwargs, count, [], [], reason, pairs=False, boundary=False)
-    same = all(one.shape == other.shape for one, other in pairs)
-    sizes = ", ".join(f"{one.shape[1]}×{one.shape[2]}" for one, _ in pairs)
-    fit = f"{len(pairs)} taps of the same resolution ({sizes})"
-    fit += ", of the same width" if same else "; 1×1 connectors to the teacher's width"
-    all_match = (not own_taps or len(pairs) == len(taps)) and (not student_own or len(pairs) == len(student_taps))
-    if not all_match:
-        fit += "; others that a network returns itself have no partner, so that none can be used"
-    names = [] if student_own else [other.name for _, other in pairs]
-    teacher_names = [] if own_taps else [one.name for one, _ in pairs]
-    return Student(source, kwargs, count, names, teacher_names, fit, pairs=all_match, boundary=all_match and boundary)
-
-
-def _candidates(
-    source: str, teacher: nn.Module, shape: tuple[int, int, int], classes: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Networks that could be students, of the same family first, the largest first."""
-    found = hub_of(source)
-    if found is not None:
-        hub, name = found
-        relatives = [other for other in hub.names() if _family(other) == _family(name) and other != name]
-        prefix = source.partition(":")[0]
-        counted = []
-        for other in sorted(relatives, key=len)[:TRIED]:
-            kwargs: dict[str, Any] = {"num_classes": classes}
-            if shape[0] != 3 and prefix == "timm":
-                kwargs["in_chans"] = shape[0]
-            with torch.device("meta"):
-                try:
-                    counted.append((parameter_count(build(f"{prefix}:{other}", kwargs)), other, kwargs))
-                except Exception:  # a network that cannot be built on the meta device, or with these arguments
-                    continue
-        own = parameter_count(_on_meta(source, classes)) if counted else 0
-        smaller = [entry for entry in sorted(counted, key=lambda entry: -entry[0]) if entry[0] < 0.9 * own]
-        yield from ((f"{prefix}:{other}", kwargs) for _, other, kwargs in smaller)
-    yield from _own_candidates(teacher, shape, classes)
-
-
-def _own_candidates(teacher: nn.Module, shape: tuple[int, int, int], classes: int) -> list[tuple[str, dict[str, Any]]]:
-    """Those of :mod:`dfad.models`: of the teacher's class first."""
-    offered = {"num_classes": classes, "in_channels": shape[0]}
-    found = []
-    for name in models.__all__:
-        parameters = inspect.signature(getattr(models, name)).parameters
-        kwargs = {key: value for key, value in offered.items() if key in parameters}
-        with torch.device("meta"):
-            network = build(name, kwargs)
-        found.append((name_of(network) != name_of(teacher), -parameter_count(network), name, kwargs))
-    return [(name, kwargs) for *_, name, kwargs in sorted(found, key=lambda entry: entry[:3])]
-
-
-def _family(name: str) -> str:
-    """The part of a name before its first digit."""
-    return re.split(r"\d", name.partition(".")[0], maxsplit=1)[0]
-
-
-def _on_meta(source: str, classes: int) -> nn.Module:
-    with torch.device("meta"):
-        return build(source, {"num_classes": classes})
+        if not timed:
+            return counter.get_total_flops(), 0.0
+        forward(BATCH_SIZE)  # libraries choose their algorithms at the first call
+        return counter.get_total_flops(), median_seconds(lambda: forward(BATCH_SIZE), device, TIMED_BATCHES)
 
 
 def _limits(

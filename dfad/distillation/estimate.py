@@ -53,11 +53,11 @@ def _measured(distiller: Distiller) -> Estimate:
     total_flops, flops_per_round = count_flops(distiller)
     warm_up_seconds = 0.0
     if method.warm_up:
-        warm_up_seconds = method.warm_up * _seconds(distiller.round.warm_up, distiller.device)
+        warm_up_seconds = method.warm_up * median_seconds(distiller.round.warm_up, distiller.device, TIMED_ROUNDS)
     peak_memory = _peak_memory(distiller)
     for _ in range(WARM_UP_ROUNDS):
         distiller.round.run(0.0)
-    seconds_per_round = _seconds(lambda: distiller.round.run(0.0), distiller.device)
+    seconds_per_round = median_seconds(lambda: distiller.round.run(0.0), distiller.device, TIMED_ROUNDS)
     return Estimate(
         teacher_parameters=distiller.teacher.parameter_count,
         student_parameters=parameter_count(distiller.student),
@@ -87,16 +87,22 @@ def _flops(work: Callable[[], object]) -> int:
     return flops.get_total_flops() + chained_flops() - chained
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the median of a few."""
+def median_seconds(work: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds of one call: the median of a few.
+
+    Args:
+        work: computes on the device.
+        device: for whose work each call is waited.
+        calls: number of calls.
+    """
     seconds = []
-    for _ in range(TIMED_ROUNDS):
+    for _ in range(calls):
         wait_for(device)
         started = time.perf_counter()
         work()
         wait_for(device)
         seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[TIMED_ROUNDS // 2]
+    return sorted(seconds)[calls // 2]
 
 
 def _peak_memory(distiller: Distiller) -> int:

@@ -11,7 +11,7 @@ from dfad.engine import Engine
 from dfad.engine.compile import uncompiled
 from dfad.errors import first_line, name_of
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import parameter_count
+from dfad.models.probing import parameter_count, random_images
 from dfad.models.taps import BatchNormTaps, Outputs, has_batchnorm
 from dfad.modes import BatchNorm, set_mode
 from dfad.seeds import random_state_kept
@@ -101,8 +101,7 @@ def _measured(teacher: nn.Module, image_shape: tuple[int, int, int] | None) -> B
         measured = hooked = BatchNormTaps(teacher, traced=False)
     if image_shape is None:
         return measured
-    device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    images = random_images(teacher, image_shape)
     with torch.no_grad():
         results = []
         for network in (measured, hooked):

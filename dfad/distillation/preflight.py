@@ -16,7 +16,7 @@ from dfad.copies import copy_network
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
-from dfad.models.probing import dry_forward, images_taken, parameter_count, require_same_classes
+from dfad.models.probing import dry_forward, images_taken, parameter_count, random_images, require_same_classes
 from dfad.models.taps import Outputs
 from dfad.modes import evaluating
 from dfad.seeds import random_state_kept
@@ -136,10 +136,9 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
     """The outputs of a teacher for two random images, in eval mode.
 
     Raises:
-        ModelError: if it is NaN or infinite, or no gradient reaches the images.
+        ModelError: if logits are NaN or infinite, or no gradient reaches the images.
     """
-    device = next(teacher.parameters(), torch.empty(0)).device
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    images = random_images(teacher, image_shape).requires_grad_()
     reason = "its logits carry none"
     with evaluating(teacher), torch.enable_grad(), random_state_kept():
         outputs = as_outputs(teacher(images.clone()))  # not a leaf: networks may write into their images
@@ -171,10 +170,8 @@ def usable_answers(teacher: nn.Module, image_shape: tuple[int, int, int]) -> Out
 
 
 def _taps_for_noise(student: nn.Module, image_shape: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    device = next(student.parameters(), torch.empty(0)).device
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with evaluating(student), torch.no_grad(), random_state_kept():
-        return as_outputs(student(images)).taps
+        return as_outputs(student(random_images(student, image_shape))).taps
 
 
 def _without_zeros(student: nn.Module) -> nn.Module:

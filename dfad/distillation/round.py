@@ -65,55 +65,14 @@ class Round:
         self.config = config
         self.engine = engine
         self.device = engine.device
+        self.ranks = engine.ranks
         self.image_shape = image_shape
-        method = config.method
-        uses_taps = bool(method.activation.weight or method.activation.generator_weight)
-        as_computed = in_float32(student, copied=True)
-        teacher_outputs, student_outputs = check_networks(teacher, as_computed, image_shape, uses_taps=uses_taps)
-        _check_factory(as_computed, config.student, image_shape)
-        self.matches_statistics = _matches_statistics(method, teacher)
-        if uses_taps and not has_boundary(activations := activations_of(teacher)):
-            log.warning("About the teacher's activation boundary: %s.", boundary_of(activations))
+        teacher_outputs, student_outputs = self._check(teacher, student)
         with seeded(stream_seed(config.seed, "generator")):
             generator = self._new_generator()
-            connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
-        self.matches_features = bool(method.feature_matching.weight) and isinstance(connectors, Connectors)
-        self.ranks = engine.ranks
-        self.ranks.require_divides("method.batch_size", method.batch_size)
-        size = method.batch_size // self.ranks.count
-        self.teacher = FrozenTeacher(teacher, engine, image_shape, size)
-        if self.matches_statistics and not self.teacher.norms:
-            raise ModelError(
-                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but a forward pass of "
-                f"{name_of(teacher)} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
-            )
-        self.placement = Placement(
-            engine, student, role="student", input_shape=image_shape, batch_size=size, read=as_outputs
-        )
-        self.generator = engine.place(
-            generator,
-            role="generator",
-            input_shape=(config.generator.noise_dim,),
-            batch_size=size,
-            changes={"merge_upsampling": merge_upsampling},
-        )
-        self.connectors = connectors
-        for connector in connectors.modules():
-            if isinstance(connector, nn.Sequential):
-                engine.place(connector, role="connector")
-        self.image_bank = (
-            ImageBank(method.image_bank.size, image_shape, self.device) if method.image_bank.size else None
-        )
-        try:
-            self.student = self.placement.take()
-            self.student_optimizer = engine.optimizer(
-                config.optimizer.student, [*student.parameters(), *connectors.parameters()]
-            )
-            self.generator_optimizer = engine.optimizer(config.optimizer.generator, generator.parameters())
-        except BaseException:
-            self.placement.give_back()
-            raise
-
+            self.connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
+        self.matches_features = bool(config.method.feature_matching.weight) and isinstance(self.connectors, Connectors)
+        self._place(teacher, student, generator)
         self._define_losses()
         self._define_streams()
 
@@ -282,6 +241,52 @@ class Round:
         """This rank's share of the noise of a step, which all draw from one stream."""
         return self.ranks.share(self.sample_noise(self.config.method.batch_size))
 
+    def _check(self, teacher: nn.Module, student: nn.Module) -> tuple[Outputs, Outputs]:
+        """Check what can be known before anything is placed; returns the outputs of both for blank images."""
+        method = self.config.method
+        as_computed = in_float32(student, copied=True)
+        outputs = check_networks(teacher, as_computed, self.image_shape, uses_taps=method.activation.used)
+        _check_factory(as_computed, self.config.student, self.image_shape)
+        self.matches_statistics = _matches_statistics(method, teacher)
+        if method.activation.used and not has_boundary(activations := activations_of(teacher)):
+            log.warning("About the teacher's activation boundary: %s.", boundary_of(activations))
+        return outputs
+
+    def _place(self, teacher: nn.Module, student: nn.Module, generator: Generator) -> None:
+        """Place the networks, and make the image bank and the optimizers."""
+        config, method, engine = self.config, self.config.method, self.engine
+        self.ranks.require_divides("method.batch_size", method.batch_size)
+        size = method.batch_size // self.ranks.count
+        self.teacher = FrozenTeacher(teacher, engine, self.image_shape, size)
+        if self.matches_statistics and not self.teacher.norms:
+            raise ModelError(
+                f"method.regularizers.batchnorm is {method.regularizers.batchnorm}, but a forward pass of "
+                f"{name_of(teacher)} calls none of its BatchNorms. Set --method.regularizers.batchnorm 0."
+            )
+        self.placement = Placement(
+            engine, student, role="student", input_shape=self.image_shape, batch_size=size, read=as_outputs
+        )
+        self.generator = engine.place(
+            generator,
+            role="generator",
+            input_shape=(config.generator.noise_dim,),
+            batch_size=size,
+            changes={"merge_upsampling": merge_upsampling},
+        )
+        for connector in self.connectors.modules():
+            if isinstance(connector, nn.Sequential):
+                engine.place(connector, role="connector")
+        bank = method.image_bank.size
+        self.image_bank = ImageBank(bank, self.image_shape, self.device) if bank else None
+        try:
+            self.student = self.placement.take()
+            learning = [*student.parameters(), *self.connectors.parameters()]
+            self.student_optimizer = engine.optimizer(config.optimizer.student, learning)
+            self.generator_optimizer = engine.optimizer(config.optimizer.generator, generator.parameters())
+        except BaseException:
+            self.placement.give_back()
+            raise
+
     def _define_losses(self) -> None:
         config, method = self.config, self.config.method
         self.discrepancy = Discrepancy(method.discrepancy, method.temperature, fused=config.fused)
@@ -323,11 +328,7 @@ class Round:
             self.drawn_at_random = self.ranks.share(before.diff() > 0).view(-1, 1, 1, 1)
 
     def _new_generator(self) -> Generator:
-        return Generator(
-            self.image_shape,
-            self.config.generator.noise_dim,
-            self.config.generator.width,
-        )
+        return Generator(self.image_shape, self.config.generator.noise_dim, self.config.generator.width)
 
     def _new_connectors(self, student_taps: Sequence[Tensor], teacher_taps: Sequence[Tensor]) -> nn.Module:
         method = self.config.method

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dfad.engine.tracing import NotPlain, trace
 from dfad.models.outputs import Outputs
-from dfad.models.probing import answer_to_blanks
+from dfad.models.probing import answer_to_blanks, device_of
 from dfad.models.taps import returned_outputs
 from dfad.modes import BatchNorm, evaluating
 
@@ -71,10 +71,10 @@ class Tap:
     found: str
     """A description of how it was found."""
 
-    @property
-    def own(self) -> bool:
-        """Whether the network returns it itself."""
-        return self.found == RETURNED
+
+def are_own(taps: Sequence[Tap]) -> bool:
+    """Whether a network returns its taps itself, of which either all are or none."""
+    return bool(taps) and taps[0].found == RETURNED
 
 
 def norms_of(network: nn.Module) -> Counter[str]:
@@ -132,8 +132,7 @@ def candidate_taps(network: nn.Module, image_shape: tuple[int, int, int]) -> lis
     if isinstance(answer, Outputs):
         shaped = [(str(number), tap) for number, tap in enumerate(answer.taps) if tap.ndim == 4]
         return [Tap(name, _shape(tap), RETURNED) for name, tap in shaped]
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    images = torch.zeros(2, *image_shape, device=device)
+    images = torch.zeros(2, *image_shape, device=device_of(network))
     try:
         trace(network, training=True)  # a student is tapped in this mode, too
         graph = trace(network, training=False).graph

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dfad.errors import ModelError, first_line, name_of
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.outputs import as_outputs
+from dfad.models.probing import random_images
 from dfad.models.weights import fill, misfit, without_prefix
 from dfad.modes import evaluating
 from dfad.seeds import random_state_kept
@@ -108,8 +109,7 @@ def _difference(network: nn.Module, other: nn.Module, image_shape: tuple[int, in
 
 @torch.no_grad()
 def _logits(network: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
-    parameter = next(network.parameters(), torch.empty(0))
-    images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = random_images(network, image_shape, 4).to(next(network.parameters(), torch.empty(0)).dtype)
     with evaluating(network), random_state_kept():
         torch.manual_seed(0)
-        return as_outputs(network(images.to(parameter.device, parameter.dtype))).logits.float().cpu()
+        return as_outputs(network(images)).logits.float().cpu()

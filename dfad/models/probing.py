@@ -164,6 +164,18 @@ def _are_sizes(value: Any, count: int) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == count and all(isinstance(n, int) and n > 0 for n in value)
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """The device of a network's first parameter; the CPU without one."""
+    return next(network.parameters(), torch.empty(0)).device
+
+
+def random_images(network: nn.Module, image_shape: tuple[int, int, int], count: int = 2) -> Tensor:
+    """Images ``(count, channels, height, width)`` of standard normal pixels on a network's device, the same each
+    time."""
+    images = torch.randn(count, *image_shape, generator=torch.Generator().manual_seed(0))
+    return images.to(device_of(network))
+
+
 def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int], *, graph: bool = False) -> Any:
     """What a network returns, as it is, for two blank images, in eval mode; its mode is restored.
 
@@ -172,9 +184,8 @@ def answer_to_blanks(network: nn.Module, image_shape: tuple[int, int, int], *, g
         image_shape: ``(channels, height, width)``.
         graph: record how it is computed.
     """
-    parameter = next(network.parameters(), torch.empty(0))
     with evaluating(network), torch.set_grad_enabled(graph):
-        images = torch.zeros(2, *image_shape, device=parameter.device, requires_grad=graph)
+        images = torch.zeros(2, *image_shape, device=device_of(network), requires_grad=graph)
         return network(images.clone())  # not a leaf: networks may write into their images
 
 

@@ -1,6 +1,7 @@
 """Parsing of the reports of NVIDIA's tools."""
 
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def test_the_profilers_lines_become_kernels():
             "0 hazards displayed (0 errors, 0 warnings); 4 passed",
             True,
         ),
+        (
+            "! KeyboardInterrupt !\n4 passed, 2 deselected in 110s\n===== ERROR SUMMARY: 0 errors",
+            2,
+            "0 errors; 4 passed, 2 deselected, then no time was left",
+            True,
+        ),
+        (
+            "! KeyboardInterrupt !\n1 failed in 110s\n===== ERROR SUMMARY: 0 errors",
+            2,
+            "0 errors; 1 failed, then",
+            False,
+        ),
+        ("1 failed, 4 passed in 9s\n===== ERROR SUMMARY: 0 errors", 1, "0 errors; 1 failed, 4 passed", False),
         ("========= Error: Device not supported. Please refer", 1, "refused by the machine: Device not supp", True),
         ("Segmentation fault", -11, "ended with code -11 and no summary", False),
     ],
@@ -54,6 +68,29 @@ def test_the_sanitizers_summary(output, code, words, clean):
     told, found_clean = checks.sanitizer_summary(output, code)
     assert told.startswith(words)
     assert found_clean == clean
+
+
+def test_tests_that_take_too_long_are_interrupted_and_report_what_they_found(monkeypatch):
+    signals: list[int] = []
+
+    class Process:
+        pid, returncode = 7, 2
+
+        def __init__(self, *_: object, **options: object) -> None:
+            assert options["start_new_session"]
+
+        def communicate(self, timeout: float) -> tuple[str, None]:
+            if not signals:
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            return "what it found", None
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(checks.subprocess, "Popen", Process)
+    monkeypatch.setattr(checks.os, "killpg", lambda group, number: signals.append(number))
+    assert checks.interrupted_after(5.0, ["pytest"], {}) == ("what it found", 2)
+    assert signals == [signal.SIGINT]
 
 
 def test_what_is_not_installed_is_told(monkeypatch):

@@ -160,6 +160,8 @@ CIFAR10_RESNET32 = replace(CIFAR10_RESNET20, teacher=replace(THIN_TEACHER, facto
 RECIPE_FULL, RECIPE_BARE = "recipe", "recipe without either part"
 RECIPE_UNMATCHED = "recipe without feature matching"
 RECIPE_LONGER = "recipe, six times as long"
+TO_RESNET14, TO_RESNET8 = "recipe, to ResNet-14", "recipe, to ResNet-8"
+TO_RESNET8_UNMATCHED = "recipe without feature matching, to ResNet-8"
 RECIPE_GENERATED, RECIPE_DRAWN = "recipe without random fields", "recipe, random fields alone"
 
 
@@ -187,6 +189,11 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
         },
     }
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
+
+
+def _to(factory: str, base: TrainConfig) -> TrainConfig:
+    """Settings with another student."""
+    return replace(base, student=StudentConfig(factory=factory))
 
 
 def _with_share(base: TrainConfig, share: float) -> TrainConfig:
@@ -262,6 +269,17 @@ COMPARISONS = {
         teacher=None,
         ceiling=None,
         claims=(Reaches(RECIPE_FULL, accuracy=0.82),),
+    ),
+    # nor on these students, of 64 and 28 % of the teacher's parameters
+    "cifar10-smaller": Comparison(
+        arms={
+            TO_RESNET14: _to("resnet14", _of_rounds(CIFAR10_RESNET20, 940)),
+            TO_RESNET8: _to("resnet8", _of_rounds(CIFAR10_RESNET20, 940)),
+            TO_RESNET8_UNMATCHED: _to("resnet8", recipe_arms(_of_rounds(CIFAR10_RESNET20, 940))[RECIPE_UNMATCHED]),
+        },
+        teacher=None,
+        ceiling=None,
+        claims=(Beats(TO_RESNET8, TO_RESNET8_UNMATCHED),),
     ),
 }
 """The comparisons by name."""

@@ -55,6 +55,17 @@ def weights(trainer):
     return {name: value.clone() for name, value in trainer.result.state_dict().items()}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_epochs_learn_and_on_a_gpu_their_steps_are_captured(device, digits):
+    torch.use_deterministic_algorithms(False)  # which fill fresh memory
+    trainer = SupervisedTrainer(replace(QUICK, device=device, precision="auto"), digits)
+    with trainer.engine.running():
+        losses = [trainer.train_epoch() for _ in range(QUICK.epochs)]
+        assert trainer.engine.captured == (device == "cuda")
+        assert losses == sorted(losses, reverse=True)
+        assert trainer.accuracy() > 0.5
+
+
 class Dropped(nn.Module):
     """A user's network: returns only logits, has its own keyword, and draws random numbers."""
 

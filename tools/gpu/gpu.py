@@ -242,7 +242,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         benchmark(f"rounds: {large}", 145, with_kernels[large], ROUNDS),
         benchmark(f"rounds: {thin}", 130, with_kernels[thin], ROUNDS),
         *of_others(60),
-        pytest("tests of rounds", 60, f"-m gpu tests/data tests/distillation tests/engine {workers}"),
+        pytest("tests of rounds", 60, f"-m gpu tests/data tests/distillation tests/engine tests/supervised {workers}"),
         # what follows refines the record, in further calls
         pytest("tests of kernels", 130, f"-m gpu tests/kernels {workers}"),
         operators("bfloat16"),

@@ -28,7 +28,7 @@ from dfad.config import (
 )
 from dfad.distillation.distiller import Distiller
 from dfad.engine import has_bfloat16, placement
-from dfad.engine.calls import compile_call
+from dfad.engine.compile import compile_call
 from dfad.engine.precision import float32_products
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator

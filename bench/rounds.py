@@ -27,7 +27,7 @@ from dfad.config import (
     Switch,
 )
 from dfad.distillation.distiller import Distiller
-from dfad.engine import has_bfloat16, placement
+from dfad.engine import Engine, has_bfloat16
 from dfad.engine.compile import compile_call
 from dfad.engine.precision import float32_products
 from dfad.models.connectors import Connectors
@@ -226,10 +226,11 @@ def contender(distiller: Distiller, reasons: Sequence[str] = ()) -> Contender:
 
 @contextmanager
 def left_out() -> Iterator[list[str]]:
-    """Collects why parts of the engine are left out for networks."""
+    """Collects why parts of the engine are left out for networks; what the machine lacks is not among it."""
     reasons: list[str] = []
-    log = logging.getLogger(placement.__name__)
+    log = logging.getLogger("dfad.engine")
     handler = logging.Handler()
+    handler.addFilter(lambda record: record.name != Engine.__module__)
     handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
     before = log.level
     log.addHandler(handler)

@@ -47,8 +47,7 @@ void bind(nb::module_& module, const char* name, Function function) {
 
 NB_MODULE(_cpu, module) {
     module.doc() =
-        "The C++ kernels: a submodule for each instruction set that this processor runs; `isa` lists them, "
-        "best last.";
+        "The C++ kernels: a submodule for each instruction set that this processor runs; `isa` lists them, best last.";
     std::vector<std::string> isa_names;
     BIND_OPERATORS(baseline)
 #ifdef DFAD_X86_LEVELS

@@ -12,7 +12,7 @@ public:
     ~Spares() {
         for (Spare& spare : spares_) release(spare.data);
     }
-    // At least `bytes`, which becomes what was given.
+    // At least `bytes`, which is set to the size that was found.
     void* take(int64_t& bytes) {
         for (Spare& spare : spares_)
             if (spare.bytes >= bytes && spare.bytes <= 2 * bytes) {

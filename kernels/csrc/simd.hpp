@@ -63,7 +63,7 @@ template <class Storage>
 using vector_t = typename compute<Storage>::vector;
 template <class V>
 constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-// What a vector takes in memory.
+// Bytes of a vector in memory.
 template <class Storage>
 constexpr int stored_bytes = lanes<vector_t<Storage>> * sizeof(Storage);
 

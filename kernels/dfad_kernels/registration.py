@@ -250,7 +250,7 @@ def load_kernels(kernels: str, operator: str) -> Kernels:
 
 
 def cpp_functions(kernels: str, operator: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The C++ functions behind :func:`load_kernels`, forward and backward."""
+    """The C++ functions that :func:`load_kernels` calls, forward and backward."""
     _, _, instruction_set = kernels.partition(".")
     module = getattr(_extension(), instruction_set or instruction_sets()[-1])
     return getattr(module, f"{operator}_forward"), getattr(module, f"{operator}_backward")

@@ -78,7 +78,7 @@ NB_MODULE(_chains, module) {
         .def_rw("pre", &LinkGradients::pre)
         .def_rw("post", &LinkGradients::post)
         .def_rw("second_post", &LinkGradients::second_post)
-        .def_rw("behind_activation", &LinkGradients::behind_activation)
+        .def_rw("total_pre", &LinkGradients::total_pre)
         .def_rw("x", &LinkGradients::x)
         .def_rw("kernel", &LinkGradients::kernel)
         .def_rw("weight", &LinkGradients::weight)

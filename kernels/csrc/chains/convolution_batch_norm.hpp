@@ -118,7 +118,7 @@ void convolution_batch_norm_forward(const Link& link, int threads) {
                         static_cast<bfloat16*>(link.post.data), link.negative_slope, threads);
 }
 
-// behind_activation must be given if there is a residual or more than one incoming gradient; the sign of post then
+// total_pre must be given if there is a residual or more than one incoming gradient; the sign of post then
 // gives the slope of the activation. If source_weight and source_bias are given they are summed on the way.
 void convolution_batch_norm_backward(const Link& link, const LinkGradients& gradients, int threads) {
     using Walk = Rows<bfloat16>;
@@ -132,7 +132,7 @@ void convolution_batch_norm_backward(const Link& link, const LinkGradients& grad
     const auto* of_pre = static_cast<const bfloat16*>(gradients.pre.data);
     const auto* of_post = static_cast<const bfloat16*>(gradients.post.data);
     const auto* of_post_too = static_cast<const bfloat16*>(gradients.second_post.data);
-    auto* passed_on = static_cast<bfloat16*>(gradients.behind_activation.data);
+    auto* passed_on = static_cast<bfloat16*>(gradients.total_pre.data);
     const auto* batch = static_cast<const float*>(link.statistics.data);
     const floats below = broadcast<floats>(link.negative_slope);
     const Walk walk(count * result_pixels, out);

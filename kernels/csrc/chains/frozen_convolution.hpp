@@ -123,7 +123,7 @@ void frozen_convolution_backward(const Link& link, const LinkGradients& gradient
     const auto* of_pre = static_cast<const bfloat16*>(gradients.pre.data);
     const auto* of_post = static_cast<const bfloat16*>(gradients.post.data);
     const auto* of_post_too = static_cast<const bfloat16*>(gradients.second_post.data);
-    auto* passed_on = static_cast<bfloat16*>(gradients.behind_activation.data);
+    auto* passed_on = static_cast<bfloat16*>(gradients.total_pre.data);
     Factors factors(images, out, images.channels);
     convolution.with_padded(link.kernel, [&](const float* weights) { factors.pack_reversed(weights); });
     Pixels every(images, 1);

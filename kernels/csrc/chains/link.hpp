@@ -22,7 +22,7 @@ struct Link {
 
 struct LinkGradients {
     Address pre, post, second_post;  // incoming; that of post from up to two consumers; each may be missing
-    Address behind_activation;       // their sum before the activation: the residual's gradient; may be missing
+    Address total_pre;               // all that reaches pre, which is the residual's gradient, too; may be missing
     Address x, kernel;               // may be missing; x: of the convolution's input
     Address weight, bias;
     Address source_weight, source_bias;  // given where x's gradient is all that reaches the BatchNorm before x

@@ -11,7 +11,8 @@ namespace dfad::DFAD_ISA {
 
 constexpr int tile_rows = 16;
 constexpr int tile_bytes = 1024;
-// Of bfloat16: what the rows of a left factor, and the pairs of rows of a right factor, are long.
+// Products that a multiplication sums for each result: a left factor has as many columns in bfloat16, a right one as many
+// rows, of which each of the tile's holds two.
 constexpr int tile_depth = 32;
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)

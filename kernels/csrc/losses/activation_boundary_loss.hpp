@@ -1,10 +1,10 @@
+// v² with the violation v = max(0, m − sgn(t) s), sgn(0) = −1. NaN in either tensor gives NaN.
 #pragma once
 
-#include "simd.hpp"
+#include "elementwise.hpp"
 
 namespace dfad::DFAD_ISA {
 
-// v² with the violation v = max(0, m − sgn(t) s), sgn(0) = −1. NaN in either tensor gives NaN.
 template <class V>
 struct ActivationBoundary {
     V margin;
@@ -27,5 +27,15 @@ private:
         return (v < 0 ? V{} : v) + (t == t ? V{} : t);
     }
 };
+
+void activation_boundary_loss_forward(Array loss, Array student, Array teacher, double margin, double scale, Array,
+                                      int threads) {
+    elementwise_forward<ActivationBoundary>(loss, student, teacher, scale, threads, margin);
+}
+
+void activation_boundary_loss_backward(Array student_gradient, Array loss_gradient, Array student, Array teacher,
+                                       double margin, double scale, Array, int threads) {
+    elementwise_backward<ActivationBoundary>(student_gradient, loss_gradient, student, teacher, scale, threads, margin);
+}
 
 }  // namespace dfad::DFAD_ISA

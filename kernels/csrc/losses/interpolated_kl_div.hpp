@@ -411,8 +411,7 @@ void student_backward(const Problem& problem, const std::vector<Pair>& pairs, co
 
 // The gradients that exist, for loss_gradient g, a scalar or of the logits' shape:
 //   student: T (p Σ g ỹ − g ỹ)
-//   teacher: T Σ w q (h − Σ q h), h = g (log(ỹ / p) + 1), over the two labels that a teacher's row is mixed
-//   into, with
+//   teacher: T Σ w q (h − Σ q h), h = g (log(ỹ / p) + 1), over the two labels that a teacher's row is mixed into, with
 //            its weight w = λ in its own, 1 − λ in the other.
 template <class Problem>
 void full_backward(const Problem& problem, const std::vector<Pair>& pairs, const Array& student_gradient,

@@ -295,6 +295,53 @@ class _Rounded(torch.autograd.Function):
         return gradient
 
 
+class _Tensors(NamedTuple):
+    """The tensors of a chain's links, for both directions."""
+
+    chain: ConvolutionChain
+    epsilons: Sequence[float]
+
+    parameters: Sequence[Any]
+    """Kernel, weight and bias of each link."""
+
+    values: Sequence[Tensor | None]
+    """By their numbers, as far as they are kept."""
+
+    results: Sequence[Tensor | None]
+    """y of each link with a BatchNorm."""
+
+    statistics: Sequence[Tensor | None]
+    """The batch's mean and biased variance of these, ``(2, out)``."""
+
+    def of_link(self, number: int) -> Any:
+        """A link's kernel, weight and bias."""
+        return self.parameters[3 * number : 3 * number + 3]
+
+    def source(self, link: Link) -> Tensor:
+        """What a link reads: a value, or another link's y, which it normalises and activates while reading."""
+        maker = self.chain.makers.get(link.source)
+        source = self.values[link.source] if maker is None else self.results[maker]
+        assert source is not None
+        return source
+
+    def named(self, number: int, **others: Any) -> Any:
+        """The kernels' struct of a link, with the other members given by name."""
+        link, source = self.chain.links[number], self.source(self.chain.links[number])
+        kernel, weight, bias = self.of_link(number)
+        images, channels, height, width = source.shape
+        members = {
+            **{"images": images, "height": height, "width": width, "stride": link.stride},
+            **{"in_channels": channels, "out_channels": kernel.shape[0], "negative_slope": link.negative_slope},
+            **{"x": source, "kernel": kernel, "weight": weight, "bias": bias, "epsilon": self.epsilons[number]},
+        }
+        maker = self.chain.makers.get(link.source)
+        if maker is not None:
+            _, weight, bias = self.of_link(maker)
+            members |= {"source_statistics": self.statistics[maker], "source_weight": weight, "source_bias": bias}
+            members |= {"source_slope": self.chain.links[maker].negative_slope, "source_epsilon": self.epsilons[maker]}
+        return _named("Link", **members, **others)
+
+
 class _Chain(torch.autograd.Function):
     """The kernels of a chain's links, one after the other."""
 
@@ -314,13 +361,11 @@ class _Chain(torch.autograd.Function):
         values: list[Tensor | None] = [channels_last(x.detach()) for x in inputs]
         results: list[Tensor | None] = []
         batch_statistics: list[Tensor | None] = []
-        for number, (link, (running_mean, running_variance, momentum, epsilon)) in enumerate(
+        links = _Tensors(chain, epsilons, parameters, values, results, batch_statistics)
+        for number, (link, (running_mean, running_variance, momentum, _)) in enumerate(
             zip(chain.links, statistics, strict=True)
         ):
-            kernel, weight, bias = parameters[3 * number : 3 * number + 3]
-            maker = chain.makers.get(link.source)
-            source = values[link.source] if maker is None else results[maker]
-            assert source is not None
+            source, (kernel, *_) = links.source(link), links.of_link(number)
             shape = link.result(source.shape, kernel)
             unwritten = chain.unwritten[number]
             y, pre, post = (
@@ -328,14 +373,11 @@ class _Chain(torch.autograd.Function):
                 for kept in (link.normalises, link.keeps_pre, link.keeps_post and not unwritten)
             )
             of_batch = torch.empty((2, shape[1]), dtype=torch.float32) if link.normalises else None
-            given = _named(
-                "Link",
-                **_geometry(link, source, kernel),
-                **_source(chain, maker, batch_statistics, parameters, epsilons),
-                **{"x": source, "kernel": kernel, "weight": weight, "bias": bias},
-                **{"residual": None if link.residual is None else values[link.residual], "pre": pre, "post": post},
-                **{"y": y, "statistics": of_batch, "running_mean": running_mean, "running_variance": running_variance},
-                **{"momentum": momentum, "epsilon": epsilon},
+            residual = None if link.residual is None else values[link.residual]
+            given = links.named(
+                number,
+                **{"residual": residual, "pre": pre, "post": post, "y": y, "statistics": of_batch},
+                **{"running_mean": running_mean, "running_variance": running_variance, "momentum": momentum},
             )
             if link.normalises:
                 ctx.kernels.convolution_batch_norm_forward(given, threads)
@@ -366,8 +408,11 @@ class _Chain(torch.autograd.Function):
         chain: ConvolutionChain = ctx.chain
         inputs, count = chain.inputs, len(chain.links)
         saved = ctx.saved_tensors
-        parameters, results = saved[: 3 * count], saved[3 * count : 4 * count]
-        batch_statistics, values = saved[4 * count : 5 * count], saved[5 * count :]
+        parameters, results, batch_statistics = (
+            saved[start * count : end * count] for start, end in ((0, 3), (3, 4), (4, 5))
+        )
+        values = saved[5 * count :]
+        links = _Tensors(chain, ctx.epsilons, parameters, values, results, batch_statistics)
         needs = ctx.needs_input_grad[3:]
         gradients: list[list[Tensor]] = [[] for _ in values]
         for value, gradient in zip(chain.outputs, output_gradients, strict=True):
@@ -377,8 +422,6 @@ class _Chain(torch.autograd.Function):
         of_norms: dict[int, tuple[Tensor, ...]] = {}  # of links whose gradients the links that read them have summed
         for number in reversed(range(count)):
             link = chain.links[number]
-            kernel, weight, bias = parameters[3 * number : 3 * number + 3]
-            needed = needs[inputs + 3 * number :][:3]
             pre, post = inputs + 2 * number, inputs + 2 * number + 1
             of_pre, of_post = _met(gradients[pre], 1), _met(gradients[post], 2)
             gradients[pre], gradients[post] = [], []  # the next links reuse their memory
@@ -386,47 +429,38 @@ class _Chain(torch.autograd.Function):
                 continue
             # a single gradient that no residual receives is multiplied by the activation's slope where it is read
             simple = not of_post or (link.residual is None and len(of_pre) + len(of_post) == 1)
-            behind = None if simple else torch.empty_like((of_pre + of_post)[0])
-            maker = chain.makers.get(link.source)
-            source = values[link.source] if maker is None else results[maker]
+            total = None if simple else torch.empty_like((of_pre + of_post)[0])
+            source, (kernel, *_) = links.source(link), links.of_link(number)
             x_gradient = torch.empty_like(source) if link.source >= inputs or needs[link.source] else None
-            incoming = {**_numbered(of_pre, "pre"), **_numbered(of_post, "post", "second_post")}
-            given = _named(
-                "Link",
-                **_geometry(link, source, kernel),
-                **_source(chain, maker, batch_statistics, parameters, ctx.epsilons),
-                **{"x": source, "kernel": kernel, "weight": weight, "bias": bias, "epsilon": ctx.epsilons[number]},
-                **{"y": results[number], "post": values[post], "statistics": batch_statistics[number]},
-            )
+            incoming = {**_numbered(of_pre, "pre"), **_numbered(of_post, "post", "second_post"), "total_pre": total}
+            given = links.named(number, y=results[number], post=values[post], statistics=batch_statistics[number])
             if link.normalises:
+                needed = needs[inputs + 3 * number :][:3]
                 kernel_gradient = torch.empty_like(kernel) if needed[0] else None
                 of_norm = of_norms.get(number) or _of_norm(kernel.shape[0])
+                maker = chain.makers.get(link.source)
                 of_source: tuple[Tensor | None, ...] = (None, None)
                 if maker is not None:
                     of_source = of_norms[maker] = _of_norm(source.shape[1])
                 wanted = _named(
                     "LinkGradients",
-                    **{**incoming, "behind_activation": behind, "x": x_gradient, "kernel": kernel_gradient},
-                    **dict(zip(("weight", "bias"), of_norm, strict=True)),
-                    **dict(zip(("source_weight", "source_bias"), of_source, strict=True)),
-                    summed=number in of_norms,
+                    **{**incoming, "x": x_gradient, "kernel": kernel_gradient, "summed": number in of_norms},
+                    **dict(zip(("weight", "bias", "source_weight", "source_bias"), of_norm + of_source, strict=True)),
                 )
                 ctx.kernels.convolution_batch_norm_backward(given, wanted, threads)
                 computed = (kernel_gradient is not None) + (x_gradient is not None)
                 ConvolutionChain.flops += computed * link.flops(source.shape, kernel)
-                of_link = kernel_gradient, *of_norm
-                of_parameters[3 * number : 3 * number + 3] = [
-                    gradient if need else None for gradient, need in zip(of_link, needed, strict=True)
-                ]
-            elif x_gradient is not None or behind is not None:
+                of_link = zip((kernel_gradient, *of_norm), needed, strict=True)
+                of_parameters[3 * number : 3 * number + 3] = [g if need else None for g, need in of_link]
+            elif x_gradient is not None or total is not None:
                 x_gradient = torch.empty_like(source) if x_gradient is None else x_gradient
-                wanted = _named("LinkGradients", **{**incoming, "behind_activation": behind, "x": x_gradient})
+                wanted = _named("LinkGradients", **incoming, x=x_gradient)
                 ctx.kernels.frozen_convolution_backward(given, wanted, threads)
                 ConvolutionChain.flops += link.flops(source.shape, kernel)
             if x_gradient is not None:
                 gradients[link.source].append(x_gradient)
             if link.residual is not None:
-                gradients[link.residual].append(of_pre[0] if behind is None else behind)
+                gradients[link.residual].append(of_pre[0] if total is None else total)
         of_inputs = (_met(of_input, 1) for of_input in gradients[:inputs])
         return (None, None, None, *(g[0] if g else None for g in of_inputs), *of_parameters)
 
@@ -443,31 +477,6 @@ def _named(structure: str, **values: Any) -> Any:
 def _numbered(tensors: Sequence[Tensor], *names: str) -> dict[str, Tensor]:
     """The tensors under the first names."""
     return dict(zip(names, tensors, strict=False))
-
-
-def _geometry(link: Link, source: Tensor, kernel: Tensor) -> dict[str, Any]:
-    images, channels, height, width = source.shape
-    return {
-        **{"images": images, "height": height, "width": width, "stride": link.stride},
-        **{"in_channels": channels, "out_channels": kernel.shape[0], "negative_slope": link.negative_slope},
-    }
-
-
-def _source(
-    chain: ConvolutionChain,
-    maker: int | None,
-    batch_statistics: Sequence[Tensor | None],
-    parameters: Sequence[Tensor | None],
-    epsilons: Sequence[float],
-) -> dict[str, Any]:
-    """Members for the source link, whose result is normalised and activated while it is read."""
-    if maker is None:
-        return {}
-    weight, bias = parameters[3 * maker + 1 : 3 * maker + 3]
-    return {
-        **{"source_statistics": batch_statistics[maker], "source_weight": weight, "source_bias": bias},
-        **{"source_slope": chain.links[maker].negative_slope, "source_epsilon": epsilons[maker]},
-    }
 
 
 def _of_norm(channels: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ from dfad_kernels.gpu.common import compute_type
 
 
 @triton.jit
-def _behind(g_ptr, y_ptr, offsets, inside, x, mean, scale, shift, slope, ACTIVATES: tl.constexpr, DTYPE: tl.constexpr):
+def _before_activation(
+    g_ptr, y_ptr, offsets, inside, x, mean, scale, shift, slope, ACTIVATES: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
     """h, by the sign of y, or of the pre-activation computed again."""
     g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     if ACTIVATES:
@@ -52,7 +54,7 @@ def _gradient_sums_kernel(
         offsets, row = offsets_of(first, channel, channels, ROWS)
         inside = (row < end)[:, None] & known[None, :]
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-        h = _behind(g_ptr, y_ptr, offsets, inside, x, mean, scale, shift, slope, ACTIVATES, DTYPE)
+        h = _before_activation(g_ptr, y_ptr, offsets, inside, x, mean, scale, shift, slope, ACTIVATES, DTYPE)
         if dr_ptr is not None:
             tl.store(dr_ptr + offsets, h, mask=inside)
         tilts += tl.where(inside, h * (x - mean[None, :]), 0.0)
@@ -94,7 +96,7 @@ def _gradient_kernel(
     offsets, row = offsets_of(tl.program_id(0).to(tl.int64) * ROWS, channel, channels, ROWS)
     inside = (row < rows)[:, None] & known[None, :]
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
-    h = _behind(g_ptr, None, offsets, inside, x, mean, scale, shift, slope, ACTIVATES, DTYPE)
+    h = _before_activation(g_ptr, None, offsets, inside, x, mean, scale, shift, slope, ACTIVATES, DTYPE)
     dx = scale[None, :] * h - tilt[None, :] * (x - mean[None, :]) - level[None, :]
     tl.store(dx_ptr + offsets, dx, mask=inside)
 

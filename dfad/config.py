@@ -310,9 +310,16 @@ class MethodConfig:
             require(self.warm_up > 0, "warm_up", self.warm_up, "1 or more to fill the image bank")
         share = self.random_fields.share
         require(not share or bank > 0, "random_fields.share", share, "0 where there is no image bank (image_bank.size)")
+        self._require_an_image("random_fields.share", share)
+        if self.interpolation.step == "within":
+            self._require_an_image("interpolation.weight", self.interpolation.weight)
         shaping = self.regularizers.batchnorm, self.regularizers.one_hot, self.regularizers.diversity
         need = "0 if every weight of regularizers is 0, because only they shape the images of the warm-up"
         require(self.warm_up == 0 or any(shaping), "warm_up", self.warm_up, need)
+
+    def _require_an_image(self, name: str, share: float) -> None:
+        need = f"0, or enough for an image of a batch of {self.batch_size}: more than {0.5 / self.batch_size:.4g}"
+        require(not share or round(share * self.batch_size) > 0, name, share, need)
 
     @property
     def uses_taps(self) -> bool:

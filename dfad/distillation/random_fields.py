@@ -8,7 +8,7 @@ from torch import Tensor
 from dfad.ranks import ALONE, Ranks
 
 SMOOTHNESS = 1 / 28, 5 / 28
-"""Least and largest width of the smoothing, as a standard deviation in sides of the image."""
+"""Least and largest width of the smoothing, as a standard deviation in shorter sides of the image."""
 
 STROKES = 0.9
 """Fraction of the images that show strokes; the others show blobs."""
@@ -23,7 +23,10 @@ SHARPNESS = 3.0, 16.0
 """Slope of a brightness at an edge, per value of the field."""
 
 RADIUS, FADING = (6 / 28, 12 / 28), 28 * 1.5
-"""Distance from the middle, in sides, at which an image goes dark, and how steeply."""
+"""Distance from the middle, in heights and widths, at which an image goes dark, and how steeply."""
+
+DARK = 1e-3
+"""Least deviation that is brought to 1: below it a batch of few pixels has no bright one."""
 
 
 class RandomFields:
@@ -42,9 +45,9 @@ class RandomFields:
         self.channels, *size = image_shape
         self.rng = rng
         self.ranks = ranks
-        self.side = min(size)
-        rows, columns = ((torch.arange(length, device=rng.device) - (length - 1) / 2) / self.side for length in size)
-        self.rows, self.columns = rows, columns
+        positions = [torch.arange(length, device=rng.device) - (length - 1) / 2 for length in size]
+        self.rows, self.columns = (position / min(size) for position in positions)
+        rows, columns = (position / length for position, length in zip(positions, size, strict=True))
         self.from_middle = torch.hypot(rows[:, None], columns)
 
     def sample(self, batch: int) -> Tensor:
@@ -58,7 +61,7 @@ class RandomFields:
             brightness = torch.sigmoid(shape * self._between(batch, *map(math.log, SHARPNESS)).exp())
             radius = self._between(batch, *RADIUS)
             images = brightness * torch.sigmoid(FADING * (radius - self.from_middle))
-            images = (images - images.mean()) / images.std()
+            images = (images - images.mean()) / images.std().clamp_min(DARK)
         return self.ranks.share(images).unsqueeze(1).expand(-1, self.channels, -1, -1)
 
     def _between(self, batch: int, low: float, high: float) -> Tensor:

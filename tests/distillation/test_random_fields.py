@@ -1,9 +1,12 @@
 """Images drawn at random in place of generated ones."""
 
+import math
+
 import pytest
 import torch
 
-from dfad.config import ImageBankConfig, MethodConfig, RandomFieldsConfig, RegularizerConfig
+from dfad.config import ImageBankConfig, InterpolationConfig, MethodConfig, RandomFieldsConfig, RegularizerConfig
+from dfad.distillation import random_fields
 from dfad.distillation.random_fields import SMOOTHNESS, RandomFields, _smoothing
 from tests.distillation.test_recipe import make, with_method
 from tests.waiting import NoWaiting
@@ -62,6 +65,20 @@ def test_any_size(shape):
     assert images.isfinite().all()
 
 
+def test_a_long_image_is_filled_along_its_length():
+    images = fields((1, 16, 96)).sample(BATCH)[:, 0]
+    bright = (images > 1).float().mean(dim=(0, 1))
+    assert bright[24:72].min() > 0.5 * bright[40:56].mean()
+    assert images.max() < 5  # as bright as in a square: the ground has not grown
+
+
+def test_a_batch_without_a_bright_pixel_stays_finite(monkeypatch):
+    monkeypatch.setattr(random_fields, "SHARPNESS", (1e4, 2e4))
+    pairs = torch.stack([fields((1, 1, 1), seed).sample(2) for seed in range(40)])
+    assert (pairs == 0).all(dim=1).any()
+    assert pairs.isfinite().all()
+
+
 class TestShare:
     @pytest.fixture
     def config(self, config):
@@ -97,6 +114,15 @@ class TestShare:
         with pytest.raises(ValueError, match=r"random_fields\.share is 0\.5; it must be 0 where there is no"):
             MethodConfig(random_fields=RandomFieldsConfig(share=0.5))
 
-    def test_is_a_fraction(self):
-        with pytest.raises(ValueError, match="share is 1.5"):
-            RandomFieldsConfig(share=1.5)
+    @pytest.mark.parametrize("share", [1.5, -0.1, math.nan])
+    def test_is_a_fraction(self, share):
+        with pytest.raises(ValueError, match=f"share is {share}"):
+            RandomFieldsConfig(share=share)
+
+    def test_is_enough_for_an_image(self, config):
+        with_method(config, random_fields=RandomFieldsConfig(share=0.04))
+        with pytest.raises(ValueError, match=r"random_fields\.share is 0\.03; it must be 0, or enough .* than 0\.03125"):
+            with_method(config, random_fields=RandomFieldsConfig(share=0.03))
+        mixed = InterpolationConfig(weight=0.03, labels="teacher", step="within")
+        with pytest.raises(ValueError, match=r"interpolation\.weight is 0\.03; it must be 0, or enough for an image"):
+            with_method(config, interpolation=mixed)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dfad.delivery.classifier import Delivery
+from dfad.runs.run_page import drawn_at_random
 
 CARD = """---
 library_name: {library}
@@ -16,9 +17,9 @@ tags:
 # {title}
 
 An image classifier with {parameters:,} parameters and {classes} classes, distilled from a larger network **without any
-data**: a generator made the images on which it learned to agree with its teacher. The method is that of *Enhancing
-Data-Free Adversarial Distillation with Activation Regularization and Virtual Interpolation* (Qu, Wang, Xiao; ICASSP
-2021, [arXiv 2102.11638](https://arxiv.org/abs/2102.11638)).
+data**: a generator made the images on which it learned to agree with its teacher{drawn}. The method is that of
+*Enhancing Data-Free Adversarial Distillation with Activation Regularization and Virtual Interpolation* (Qu, Wang, Xiao;
+ICASSP 2021, [arXiv 2102.11638](https://arxiv.org/abs/2102.11638)).
 
 | | |
 | --- | --- |
@@ -46,6 +47,7 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
         library: a name from Hugging Face's list.
     """
     result = delivery.about.get("result", {})
+    method = delivery.about.get("config", {}).get("method", {})
     channels, height, width = delivery.image_shape
     if delivery.normalise:
         images = f"It takes images `(batch, {channels}, {height}, {width})` of pixels in 0 to 1."
@@ -65,6 +67,7 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
         title=_title(delivery),
         parameters=delivery.parameters,
         classes=delivery.classes,
+        drawn=drawn_at_random(method.get("random_fields", {}).get("share", 0.0)),
         rows="\n".join(f"| {name} | {value} |" for name, value in _rows(delivery).items()),
         usage=usage,
         images=images,

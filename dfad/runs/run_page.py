@@ -68,6 +68,11 @@ def write_page(folder: Path, facts: RunFacts) -> None:
     write_text(folder / REPORT, page(f"{_title(facts)} · dfad", run_page(facts, folder)))
 
 
+def drawn_at_random(share: float) -> str:
+    """What a sentence that says a student learned on generated images goes on with where random fields replace some."""
+    return f", but for {share:.0%} of them, which were strokes and blobs drawn at random" if share else ""
+
+
 def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
     """The page's parts, as HTML.
 
@@ -80,7 +85,8 @@ def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
     yield f"<h1>{escape(_title(facts))}</h1>"
     yield (
         f'<p class="quiet">A student of {parameters["student"]:,} parameters learned from a teacher of '
-        f"{parameters['teacher']:,} parameters on generated images, without any data.</p>"
+        f"{parameters['teacher']:,} parameters on generated images"
+        f"{drawn_at_random(facts.config.method.random_fields.share)}, without any data.</p>"
     )
     figures = {"agreement with the teacher on generated images": percent(best)}
     if result.get("accuracy") is not None:

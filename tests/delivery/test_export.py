@@ -14,6 +14,7 @@ from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
 from dfad.delivery import images as image_files
 from dfad.delivery import int8, onnx, program, safetensors
+from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Delivery
 from dfad.errors import ExportError, ModelError
 from dfad.models.model_file import load_model
@@ -161,6 +162,14 @@ def test_packages_that_are_missing_are_named(run, call, monkeypatch):
     code, printed, folder = call(run)
     assert code == 0
     assert "No ONNX is written: onnx is not installed." in printed
+
+
+def test_the_model_card_names_images_that_were_not_generated(run):
+    network, manifest = load_model(run / "student.safetensors")
+    settings = {"method": {"random_fields": {"share": 0.75}}}
+    assert "to agree with its teacher. The" in model_card(Delivery(network, manifest), "Load it.")
+    card = model_card(Delivery(network, manifest, about={"config": settings}), "Load it.")
+    assert "but for 75% of them, which were strokes and blobs drawn at random. The" in " ".join(card.split())
 
 
 class TestEightBits:

@@ -121,7 +121,7 @@ class TestShare:
 
     def test_is_enough_for_an_image(self, config):
         with_method(config, random_fields=RandomFieldsConfig(share=0.04))
-        with pytest.raises(ValueError, match=r"random_fields\.share is 0\.03; it must be 0, or enough .* than 0\.03125"):
+        with pytest.raises(ValueError, match=r"random_fields\.share is 0\.03; it must be 0, or .* than 0\.03125"):
             with_method(config, random_fields=RandomFieldsConfig(share=0.03))
         mixed = InterpolationConfig(weight=0.03, labels="teacher", step="within")
         with pytest.raises(ValueError, match=r"interpolation\.weight is 0\.03; it must be 0, or enough for an image"):

@@ -12,7 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dfad import cli, compare
-from dfad.config import DistillConfig, StudentConfig, TeacherConfig
+from dfad.config import (
+    DistillConfig,
+    ImageBankConfig,
+    MethodConfig,
+    RandomFieldsConfig,
+    RegularizerConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from dfad.distillation.distiller import Distiller
 from dfad.runs import page, run_page
 from dfad.runs.compare import differences, names_of, read_runs
@@ -76,6 +84,15 @@ class TestReport:
         assert text.count("<img ") == 6 * 8
         assert '<span class="changed">6</span>' in text  # method.rounds
         assert '<span class="changed">float32</span>' in text
+
+    def test_images_that_were_not_generated_are_named(self, tmp_path):
+        assert "on generated images, without any data" in written(facts(), tmp_path)
+        method = MethodConfig(
+            warm_up=1, image_bank=ImageBankConfig(size=128), regularizers=RegularizerConfig(one_hot=1.0),
+            random_fields=RandomFieldsConfig(share=0.75),
+        )  # fmt: skip
+        text = written(facts(config=DistillConfig(method=method)), tmp_path)
+        assert "on generated images, but for 75% of them, which were strokes and blobs drawn at random, without" in text
 
     def test_confusion_and_classes_are_counted(self, tmp_path):
         teacher = torch.eye(4)[[0, 0, 0, 1, 3]]

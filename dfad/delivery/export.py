@@ -99,7 +99,10 @@ def default_formats(delivery: Delivery) -> tuple[list[Format], list[str]]:
     else:
         formats.append("onnx")
     if timm.of_family(delivery):
-        formats.append("timm")
+        if delivery.normalise:
+            left_out.append(f"No timm folder is written: {timm.NORMALISED}")
+        else:
+            formats.append("timm")
     return formats, left_out
 
 

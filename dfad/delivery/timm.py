@@ -18,23 +18,28 @@ logits = student(images)
 ```"""
 
 
+NORMALISED = "timm's own network has no place for the normalisation that --normalise builds in."
+
+
 def of_family(delivery: Delivery) -> bool:
-    """Whether the student is a network of timm, without changes."""
-    return not delivery.normalise and member_of_family(delivery.network, "timm") is not None
+    """Whether the student is a network of timm."""
+    return member_of_family(delivery.network, "timm") is not None
 
 
 def write(delivery: Delivery, folder: Path) -> None:
     """Write the folder: timm's own config.json, model.safetensors and a model card.
 
     Raises:
-        ModelError: if the student is not a network of timm.
+        ModelError: if the student is not a network of timm, or has the normalisation built in.
     """
     network: Any = member_of_family(delivery.network, "timm")
-    if network is None or delivery.normalise:
+    if network is None:
         raise ModelError(
-            f"The student {name_of(delivery.network)} is not a network of timm"
-            + (", with the normalisation built in" if delivery.normalise else "")
-            + ". Name the --formats without timm."
+            f"The student {name_of(delivery.network)} is not a network of timm. Name the --formats without timm."
+        )
+    if delivery.normalise:
+        raise ModelError(
+            f"No timm folder can be written: {NORMALISED} Name the --formats without timm, or leave it out."
         )
     hub = importlib.import_module("timm.models._hub")
     channels, height, width = delivery.image_shape

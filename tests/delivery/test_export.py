@@ -14,8 +14,10 @@ from dfad.config import TeacherConfig
 from dfad.data import DataConfig, open_dataset
 from dfad.delivery import images as image_files
 from dfad.delivery import int8, onnx, program, safetensors
+from dfad.delivery import timm as timm_folder
 from dfad.delivery.card import model_card
 from dfad.delivery.classifier import Delivery
+from dfad.delivery.export import default_formats
 from dfad.errors import ExportError, ModelError
 from dfad.models.model_file import load_model
 from dfad.models.sources import load
@@ -298,7 +300,7 @@ class TestFamilies:
 
     def test_a_student_of_timm_is_saved_as_its_own(self, tmp_path):
         timm = pytest.importorskip("timm")
-        from dfad.delivery.export import Request, default_formats, export
+        from dfad.delivery.export import Request, export
         from dfad.models.generator import Generator
 
         network = timm.create_model("resnet10t", num_classes=10, in_chans=1).eval()
@@ -308,7 +310,6 @@ class TestFamilies:
         }  # fmt: skip
         delivery = Delivery(network, manifest)
         assert "timm" in default_formats(delivery)[0]
-        assert "timm" not in default_formats(replace(delivery, normalise=True))[0]
         generated = image_files.GeneratedImages(Generator((1, 32, 32), 8, 8))
         export(delivery, Request(["timm"], generated), tmp_path / "out")
         loaded = timm.create_model(f"local-dir:{tmp_path / 'out' / 'timm'}", pretrained=True, in_chans=1).eval()
@@ -316,6 +317,16 @@ class TestFamilies:
         torch.testing.assert_close(loaded(images), network(images))
         said = timm.data.resolve_model_data_config(loaded, use_test_size=True)
         assert (said["input_size"], said["mean"], said["std"]) == ((1, 32, 32), [0.5], [0.5])
+
+    def test_a_timm_folder_that_is_left_out_for_the_normalisation_is_named(self, tmp_path):
+        of_timm = type("OfTimm", (torch.nn.Linear,), {"__module__": "timm.models", "pretrained_cfg": {}})
+        delivery = Delivery(of_timm(2, 2), {"image_shape": [1, 1, 2], "mean": [0.5], "std": [0.5]})
+        assert "timm" in default_formats(delivery)[0]
+        formats, left_out = default_formats(replace(delivery, normalise=True))
+        assert "timm" not in formats
+        assert any("No timm folder is written: timm's own network has no place" in sentence for sentence in left_out)
+        with pytest.raises(ModelError, match="No timm folder can be written: timm's own"):
+            timm_folder.write(replace(delivery, normalise=True), tmp_path / "refused")
 
     def test_others_are_no_students_of_timm(self, run, call):
         code, printed, folder = call(run, "--formats", "timm")

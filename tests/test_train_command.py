@@ -22,6 +22,7 @@ from dfad.errors import DfadError, ExportError
 from dfad.models.factory import build
 from dfad.models.model_file import load_model
 from dfad.runs import checkpoint
+from dfad.runs.recorder import read_history
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests import processes
 from tests.models.test_loading import Exploit
@@ -238,13 +239,18 @@ class TestExtended:
         shutil.copytree(short, "run")
         Path("run/export").mkdir()
         bank = checkpoint.load(Path("run"))["bank"]
+        slow = [json.dumps(record | {"rounds_per_second": 1e-3}) for record in read_history(short)]
+        Path("run/metrics.jsonl").write_text("\n".join(slow) + "\n")
         extended = command("--resume=run", "--method.rounds=7")
         assert extended.exit_code == 0, extended.stderr
         assert "run is extended: its learning rates go on as those of a run of the new length" in extended.stderr
         assert "run/export holds the student as it was before" in " ".join(extended.stderr.split())
         assert recorded_rounds(Path("run")) == [1, 2, 3, 4, 5, 6, 7]
         assert yaml.safe_load(Path("run/config.yaml").read_text())["method"]["rounds"] == 7
-        assert json.loads(Path("run/result.json").read_text())["rounds"] == 7
+        result = json.loads(Path("run/result.json").read_text())
+        assert result["rounds"] == 7
+        assert result["seconds"] > 4 / 1e-3  # of both processes
+        assert result["rounds_per_second"] == pytest.approx(7 / result["seconds"])
         state = checkpoint.load(Path("run"))
         assert state["round"] == 7
         assert all(torch.equal(*pair) for pair in zip(bank["images"], state["bank"]["images"], strict=True))
@@ -254,7 +260,7 @@ class TestExtended:
         result = Path("run/result.json").read_text()
         again = command("--resume=run")
         assert (again.exit_code, recorded_rounds(Path("run"))[-1]) == (0, 7)
-        assert Path("run/result.json").read_text() == result  # with the times of the process that ran the rounds
+        assert Path("run/result.json").read_text() == result  # with the times of the processes that ran the rounds
 
     def test_cut_and_resumed_it_ends_with_the_same_bits(self, short, command):
         for name in ("one", "two"):

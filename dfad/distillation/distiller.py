@@ -29,7 +29,7 @@ from dfad.modes import evaluating, statistics_kept
 from dfad.runs import checkpoint, report
 from dfad.runs.folder import extend, open_folder
 from dfad.runs.loop import run_loop
-from dfad.runs.recorder import MetricBuffer
+from dfad.runs.recorder import MetricBuffer, seconds_until
 from dfad.runs.report import Samples
 from dfad.runs.run_page import RunFacts, write_page
 from dfad.runs.settings import leaves
@@ -61,7 +61,7 @@ class Result:
     teacher_queries: int
     """Number of images that the teacher was queried at in training, including the warm-up."""
     seconds: float
-    """Time of the last process that ran rounds: warm-up, rounds, recording and selection."""
+    """Time of warm-up, rounds, recording and selection, of all processes that a resumed run had."""
     rounds_per_second: float
     agreement: float | None
     """Agreement of the last student with the teacher on the bank of generated images."""
@@ -72,7 +72,7 @@ class Result:
     best_accuracy: float | None
     """Accuracy of the student with the best agreement, which is selected without labels."""
     captured: bool = False
-    """Whether rounds of that process were replayed as a CUDA graph."""
+    """Whether rounds of the last process that ran some were replayed as a CUDA graph."""
 
 
 TIMES = ("seconds", "rounds_per_second", "captured")
@@ -202,7 +202,8 @@ class Distiller:
         with self.engine.running(), seeded(stream_seed(self.config.seed, networks), self.device):
             self._restore_global_rng()
             history = self._run_rounds(folder)
-            result = self._result(time.perf_counter() - started, self.round_index - max(start_round, 0))
+            earlier = self.ranks.of_first(lambda: seconds_until(start_round, history, -self.config.method.warm_up))
+            result = self._result(earlier + time.perf_counter() - started)
         if folder is not None and start_round == self.config.method.rounds:  # finished before
             kept = {name: value for name, value in report.read_result(folder).items() if name in TIMES}
             result = replace(result, **kept)
@@ -438,7 +439,7 @@ class Distiller:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._global_rng["cuda"], self.device)
 
-    def _result(self, seconds: float, rounds: int) -> Result:
+    def _result(self, seconds: float) -> Result:
         method = self.config.method
         last = self._select() if self.round_index else {}
         warm_up = method.warm_up * method.batch_size
@@ -448,7 +449,7 @@ class Distiller:
             student_images=self.round_index * method.student_images_per_round,
             teacher_queries=warm_up + self.round_index * method.queries_per_round,
             seconds=seconds,
-            rounds_per_second=rounds / seconds if rounds else 0.0,
+            rounds_per_second=self.round_index / seconds,
             agreement=last.get("agreement"),
             accuracy=last.get("accuracy"),
             best_round=self.best.get("round"),

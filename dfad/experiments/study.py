@@ -182,8 +182,7 @@ def _summary(
     }
     if not isinstance(settings, Recipe):
         summary["best_accuracy"] = spread([result["best_accuracy"] for result in results])
-        # for a resumed run, the rate of its last process
-        summary["seconds"] = spread([result["rounds"] / result["rounds_per_second"] for result in results])
+        summary["seconds"] = spread([result["seconds"] for result in results])
         summary["captured"] = all(result.get("captured", False) for result in results)
         method = settings.method
         looks = list(zip(*(result["curve"] for result in results), strict=True))

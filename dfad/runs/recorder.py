@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -169,3 +169,19 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def seconds_until(position: int, history: Iterable[Metrics], first: int) -> float:
+    """Seconds that the rounds up to a position took, by the records of these rounds.
+
+    Args:
+        position: number of rounds; negative in the warm-up.
+        history: records of rounds, the earliest first.
+        first: position at which the run began.
+    """
+    seconds = 0.0
+    for record in history:
+        if record["round"] <= position:
+            seconds += (record["round"] - first) / record["rounds_per_second"]
+            first = int(record["round"])
+    return seconds

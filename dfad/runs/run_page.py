@@ -97,7 +97,7 @@ def run_page(facts: RunFacts, folder: Path) -> Iterator[str]:
         "size of the student relative to the teacher": f"{parameters['student'] / max(1, parameters['teacher']):.1%}",
         "rounds": f"{result['rounds']:,}",
         "images generated": f"{result['images']:,}",
-        "seconds, of the last process": f"{result['seconds']:,.0f}",
+        "seconds": f"{result['seconds']:,.0f}",
     }
     yield tiles(figures)
     yield "<h2>What was distilled into what</h2>"
@@ -300,7 +300,7 @@ def _cost(result: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     yield "images generated", f"{result['images']:,}"
     yield "images that the student was shown", f"{result['student_images']:,}"
     yield "images that the teacher was asked about", f"{result['teacher_queries']:,}"
-    yield "seconds, of the last process", f"{result['seconds']:,.1f}"
+    yield "seconds", f"{result['seconds']:,.1f}"
     yield "rounds per second", f"{result['rounds_per_second']:.3g}"
 
 

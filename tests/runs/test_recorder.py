@@ -5,7 +5,7 @@ import json
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dfad.runs.recorder import EVENTS, METRICS, MetricBuffer, Recorder
+from dfad.runs.recorder import EVENTS, METRICS, MetricBuffer, Recorder, seconds_until
 
 
 def test_the_buffer_gives_means_since_the_last_reading():
@@ -17,6 +17,11 @@ def test_the_buffer_gives_means_since_the_last_reading():
     assert first["rounds_per_second"] > 0
     buffer.add({"loss": torch.tensor(10.0), "half": torch.tensor(5.0)})
     assert buffer.read()["loss"] == 10
+
+
+def test_seconds_are_those_of_the_rounds_up_to_a_position():
+    history = [{"round": done, "rounds_per_second": rate} for done, rate in ((-2, 1.0), (0, 0.5), (10, 2.0), (12, 1.0))]
+    assert [seconds_until(position, history, first=-5) for position in (-5, -2, 0, 10, 12)] == [0, 3, 7, 12, 14]
 
 
 class TestRecorder:

@@ -102,19 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configure_logging()
     device = choose_device(command.device)
     loaded = _load(command)
-    network, manifest = loaded.network, loaded.manifest
-    dataset = open_dataset(_data_config(command, manifest))
-    recorded = manifest.get("data", {}).get("fingerprint")
-    if recorded and dataset.name == manifest["data"]["name"] and dataset.fingerprint != recorded:
-        log.warning("This is not the data that the model was trained on: the fingerprints differ.")
-    size = loaded.image_shape[1:] if loaded.image_shape else loaded.images.size
-    if size and tuple(size) != dataset.image_shape[1:]:
-        log.warning(
-            "The images of %s have %d×%d pixels, those of %s %d×%d. Image files are resized by --data.image_size.",
-            *(dataset.name, *dataset.image_shape[1:], command.model, *size),
-        )
+    dataset = open_dataset(_data_config(command, loaded.manifest))
+    _warn_about_images(command, loaded, dataset)
     normalised = _normalised(dataset, command.model, Images(None, command.mean, command.std), loaded.images)
-    logits, labels = _predictions(command, network, normalised, device)
+    logits, labels = _predictions(command, loaded.network, normalised, device)
     teacher_logits = None
     if command.teacher is not None:
         teacher, images = _load_teacher(command.teacher)
@@ -173,6 +164,19 @@ def _data_config(command: Evaluate, manifest: Mapping[str, Any]) -> DataConfig:
         if spec.name != "name" and getattr(command.data, spec.name) != spec.default
     }
     return dataclasses.replace(named, **given)
+
+
+def _warn_about_images(command: Evaluate, loaded: Loaded, dataset: Dataset) -> None:
+    """Log in what the images differ from those that the model was trained on."""
+    recorded = loaded.manifest.get("data", {})
+    if recorded.get("fingerprint") not in (None, dataset.fingerprint) and dataset.name == recorded["name"]:
+        log.warning("This is not the data that the model was trained on: the fingerprints differ.")
+    size = loaded.image_shape[1:] if loaded.image_shape else loaded.images.size
+    if size and tuple(size) != dataset.image_shape[1:]:
+        log.warning(
+            "The images of %s have %d×%d pixels, those of %s %d×%d. Image files are resized by --data.image_size.",
+            *(dataset.name, *dataset.image_shape[1:], command.model, *size),
+        )
 
 
 def _normalised(dataset: Dataset, source: str, *known: Images) -> Dataset:

@@ -56,6 +56,11 @@ def path_of(kind: type) -> str | None:
 
 
 def resolve(factory: str) -> Callable[..., Any]:
+    """The callable of a factory path: ``package.module:callable``, or the bare name of one in :mod:`dfad.models`.
+
+    Raises:
+        ModelError: if it cannot be imported, or is not callable.
+    """
     module_name, _, attribute = factory.partition(":")
     if not attribute:
         if factory not in models.__all__:

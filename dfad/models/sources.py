@@ -99,45 +99,66 @@ def load(
         pretrained: without a checkpoint, use a hub's published weights instead of random ones.
     """
     arguments = dict(kwargs or {})
-    file = file_of(source)
-    if file is not None and is_exported(file):
-        _refuse_extras(source, "weights", checkpoint, arguments)
-        network, size = load_exported(file)
-        shape = (size[0], size[1], size[2]) if len(size) == 3 else None
-        images = Images(None, *normalisation_of(file), f"the file {file}")
-        return Loaded(_tapped(network, taps), True, shape, images, exported=True)
-    if file is not None:
-        _refuse_extras(source, "keyword arguments", None, arguments)
-        network, manifest = load_model(file, taps=tuple(taps) or None)
-        if checkpoint is not None:
-            load_weights(network, Path(checkpoint), checkpoint_key)
-            if own := read_manifest(Path(checkpoint)):
-                manifest, file = own, Path(checkpoint)
-        return Loaded(network, True, *_images_of(manifest, file), manifest)
+    file, given = file_of(source), None if checkpoint is None else Path(checkpoint)
+    if file is None:
+        return _built(source, given, checkpoint_key, arguments, taps, pretrained=pretrained)
+    if is_exported(file):
+        _refuse_extras(source, "weights", given, arguments)
+        return _program(file, taps)
+    _refuse_extras(source, "keyword arguments", None, arguments)
+    network, manifest = load_model(file, taps=tuple(taps) or None)
+    if given is not None:
+        load_weights(network, given, checkpoint_key)
+        if own := read_manifest(given):
+            manifest, file = own, given
+    return Loaded(network, True, *_images_of(manifest, file), manifest)
+
+
+def _program(file: Path, taps: Sequence[str]) -> Loaded:
+    network, size = load_exported(file)
+    shape = (size[0], size[1], size[2]) if len(size) == 3 else None
+    images = Images(None, *normalisation_of(file), f"the file {file}")
+    return Loaded(_tapped(network, taps), True, shape, images, exported=True)
+
+
+def _built(
+    source: str,
+    checkpoint: Path | None,
+    checkpoint_key: str | None,
+    arguments: dict[str, Any],
+    taps: Sequence[str],
+    *,
+    pretrained: bool,
+) -> Loaded:
+    """A network of a hub or a factory."""
     found = hub_of(source)
-    if found is None or checkpoint is not None or not pretrained:
-        network = build(source, arguments)
-    else:
-        hub, name = found
-        try:
-            network = hub.trained(name, arguments)
-        except ModelError:
-            raise
-        except Exception as error:  # packages raise various errors for their arguments
-            raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
+    published = found is not None and checkpoint is None and pretrained
+    network = _published(source, arguments) if published else build(source, arguments)
     images = found[0].images(found[1], network) if found else declared_images(network)
     if images.mean and channels_of(network) not in (None, len(images.mean)):  # built for other images than published
         images = replace(images, mean=(), std=())
     if checkpoint is None:
-        return Loaded(_tapped(network, taps), found is not None and pretrained, images=images)
-    path = Path(checkpoint)
-    load_weights(network, path, checkpoint_key)
-    require_origin(network, path, source, arguments)
-    manifest = read_manifest(path)
-    shape, recorded = _images_of(manifest, path)
+        return Loaded(_tapped(network, taps), published, images=images)
+    load_weights(network, checkpoint, checkpoint_key)
+    require_origin(network, checkpoint, source, arguments)
+    manifest = read_manifest(checkpoint)
+    shape, recorded = _images_of(manifest, checkpoint)
     # what the weights were trained on says more than what the network is usually given
     images = recorded if recorded.mean else replace(images, size=None if shape else images.size)
     return Loaded(_tapped(network, taps), True, shape, images, manifest)
+
+
+def _published(source: str, arguments: dict[str, Any]) -> nn.Module:
+    """A hub's network with its published weights."""
+    found = hub_of(source)
+    assert found is not None
+    hub, name = found
+    try:
+        return hub.trained(name, arguments)
+    except ModelError:
+        raise
+    except Exception as error:  # packages raise various errors for their arguments
+        raise ModelError(f"{source} called with {arguments} failed: {type(error).__name__}: {error}.") from error
 
 
 def _images_of(manifest: Mapping[str, Any], file: Path) -> tuple[tuple[int, int, int] | None, Images]:

@@ -29,7 +29,6 @@ from dfad.errors import ConfigurationError
 from dfad.models.probing import as_outputs
 from dfad.models.taps import has_batchnorm
 from dfad.modes import set_mode
-from dfad.trees import tree_leaves
 from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small, seed_everything
 
 SHAPE = (CHANNELS, SIZE, SIZE)
@@ -106,10 +105,6 @@ CONFIG = DistillConfig(
 )
 
 
-class Teacher(Small):
-    """With as many classes as the student."""
-
-
 def a_teacher_for(student: nn.Module) -> nn.Module:
     with torch.no_grad():
         set_mode(student, training=False)
@@ -180,9 +175,8 @@ def test_as_student_in_bfloat16(trait):
         assert (found.float() - value.float()).norm().item() <= (0.5 if name.startswith("gradient") else 0.1) * scale
 
 
-@each_trait
-def test_statistics_are_those_of_batchnorms(trait):
-    assert has_batchnorm(make(trait)) == (trait not in WITHOUT_STATISTICS)
+def test_statistics_are_those_of_batchnorms():
+    assert {trait for trait in ZOO if not has_batchnorm(make(trait))} == set(WITHOUT_STATISTICS)
 
 
 @pytest.mark.parametrize("trait", [trait for trait in ZOO if trait not in WITHOUT_STATISTICS])
@@ -204,8 +198,3 @@ def test_statistics_are_of_each_call(trait):
     assert len(features) == len(frozen.norms) == len(seen)
     for found, expected in zip(features, seen, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_zoo_is_large():
-    assert len(ZOO) >= 60
-    assert all(tree_leaves(make(trait)(torch.randn(8, *SHAPE))) for trait in ("plain", "a tuple", "a dictionary"))

@@ -271,6 +271,13 @@ class TestOnAGpu:
         assert torch.tensor(runs["on"]).isfinite().all()
         torch.testing.assert_close(torch.tensor(runs["on"]), torch.tensor(runs["off"]), rtol=tolerance, atol=tolerance)
 
+    def test_two_streams_compute_what_one_computes(self, teacher, on_gpu):
+        runs = {}
+        for streams in ("on", "off"):
+            engine = EngineConfig(precision="float32", cuda_graph="on", two_streams=streams)
+            runs[streams] = losses(make(teacher, replace(on_gpu, engine=engine)), 2 * ROUNDS)
+        torch.testing.assert_close(torch.tensor(runs["on"]), torch.tensor(runs["off"]), rtol=1e-5, atol=1e-5)
+
     def test_bank_views_and_mixing_go_on_in_a_graph(self, teacher, on_gpu):
         recipe = with_method(
             on_gpu,
@@ -373,6 +380,14 @@ class TestOnAGpu:
         names = " ".join(event.key for event in profile.key_averages())
         for kernel in ("activation_boundary", "interpolated_kl"):
             assert kernel in names, kernel
+
+    def test_no_part_is_left_out_for_networks_of_this_project(self, on_gpu, caplog):
+        settings = replace(on_gpu, engine=EngineConfig(), method=replace(MethodConfig(), batch_size=32))
+        with caplog.at_level(logging.INFO, logger="dfad.engine.placement"):
+            Distiller(models.resnet20(), models.resnet20(), settings, image_shape=(3, 32, 32))
+            Distiller(models.lenet5(), models.lenet5_half(), settings, image_shape=(1, 28, 28))
+        left_out = [record.getMessage() for record in caplog.records if record.name == "dfad.engine.placement"]
+        assert left_out == []
 
     @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
     def test_whole_rounds_with_other_networks_and_optimizers(self, name, on_gpu):

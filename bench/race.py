@@ -84,6 +84,7 @@ def hold(
     lanes = {name: _Lane(enter, rules) for name, enter in entrants.items()}
     together = [lanes] if rules.turns > 1 else [{name: lane} for name, lane in lanes.items()]
     for group in together:
+        gc.collect()  # of the contenders before: to free a graph would break the capture of another
         for lane in group.values():
             lane.attempt(lane.enter)
         gc.collect()

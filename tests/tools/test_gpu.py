@@ -223,10 +223,9 @@ class TestPlan:
     def test_tests_share_the_machine_and_none_is_left_out(self, parts):
         tests = [part for part in parts if part.name.startswith("tests")]
         assert all({"gpu", "12", "worksteal"} <= set(part.command) for part in tests)
-        folders = [ROOT / word for part in tests for word in part.command if word.startswith("tests/")]
-        marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
-        mine = Path(__file__)
-        assert [path for path in marked if path != mine and not {*path.parents} & {*folders}] == []
+        files = {ROOT / word for part in tests for word in part.command if word.startswith("tests/")}
+        others = {path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)}
+        assert {path for path in others if "mark.gpu" in path.read_text()} == files
 
     def test_probes_end_by_themselves_before_they_are_stopped(self, parts):
         (part,) = [part for part in parts if part.name == "probes"]

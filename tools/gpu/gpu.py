@@ -242,9 +242,9 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         benchmark(f"rounds: {large}", 145, with_kernels[large], ROUNDS),
         benchmark(f"rounds: {thin}", 130, with_kernels[thin], ROUNDS),
         *of_others(60),
-        pytest("tests of rounds", 60, f"-m gpu tests/data tests/distillation tests/engine tests/supervised {workers}"),
+        pytest("tests of rounds", 60, f"-m gpu {' '.join(TESTS_OF_ROUNDS)} {workers}"),
         # what follows refines the record, in further calls
-        pytest("tests of kernels", 130, f"-m gpu tests/kernels {workers}"),
+        pytest("tests of kernels", 130, f"-m gpu tests/kernels/test_gpu.py {workers}"),
         operators("bfloat16"),
         *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
         benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
@@ -269,6 +269,14 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         benchmark("choices of a round", 90, "bench/bench_step.py --full -k 'mixed or statistics'"),
     ]
 
+
+TESTS_OF_ROUNDS = (
+    "tests/data/test_backends.py",
+    "tests/distillation/test_distributed.py",
+    "tests/engine/test_cuda_graph.py",
+    "tests/supervised/test_teaching.py",
+)
+"""Files with tests marked ``gpu``, besides those of the kernels; each worker collects them."""
 
 PARTS = (
     "ours without cast_weights",

@@ -13,6 +13,7 @@ def save(record: Record, path: Path) -> None:
     """Write the plots of a record."""
     panels = [(draw, found) for draw, find in PANELS.items() if (found := find(record))]
     rows = max((len(found) for _, found in panels), default=0)
+    rows = max(rows, sum(map(len, round_times(record).values())))
     figure = Figure(figsize=(5.4 * max(1, len(panels)), max(4.2, 0.22 * rows)), layout="constrained")
     if record.get("rehearsal"):
         figure.suptitle(report.REHEARSED)
@@ -61,10 +62,11 @@ def draw_rounds(axes: Any, times: dict[str, dict[str, float]]) -> None:
         axes.bar_label(bars, labels, fontsize=7, padding=2)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(times))], list(times))
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(title="Rounds", xlabel="time over ours")
+    axes.set(title="Rounds", xlabel="time over ours", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.15)
     axes.invert_yaxis()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def draw_losses(axes: Any, shares: dict[str, float]) -> None:

@@ -49,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes ``path`` when the block ends; if the block raises, nothing is left.
+    """A folder to write into, which becomes ``path`` when the block ends; if the block raises, ``path`` is as it was.
 
     Args:
         path: must not exist yet.
@@ -70,9 +70,14 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         new.mkdir()
         yield new
         with writing(path):
-            if path.exists():
-                path.replace(old)
-            new.replace(path)
+            try:
+                if path.exists():
+                    path.replace(old)
+                new.replace(path)
+            except BaseException:
+                if old.exists():
+                    old.replace(path)
+                raise
             _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

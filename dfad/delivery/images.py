@@ -1,6 +1,7 @@
 """Generated images as files, with the teacher's soft labels."""
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -132,14 +133,16 @@ def check(folder: Path, teacher: Function) -> float:
         _read_shards if description["form"] == "webdataset" else _read_folders
     )
     difference, count = 0.0, 0
-    for png, label, soft in read(folder):
-        count += 1
-        if label != int(soft.argmax()):
-            raise ExportError(f"An image in {folder} has the label {label}, and the soft label {int(soft.argmax())}.")
-        images = from_bytes(_pixels(png)[None], description["mean"], description["std"])
+    samples = read(folder)
+    while batch := list(itertools.islice(samples, BATCH_SIZE)):
+        count += len(batch)
+        for _, label, soft in batch:
+            if label != int(soft.argmax()):
+                raise ExportError(f"An image in {folder} has the label {label}, and the soft label {soft.argmax()}.")
+        pixels = torch.stack([_pixels(png) for png, _, _ in batch])
         with torch.no_grad():
-            found = teacher(images).softmax(dim=1)[0].numpy()
-        difference = max(difference, float(np.abs(found - soft).max()))
+            found = teacher(from_bytes(pixels, description["mean"], description["std"])).softmax(dim=1).numpy()
+        difference = max(difference, float(np.abs(found - np.stack([soft for _, _, soft in batch])).max()))
     if count != description["images"]:
         raise ExportError(f"{folder} holds {count} images; {description['images']} were written.")
     return difference

@@ -114,6 +114,6 @@ class CollapseGuard:
         self.recoveries, self._alarmed = state["recoveries"], state["alarmed"]
         devices = {name: [x.device for x in tensors] for name, tensors in self._tensors().items()}
         self.healthy = {
-            name: [x.to(device) for x, device in zip(tensors, devices[name], strict=False)]
+            name: [x.to(device) for x, device in zip(tensors, devices[name], strict=True)]
             for name, tensors in state["healthy"].items()
         }

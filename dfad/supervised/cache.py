@@ -53,10 +53,9 @@ def cached_teacher(name: str, root: Path | None = None) -> Path:
     path = cache_folder() / f"teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
     if path.exists():  # the file is complete; the folder may be read-only
         return path
-    lock = FileLock(path.with_suffix(".lock"))  # of several processes, one trains it and the others wait
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(path.with_suffix(".lock")).acquire()  # of several processes, one trains it and the others wait
     except OSError as error:
         raise ConfigurationError(
             f"The cache folder {path.parent} cannot be written: {error.strerror}. Name another with the environment "

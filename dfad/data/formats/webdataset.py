@@ -27,6 +27,10 @@ def read_webdataset(config: DataConfig) -> Dataset:
         raise DataError(f"{root} holds no shards (*.tar).")
     tests = [shard for shard in shards if _is_test(root, shard)]
     train_blobs, train_labels = _samples([shard for shard in shards if shard not in tests])
+    if not train_blobs:
+        raise DataError(
+            f"{root} holds no images to train on: its shards are empty, or all are named after test or validation."
+        )
     test_blobs, test_labels = _samples(tests)
     classes = _classes(root, [*train_labels, *test_labels])
     train = encoded_split(train_blobs, train_labels, config)

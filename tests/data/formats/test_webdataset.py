@@ -75,3 +75,9 @@ def test_bad_samples_are_named(tmp_path, kind):
 def test_a_folder_without_shards_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no shards"):
         open_dataset(config(tmp_path))
+
+
+def test_shards_of_test_images_alone_are_named(tmp_path):
+    tar(tmp_path / "test-0.tar", shard(0, 30))
+    with pytest.raises(DataError, match=f"{tmp_path} holds no images to train on"):
+        open_dataset(config(tmp_path))

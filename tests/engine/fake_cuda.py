@@ -57,6 +57,8 @@ class Graph:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.states: list[State] = []
+        self.streams: list[torch.Generator] = []
+        """Registered generators of a CPU."""
         self.replays = 0
         self.pool: object = None
         world.graphs.append(self)
@@ -64,6 +66,8 @@ class Graph:
     def register_generator_state(self, generator: Generator | torch.Generator) -> None:
         if isinstance(generator, Generator):
             self.states.append(generator.state)
+        else:
+            self.streams.append(generator)
 
     def replay(self) -> None:
         assert self.pool is not None

@@ -24,6 +24,7 @@ from dfad.config import (
 from dfad.distillation.distiller import Distiller
 from dfad.engine.cuda_graph import CHECKED_WITH, WARM_UP_ROUNDS, RoundGraphs
 from dfad.errors import ConfigurationError
+from dfad.presets import PRESETS
 from tests.conftest import IMAGE_SHAPE, with_method
 from tests.engine.fake_cuda import Generator, World
 
@@ -220,6 +221,22 @@ class TestWithoutAGpu:
         assert replaying == [True, False, False]
         assert graphs.captures == 2
         assert distiller.engine.captured
+
+    def test_every_stream_that_a_preset_draws_from_is_registered(self, world, teacher, config):
+        """Without that each replay would draw the numbers of the capture again."""
+        method = PRESETS["mnist"].method
+        method = replace(method, batch_size=16, student_steps=1, warm_up=1, image_bank=ImageBankConfig(size=64))
+        distiller = make(teacher, replace(config, method=method))
+        distiller.engine.graphs = RoundGraphs(GPU, required=True)
+        streams = distiller.round.rng
+        drawn = set()
+        for _ in range(method.warm_up + WARM_UP_ROUNDS + 1):
+            before = {name: stream.get_state() for name, stream in streams.items()}
+            distiller.run_round()
+            drawn |= {name for name, state in before.items() if not torch.equal(state, streams[name].get_state())}
+        (graph,) = world.graphs
+        assert drawn == {"noise", "mixing", "augmentation", "image_bank", "random_fields"}
+        assert {name for name, stream in streams.items() if any(stream is known for known in graph.streams)} >= drawn
 
     def test_a_distiller_takes_its_graph_along_without_the_collector(self, world, teacher, config):
         distiller = make(teacher, with_method(config, rounds=ROUNDS))

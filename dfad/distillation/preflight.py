@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from dfad.config import DistillConfig, OptimizerConfig
 from dfad.copies import copy_network
 from dfad.errors import ConfigurationError, ModelError, RunFolderError, first_line, name_of
+from dfad.models.factory import remedy_for_classes
 from dfad.models.model_file import divided
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, images_taken, parameter_count, random_images, require_same_classes
@@ -25,7 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def check_networks(
-    teacher: nn.Module, student: nn.Module, image_shape: tuple[int, int, int], *, uses_taps: bool = True
+    teacher: nn.Module,
+    student: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    uses_taps: bool = True,
+    factory: str | None = None,
 ) -> tuple[Outputs, Outputs]:
     """Check both networks, and return their outputs for blank images.
 
@@ -34,6 +40,7 @@ def check_networks(
         student: likewise.
         image_shape: ``(channels, height, width)`` of the teacher's images.
         uses_taps: whether the activation regularizer compares their taps.
+        factory: what built the student, for the error.
 
     Raises:
         ModelError: if weights or the teacher's logits are NaN or infinite, if no gradient reaches the teacher's
@@ -44,7 +51,7 @@ def check_networks(
     require_finite(student, "student")
     teacher_outputs = dry_forward(teacher, image_shape, announce=True)
     answers = usable_answers(teacher, image_shape)
-    student_outputs = _fitting_outputs(student, teacher_outputs, image_shape)
+    student_outputs = _fitting_outputs(student, teacher_outputs, image_shape, factory)
     if uses_taps:
         _require_pre_activations(answers.taps, "teacher")
         # few values can all be positive by chance, but none is exactly zero by chance
@@ -198,12 +205,14 @@ def _require_pre_activations(taps: Sequence[Tensor], role: str) -> None:
             )
 
 
-def _fitting_outputs(student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int]) -> Outputs:
+def _fitting_outputs(
+    student: nn.Module, teacher: Outputs, image_shape: tuple[int, int, int], factory: str | None
+) -> Outputs:
     who = f"The student {name_of(student)}"
     with images_taken(who, "the teacher's images", image_shape, "Give --student.kwargs that fit."):
         outputs = dry_forward(student, image_shape, announce=True)
     classes = teacher.logits.shape[1]
-    remedy = f"Set --student.kwargs '{{\"num_classes\": {classes}}}'."
+    remedy = remedy_for_classes(factory, classes, "--student")
     require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)
     return outputs
 

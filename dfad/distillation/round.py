@@ -245,7 +245,13 @@ class Round:
         """Check what can be known before anything is placed; returns the outputs of both for blank images."""
         method = self.config.method
         as_computed = in_float32(student, copied=True)
-        outputs = check_networks(teacher, as_computed, self.image_shape, uses_taps=method.activation.used)
+        outputs = check_networks(
+            teacher,
+            as_computed,
+            self.image_shape,
+            uses_taps=method.activation.used,
+            factory=self.config.student.factory,
+        )
         _check_factory(as_computed, self.config.student, self.image_shape)
         self.matches_statistics = _matches_statistics(method, teacher)
         if method.activation.used and not has_boundary(activations := activations_of(teacher)):

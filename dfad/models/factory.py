@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,26 @@ def build(factory: str, kwargs: Mapping[str, Any] | None = None, taps: Sequence[
             f"The factory {factory} returned a {type(network).__name__}; it must return a torch.nn.Module."
         )
     return with_taps(network, taps) if taps else network
+
+
+def remedy_for_classes(factory: str | None, classes: int, flag: str) -> str:
+    """What to do about a network with another number of classes, by the arguments of what builds it.
+
+    Args:
+        factory: see :func:`build`, or a file; None for a network that was given in Python.
+        classes: that it must have.
+        flag: of the network on the command line, such as ``--student``.
+    """
+    if factory is None:
+        return f"Build it with {classes} classes."
+    try:
+        taken = {} if hub_of(factory) else signature(resolve(factory)).parameters
+    except (ModelError, ValueError):  # a file, or a callable that does not say
+        return f"Name another network, which has {classes}."
+    if hub_of(factory) or "num_classes" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        return f"Set {flag}.kwargs '{{\"num_classes\": {classes}}}'."
+    arguments = f"takes {', '.join(taken)}, and no num_classes" if taken else "takes no arguments"
+    return f"{factory} {arguments}: change its code, or name another network, which has {classes}."
 
 
 def path_of(kind: type) -> str | None:

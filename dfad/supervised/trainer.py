@@ -17,7 +17,7 @@ from dfad.engine import Engine, choose_device
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate, with_momentum
 from dfad.errors import ConfigurationError, DivergenceError, name_of
 from dfad.metrics import top_k_accuracy
-from dfad.models.factory import build, resolve
+from dfad.models.factory import build, remedy_for_classes, resolve
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import dry_forward, images_taken, require_same_classes
 from dfad.ranks import Ranks
@@ -51,7 +51,7 @@ class SupervisedTrainer:
         self.kwargs = network_kwargs(recipe, dataset)
         with seeded(recipe.seed):
             network = build(recipe.network.factory, self.kwargs)
-        _check_fit(network, dataset)
+        _check_fit(network, dataset, recipe.network.factory)
         self.network = self.engine.place(network)
         self.average = (
             AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
@@ -177,9 +177,9 @@ def network_kwargs(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return {**{name: value for name, value in offered.items() if name in taken}, **recipe.network.kwargs}
 
 
-def _check_fit(network: nn.Module, dataset: Dataset) -> None:
+def _check_fit(network: nn.Module, dataset: Dataset, factory: str) -> None:
     remedy = "Choose another --network.factory or --network.kwargs."
     with images_taken(name_of(network), f"the images of {dataset.name}", dataset.image_shape, remedy):
         classes = dry_forward(network, dataset.image_shape).logits.shape[1]
-    remedy = f"Give --network.kwargs '{{\"num_classes\": {len(dataset.classes)}}}'."
+    remedy = remedy_for_classes(factory, len(dataset.classes), "--network")
     require_same_classes(network, classes, dataset.name, len(dataset.classes), remedy)

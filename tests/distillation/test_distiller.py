@@ -22,6 +22,7 @@ from dfad.config import (
     OptimizersConfig,
     RegularizerConfig,
     SelectionConfig,
+    StudentConfig,
     TeacherConfig,
 )
 from dfad.distillation.distiller import Distiller, distill
@@ -442,6 +443,9 @@ class TestNetworksThatDoNotFit:
     def test_class_counts(self, teacher, config):
         student = models.convnet(channels=(4, 8), num_classes=5, in_channels=1)
         assert "5 classes and the teacher 4" in self.refused(teacher, student, config)
+        assert self.refused(teacher, student, config).endswith("Build it with 4 classes.")
+        named = replace(config, student=StudentConfig("convnet", {"channels": [4, 8], "in_channels": 1}))
+        assert self.refused(teacher, student, named).endswith("Set --student.kwargs '{\"num_classes\": 4}'.")
 
     def test_channels(self, teacher, config):
         student = models.convnet(channels=(4, 8), num_classes=4, in_channels=3)

@@ -39,6 +39,15 @@ class Exploit:
         return (exec, ("raise SystemExit('the pickle ran')",))
 
 
+class NetworkOfFour(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def of_width(width: int = 4) -> nn.Module:
+    return Plain(channels=width)
+
+
 NOT_A_MODULE = dict
 HERE = __name__
 
@@ -70,6 +79,30 @@ def test_a_factory_is_called_with_its_keyword_arguments(factory):
 def test_a_factory_that_cannot_be_used_is_refused(name, kwargs, message, factory):
     with pytest.raises(ModelError, match=message):
         factories.build(name, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        (None, "Build it with 7 classes."),
+        ("convnet", "Set --student.kwargs '{\"num_classes\": 7}'."),
+        ("user_networks:Plain", "Set --student.kwargs '{\"num_classes\": 7}'."),
+        ("timm:resnet18", "Set --student.kwargs '{\"num_classes\": 7}'."),
+        ("builtins:dict", "Name another network, which has 7."),
+        ("student.safetensors", "Name another network, which has 7."),
+        (
+            "user_networks:of_width",
+            "user_networks:of_width takes width, and no num_classes: change its code, or name another network, which "
+            "has 7.",
+        ),
+        (
+            "user_networks:NetworkOfFour",
+            "user_networks:NetworkOfFour takes no arguments: change its code, or name another network, which has 7.",
+        ),
+    ],
+)
+def test_the_remedy_for_other_classes_is_one_that_the_factory_takes(name, remedy, factory):
+    assert factories.remedy_for_classes(name, 7, "--student") == remedy
 
 
 def save_as(kind, network, path):

@@ -188,7 +188,7 @@ def results(config: pytest.Config) -> tuple[Path, records.Record]:
     chosen = config.getoption("--results")
     folder = chosen or (records.RESULTS if config.getoption("--record") else ROOT / "runs" / "bench")
     path: Path = folder / file_name()
-    return path, records.load(path) if path.exists() else {"benchmarks": []}
+    return path, {"benchmarks": [], **(records.load(path) if path.exists() else {})}
 
 
 def write(measured: list[dict[str, Any]], config: pytest.Config, profiles: Sequence[dict[str, Any]] = ()) -> Path:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dfad.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 Record = dict[str, Any]
@@ -23,7 +25,7 @@ def load(path: Path) -> Record:
 
 
 def save(path: Path, content: Record) -> None:
-    """Write a record that :func:`load` returned."""
+    """Write a record that :func:`load` returned, atomically: a benchmark may be stopped at any moment."""
     machines: list[Any] = []
     rows = []
     for row in content.get("benchmarks", []):
@@ -31,8 +33,7 @@ def save(path: Path, content: Record) -> None:
             machines.append(row["machine"])
         rows.append({**row, "machine": machines.index(row["machine"])})
     shared = {"machines": machines, "benchmarks": rows} if rows else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, **shared}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**content, **shared}, indent=1) + "\n")
 
 
 def load_all(folder: Path = RESULTS) -> dict[str, Record]:

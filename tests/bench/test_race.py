@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import records
-from bench.conftest import by_group, ratios, times
+from bench.conftest import by_group, ratios, times, write
 from bench.race import Contender, Rules, hold
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,11 @@ def clock(run):
 
 RULES = Rules(rounds=lambda seconds: 4, clock=clock, turns=2, warm_up=1)
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", ["pair"])
+def test_kernels(case, keep_profile):
+    keep_profile({"round": case, "milliseconds": 2.0})
+
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_round(size, race):
     def enter(name):
@@ -220,7 +226,7 @@ def test_pytest_bench(tmp_path):
         return done.stdout, by_group(record["benchmarks"])
 
     told, found = run()
-    assert "1 failed, 1 passed, 1 deselected" in told
+    assert "1 failed, 1 passed, 2 deselected" in told
     assert "size 1: broken: AssertionError: not here" in told
     assert {group: set(rows) for group, rows in found.items()} == {
         "size 1": {"published", "ours", "floor"},
@@ -235,7 +241,7 @@ def test_pytest_bench(tmp_path):
     assert "Name (time in" in told.partition(" ratios, ")[0]  # pytest-benchmark's own table comes before
 
     told, found = run("--full", "--contenders=floor;ours")
-    assert "3 passed" in told
+    assert "4 passed" in told
     assert list(found["size 2"]) == ["floor", "ours"]  # in the order that was given
     assert set(found["size 2"]) == {"ours", "floor"}
     assert set(found["size 1"]) == {"published", "ours", "floor"}  # what was measured before stays
@@ -244,6 +250,19 @@ def test_pytest_bench(tmp_path):
     assert list(found["size 2"]) == ["floor", "ours", "published"]  # ours beside what was missing
     told, found = run("--full", "--contenders=ours;floor;published", "--missing", "-k", "test_round")
     assert "all times" not in told  # nothing is measured twice
+    told, found = run("--full", "--missing", "-k", "test_kernels")
+    assert "1 skipped" in told
+    (record,) = records.load_all(tmp_path / "results").values()
+    here = found["size 1"]["ours"]["machine"]
+    assert record["profiles"] == [{"round": "pair", "milliseconds": 2.0, "machine": here}]
+
+
+def test_a_profile_without_contenders_is_kept_beside_what_follows(tmp_path):
+    config = SimpleNamespace(getoption={"--results": tmp_path}.__getitem__)
+    write([], config, [{"round": "pair"}])
+    path = write([{"group": "a", "contender": "ours", "seconds": 1.0}], config)
+    assert [row["contender"] for row in records.load(path)["benchmarks"]] == ["ours"]
+    assert records.load(path)["profiles"] == [{"round": "pair"}]
 
 
 def test_the_table_takes_the_fastest_of_a_kind():

@@ -26,6 +26,7 @@ import torch
 from bench import figures, records, report
 from dfad.experiments.comparisons import RECIPE_BARE, RECIPE_FULL
 from dfad.experiments.provenance import device_name, file_name, machine
+from dfad.files import write_text
 from tools.gpu import parcel, rehearsal
 
 ROOT = Path(__file__).parents[2]
@@ -308,9 +309,7 @@ class State:
     def keep(self, part: Part, outcome: Outcome) -> None:
         """Save the outcomes."""
         self.outcomes[part.name] = outcome
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({name: asdict(outcome) for name, outcome in self.outcomes.items()}, indent=1))
-        temporary.replace(self.path)
+        write_text(self.path, json.dumps({name: asdict(outcome) for name, outcome in self.outcomes.items()}, indent=1))
 
     def forget(self, parts: Sequence[Part], wanted: str, *, failed: bool) -> None:
         """Mark parts to be run again: those whose names contain the words, and those that failed; of the latter

@@ -41,7 +41,7 @@ ARROWS = {
     "runs": {"config", "models"},
     "distillation": {"config", "dfad_kernels", "engine", "functional", "losses", "models", "runs"},
     "data": {"models"},
-    "delivery": {"models"},
+    "delivery": {"models", "runs"},
     "supervised": {"config", "data", "engine", "models", "runs"},
     "assembly": {"config", "data", "distillation", "engine", "models", "runs", "supervised"},
     "inspection": {"config", "distillation", "engine", "models"},

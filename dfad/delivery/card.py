@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dfad.delivery.classifier import Delivery
-from dfad.runs.run_page import drawn_at_random
+from dfad.runs.run_page import drawn_at_random, figures
 
 CARD = """---
 library_name: {library}
@@ -54,7 +54,7 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
     elif delivery.mean:
         images = (
             f"It takes images `(batch, {channels}, {height}, {width})` of pixels in 0 to 1 that are normalised with "
-            f"mean {_figures(delivery.mean)} and standard deviation {_figures(delivery.std)}."
+            f"mean {figures(delivery.mean)} and standard deviation {figures(delivery.std)}."
         )
     else:
         images = (
@@ -100,7 +100,3 @@ def _rows(delivery: Delivery) -> dict[str, str]:
         if name in result:
             rows[title] = f"{result[name]:,}"
     return rows
-
-
-def _figures(values: list[float]) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import Rewriting, call_rewritten
 from dfad.engine.multi_tensor import copy_to_all
+from dfad.engine.rewriting import Rewriting, call_rewritten
 from dfad.engine.tracing import Parts, Trace, plain_parts
 
 

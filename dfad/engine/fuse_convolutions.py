@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import (
-    FusedBatchNorm,
+from dfad.engine.fuse_batchnorm import FusedBatchNorm, count_batch, fuse_batchnorm, statistics_to_move
+from dfad.engine.rewriting import (
     Rewriting,
     addend,
     call_rewritten,
-    count_batch,
-    fuse_batchnorm,
     negative_slope,
     only_user,
     say_once,
-    statistics_to_move,
     without_identities,
 )
 from dfad.engine.tracing import Parts, Trace, is_written_in_place, plain_parts

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfad.engine.fuse_batchnorm import (
+from dfad.engine.rewriting import (
     Rewriting,
     call_rewritten,
     following,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dfad import models
 from dfad.config import EngineConfig
 from dfad.engine import Engine
-from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm, say_once
+from dfad.engine.fuse_batchnorm import FusedBatchNorm, fuse_batchnorm
+from dfad.engine.rewriting import say_once
 from dfad.models.generator import Generator
 from dfad.models.outputs import as_outputs
 from dfad.modes import statistics_kept

@@ -14,8 +14,8 @@ from dfad.config import EngineConfig
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
 from dfad.engine.fold_batchnorm import fold_batchnorm
-from dfad.engine.fuse_batchnorm import say_once
 from dfad.engine.fuse_epilogues import fuse_epilogues
+from dfad.engine.rewriting import say_once
 from dfad.models.outputs import as_outputs
 from dfad.models.taps import BatchNormTaps
 from tests.engine.test_fuse_batchnorm import Residual, channels_last, images

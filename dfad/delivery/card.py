@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dfad.delivery.classifier import Delivery
-from dfad.runs.run_page import drawn_at_random, figures
+from dfad.runs.run_page import drawn_at_random, per_channel
 
 CARD = """---
 library_name: {library}
@@ -54,7 +54,7 @@ def model_card(delivery: Delivery, usage: str, library: str = "pytorch") -> str:
     elif delivery.mean:
         images = (
             f"It takes images `(batch, {channels}, {height}, {width})` of pixels in 0 to 1 that are normalised with "
-            f"mean {figures(delivery.mean)} and standard deviation {figures(delivery.std)}."
+            f"mean {per_channel(delivery.mean)} and standard deviation {per_channel(delivery.std)}."
         )
     else:
         images = (

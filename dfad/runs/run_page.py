@@ -173,7 +173,7 @@ def _teacher(facts: RunFacts) -> str:
 def _networks(facts: RunFacts) -> Iterator[Sequence[str]]:
     channels, height, width = facts.image_shape
     mean, std = facts.normalisation
-    known = f", normalised with mean {figures(mean)} and standard deviation {figures(std)}" if mean else ""
+    known = f", normalised with mean {per_channel(mean)} and standard deviation {per_channel(std)}" if mean else ""
     images = f"images of {channels}×{height}×{width}{known}"
     student = facts.architecture.get("factory") or facts.architecture.get("class") or "given in Python"
     given = facts.architecture.get("kwargs") or {}
@@ -187,7 +187,7 @@ def _networks(facts: RunFacts) -> Iterator[Sequence[str]]:
         yield name, "<br>".join(map(escape, [first, f"{facts.parameters[name]:,} parameters", *others]))
 
 
-def figures(values: Sequence[float]) -> str:
+def per_channel(values: Sequence[float]) -> str:
     """Numbers per channel, for people."""
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 

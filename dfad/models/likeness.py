@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dfad.errors import ModelError, first_line, name_of
+from dfad.models.filling import fill, misfit, without_prefix
 from dfad.models.model_file import load_model, read_manifest
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import random_images
-from dfad.models.weights import fill, misfit, without_prefix
 from dfad.modes import evaluating
 from dfad.seeds import random_state_kept
 

@@ -15,17 +15,8 @@ from torch import Tensor, nn
 from dfad.errors import ModelError
 from dfad.files import write_atomically
 from dfad.models.factory import build
-from dfad.models.weights import (
-    EXTRA,
-    MANIFEST,
-    fill,
-    is_safetensors,
-    read_metadata,
-    read_weights,
-    reading,
-    require_file,
-    shared_tensors,
-)
+from dfad.models.filling import fill, shared_tensors
+from dfad.models.weights import EXTRA, MANIFEST, is_safetensors, read_metadata, read_weights, reading, require_file
 from dfad.version import version
 
 

@@ -4,6 +4,7 @@
 results of pytest-benchmark are added to the same record.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,14 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         if config.getoption("--missing"):
             wanted = missing(wanted, group, config)
 
+        reporter, started = config.pluginmanager.get_plugin("terminalreporter"), time.monotonic()
+
         def keep(outcomes: Mapping[str, Outcome]) -> None:
             timed = {name: outcome for name, outcome in outcomes.items() if outcome.error is None}
             rows = [{**outcome.row(group, name), **details(timed, name)} for name, outcome in timed.items()]
             config.stash[MEASURED].extend(rows)
             write(rows, config)
+            reporter.write_line(f"{group}: {', '.join(outcomes)} after {time.monotonic() - started:.0f} s")
 
         outcomes = hold({name: entrants[name] for name in wanted}, rules, keep)
         errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}

@@ -227,6 +227,7 @@ def test_pytest_bench(tmp_path):
 
     told, found = run()
     assert "1 failed, 1 passed, 2 deselected" in told
+    assert "size 1: published, ours, broken, floor after " in told
     assert "size 1: broken: AssertionError: not here" in told
     assert {group: set(rows) for group, rows in found.items()} == {
         "size 1": {"published", "ours", "floor"},

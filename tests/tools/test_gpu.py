@@ -433,6 +433,21 @@ class TestCommand:
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert names == {"parcel.json", "parcel-0", "rehearsal.json", "summary.md", "figures.png"}
 
+    def test_compiled_kernels_of_this_project_go_along(self, tmp_path, monkeypatch):
+        code = (
+            "import os, pathlib\n"
+            "for name in ('_moments_kernel', 'triton_poi_fused_add'):\n"
+            "    folder = pathlib.Path(os.environ['TRITON_CACHE_DIR']) / f'hash of {name}'\n"
+            "    folder.mkdir(parents=True)\n"
+            "    (folder / f'__grp__{name}.json').touch()\n"
+            "    (folder / f'{name}.cubin').touch()\n"
+        )
+        monkeypatch.setattr(gpu, "plan", lambda places, small: [python("compiles", code)])
+        gpu.main(["--rehearse", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")])
+        parcel.receive(tmp_path / "out", tmp_path / "arrived")
+        names = {path.name for path in (tmp_path / "arrived" / "triton").rglob("*")}
+        assert names == {"hash of _moments_kernel", "__grp___moments_kernel.json", "_moments_kernel.cubin"}
+
     def test_runs_what_is_chosen_alone(self, tmp_path, monkeypatch, capsys):
         parts = [python(name, writes(name)) for name in ("rounds", "teacher", "student, recipe")]
         monkeypatch.setattr(gpu, "plan", lambda places, small: parts)

@@ -136,6 +136,11 @@ class Places:
         return self.kept / "benchmarks"
 
     @property
+    def compiled(self) -> Path:
+        """Triton's cache: a fresh machine would need half a minute to compile the kernels of a round again."""
+        return self.kept / "triton"
+
+    @property
     def work(self) -> Path:
         """Folder that is not sent: checkpoints."""
         return self.state / "work"
@@ -377,7 +382,11 @@ def run_part(part: Part, state: State, places: Places, left: float) -> Outcome:
 
 def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> int | None:
     """The exit code; None if the process had to be stopped."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "DFAD_CACHE": str(places.work / "cache")}
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1",
+        "DFAD_CACHE": str(places.work / "cache"),
+        "TRITON_CACHE_DIR": str(places.compiled),
+    }
     if places.data:
         environment["DFAD_DATA"] = str(places.data.parent)
     process = subprocess.Popen(
@@ -401,6 +410,12 @@ def _wait(arguments: Sequence[str], log: Any, limit: float, places: Places) -> i
                     process.wait(patience)
                 except subprocess.TimeoutExpired:
                     continue
+
+
+def keep_own_kernels(cache: Path) -> None:
+    """Remove what torch.compile made from Triton's cache, before that is sent: there is much of it."""
+    for group in cache.glob("*/__grp__triton_*.json"):
+        shutil.rmtree(group.parent, ignore_errors=True)
 
 
 def read_result(path: Path) -> Any:
@@ -561,6 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plots = places.state / "figures.png"
     figures.save(record, plots)
     if command.out:
+        keep_own_kernels(places.compiled)
         parcel.send(places.kept, command.out)
         shutil.copy(plots, command.out)
     standings = [state.status(part) for part in parts]

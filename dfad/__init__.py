@@ -20,7 +20,7 @@ __all__ = ["DistillConfig", "Distiller", "Result", "distill", "load_network"]
 def __getattr__(name: str) -> Any:
     # on first use, so that `import dfad.losses` loads the losses alone
     if name == "__version__":
-        from dfad.version import version
+        from dfad.environment import version
 
         return version()
     if name not in __all__:

@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
 
+from dfad.environment import version
 from dfad.errors import ConfigurationError, unknown
 from dfad.terminal import prepare_streams
-from dfad.version import version
 
 COMPLETION = "completion"
 

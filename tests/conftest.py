@@ -28,6 +28,13 @@ from dfad.config import (
 
 IMAGE_SHAPE = (1, 8, 8)
 
+RUN_FILES = {
+    "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint.pt", "checkpoint-previous.pt", "result.json",
+    "student.safetensors", "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png",
+    "samples", "report.html",
+}  # fmt: skip
+"""Names in the folder of a finished run."""
+
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, whichever test does that
 

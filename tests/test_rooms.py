@@ -18,6 +18,7 @@ COMMANDS.remove(SCRIPT)
 
 GROUND = {
     "copies",
+    "environment",
     "errors",
     "files",
     "metrics",
@@ -27,7 +28,6 @@ GROUND = {
     "terminal",
     "trees",
     "validation",
-    "version",
 }
 """One small idea each; they know no room."""
 

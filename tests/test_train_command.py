@@ -25,6 +25,7 @@ from dfad.runs import checkpoint
 from dfad.runs.recorder import read_history
 from dfad.runs.settings import SETTINGS_FILE, to_tree
 from tests import processes
+from tests.conftest import RUN_FILES
 from tests.models.test_loading import Exploit
 from tests.processes import Process
 
@@ -40,12 +41,6 @@ SMALL = [
     "--recording.checkpoint_every=1",
 ]
 """The default command with little to do."""
-
-RUN_FILES = {
-    "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint.pt", "checkpoint-previous.pt", "result.json",
-    "student.safetensors", "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png",
-    "samples", "report.html",
-}  # fmt: skip
 
 NETWORKS = ("student", "student_best", "generator")
 

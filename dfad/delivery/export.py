@@ -13,10 +13,10 @@ from dfad.delivery import huggingface, int8, onnx, program, safetensors, timm
 from dfad.delivery import images as image_files
 from dfad.delivery.classifier import Delivery, Function, largest_difference
 from dfad.delivery.images import GeneratedImages
+from dfad.environment import versions
 from dfad.errors import ConfigurationError, ExportError
 from dfad.files import whole_folder, write_text
 from dfad.metrics import agreement, top_k_accuracy
-from dfad.models.model_file import versions
 from dfad.seeds import stream_seed
 
 Format = Literal["safetensors", "program", "onnx", "huggingface", "timm", "int8"]

@@ -5,10 +5,11 @@ import hashlib
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from dfad.environment import processor, version
 
 PACKAGES = ("torch", "triton", "dfad", "liger-kernel", "nvidia-dali-cuda130", "apex")
 
@@ -19,7 +20,7 @@ def machine() -> dict[str, str]:
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "commit": commit(),
     }
 
@@ -28,21 +29,12 @@ def device_name() -> str:
     """The GPU; without one, the processor and how many threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def file_name() -> str:
     """Name of the file of the device's record."""
     return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 ROOT = Path(__file__).parents[2]

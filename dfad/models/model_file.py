@@ -1,9 +1,7 @@
 """Self-contained model files: weights and a manifest in one safetensors file."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dfad.environment import versions
 from dfad.errors import ModelError
 from dfad.files import write_atomically
 from dfad.models.factory import build
 from dfad.models.filling import fill, shared_tensors
 from dfad.models.weights import EXTRA, MANIFEST, is_safetensors, read_metadata, read_weights, reading, require_file
-from dfad.version import version
 
 
 def save_model(path: Path, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -126,9 +124,3 @@ def weights_hash(state: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    return {"dfad": version(), "python": platform.python_version(), **packages}

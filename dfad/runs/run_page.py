@@ -1,7 +1,6 @@
 """``report.html``: description, results and use of a run, for readers who have only its folder."""
 
 import math
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfad.environment import processor, versions
 from dfad.files import write_text
 from dfad.metrics import confusion_matrix
-from dfad.models.model_file import versions
 from dfad.runs.page import chart, image, page, percent, scrolled, table, tiles
 from dfad.runs.settings import leaves, to_tree
 from dfad.runs.snapshots import Snapshot
@@ -144,12 +143,7 @@ def plain(name: str) -> str:
 
 def environment(device: str) -> dict[str, str]:
     """A description of the machine of a run."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        processor = models[0] if models else processor
-    found = {"device": device, "processor": f"{processor}, {torch.get_num_threads()} threads"}
+    found = {"device": device, "processor": f"{processor()}, {torch.get_num_threads()} threads"}
     if device.startswith("cuda"):
         found["GPU"] = torch.cuda.get_device_name(device)
     return found | {"system": platform.platform(terse=True)} | versions()

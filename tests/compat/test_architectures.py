@@ -12,8 +12,9 @@ from dfad.copies import copy_network
 from dfad.distillation.frozen_teacher import FrozenTeacher
 from dfad.engine import Engine
 from dfad.engine.placement import Placement
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.modes import set_mode
+from tests.compat.proof import SMALL_VIT
 
 SIZE = 64
 
@@ -36,7 +37,6 @@ def of_transformers(config: str, model: str, **options) -> Callable[[], nn.Modul
     return make
 
 
-SMALL_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 ARCHITECTURES = {
     **{
         f"torchvision {name}": ("torchvision", of_torchvision(name))

@@ -10,7 +10,7 @@ from dfad.copies import copy_network
 from dfad.engine import Engine
 from dfad.engine.calls import replaced_call
 from dfad.engine.placement import Placement
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.modes import set_mode
 from tests.compat.zoo import CHANNELS, SIZE, ZOO, Small, seed_everything
 

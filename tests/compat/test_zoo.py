@@ -26,7 +26,7 @@ from dfad.engine.calls import replaced_call
 from dfad.engine.compile import uncompiled
 from dfad.engine.placement import Placement
 from dfad.errors import ConfigurationError
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.models.taps import has_batchnorm
 from dfad.modes import set_mode
 from tests.compat.zoo import CHANNELS, SIZE, TEACHERS_ALONE, WITHOUT_STATISTICS, ZOO, Small, seed_everything

@@ -25,7 +25,7 @@ from dfad.engine.tracing import NotPlain, Traces, plain_parts, trace
 from dfad.errors import ConfigurationError, ModelError, RunFolderError
 from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrepancy, InterpolatedKLDivLoss
 from dfad.models.generator import Generator
-from dfad.models.probing import as_outputs
+from dfad.models.outputs import as_outputs
 from dfad.models.taps import Outputs, with_taps
 from tests.conftest import IMAGE_SHAPE
 

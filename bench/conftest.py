@@ -75,14 +75,16 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         if config.getoption("--missing"):
             wanted = missing(wanted, group, config)
 
-        reporter, started = config.pluginmanager.get_plugin("terminalreporter"), time.monotonic()
+        reporter, capture = map(config.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
+        started = time.monotonic()
 
         def keep(outcomes: Mapping[str, Outcome]) -> None:
             timed = {name: outcome for name, outcome in outcomes.items() if outcome.error is None}
             rows = [{**outcome.row(group, name), **details(timed, name)} for name, outcome in timed.items()]
             config.stash[MEASURED].extend(rows)
             write(rows, config)
-            reporter.write_line(f"{group}: {', '.join(outcomes)} after {time.monotonic() - started:.0f} s")
+            with capture.global_and_fixture_disabled():
+                reporter.write_line(f"{group}: {', '.join(outcomes)} after {time.monotonic() - started:.0f} s")
 
         outcomes = hold({name: entrants[name] for name in wanted}, rules, keep)
         errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}

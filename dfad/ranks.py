@@ -241,7 +241,8 @@ def joined() -> Iterator[Ranks]:
     GPUs, by gloo about all others. A process that was started alone is alone.
 
     Raises:
-        ConfigurationError: if the time limit in the environment is none.
+        ConfigurationError: if the time limit in the environment is none, or how the ranks find one another is not
+            there.
         RankError: if they do not find one another.
     """
     rank, count = launched()
@@ -249,6 +250,7 @@ def joined() -> Iterator[Ranks]:
         yield current_ranks()
         return
     limit = timedelta(seconds=time_limit())
+    _require_address()
     gpu = local_rank()
     with_gpu = torch.cuda.is_available() and gpu < torch.cuda.device_count()
     if with_gpu:
@@ -277,8 +279,24 @@ def require_alone(command: str, way_out: str) -> None:
 
 
 def local_rank() -> int:
-    """Number of a rank among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Number of a rank among those of its machine.
+
+    Raises:
+        ConfigurationError: if the launcher has put none into the environment.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if not rank.isdecimal():
+        raise ConfigurationError(f"In the environment, LOCAL_RANK is {rank!r}; it counts from 0 on each machine.")
+    return int(rank)
+
+
+def _require_address() -> None:
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigurationError(
+            f"In the environment, MASTER_ADDR is {host!r} and MASTER_PORT {port!r}: the ranks need the address of the "
+            "machine of rank 0 and a port that is free there. Start with a launcher, such as torchrun, which sets both."
+        )
 
 
 def launched() -> tuple[int, int]:

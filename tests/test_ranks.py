@@ -59,6 +59,27 @@ def test_ranks_that_no_launcher_gives_are_refused(rank, count, monkeypatch, caps
     assert f"RANK is {rank or ''!r} and WORLD_SIZE {count or ''!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "MASTER_ADDR is '' and MASTER_PORT ''"),
+        ({"MASTER_ADDR": "localhost"}, "MASTER_ADDR is 'localhost' and MASTER_PORT ''"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "free"}, "MASTER_PORT 'free'"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "65536"}, "MASTER_PORT '65536'"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "2", "LOCAL_RANK": "first"}, "LOCAL_RANK is 'first'"),
+    ],
+)
+def test_ranks_that_cannot_find_one_another_by_the_environment_are_refused(variables, words, monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: train.main(["--run_dir=run"]))
+    assert stopped.value.code == ConfigurationError.exit_code
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("rank", "count", "found"), [(None, None, (0, 1)), ("0", "1", (0, 1)), ("3", "4", (3, 4))])
 def test_ranks_of_a_launcher(rank, count, found, monkeypatch):
     for name, value in {"RANK": rank, "WORLD_SIZE": count}.items():

@@ -261,7 +261,7 @@ def parse_flags(kind: type[T], arguments: Sequence[str] | None = None, default: 
 class Completion:
     """Print what lets a shell complete commands and options: source <(dfad completion bash)."""
 
-    shell: Annotated[Literal["bash", "zsh"], Positional]
+    shell: Annotated[Literal["bash", "zsh", "fish"], Positional]
     """Which shell."""
 
 
@@ -269,7 +269,7 @@ def print_completion(shell: str, commands: Mapping[str, type]) -> None:
     """Print a shell's completion script for the ``dfad`` script.
 
     Args:
-        shell: bash or zsh.
+        shell: bash, zsh or fish.
         commands: the dataclass of each command's options.
     """
     subcommand = tyro.conf.subcommand

@@ -60,12 +60,12 @@ def test_a_command_is_given_its_arguments_and_names_itself_as_it_was_called(call
     assert "missing.safetensors does not exist" in err
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_offers_commands_and_options(shell, call, tmp_path):
     code, printed, _ = call("completion", shell)
     assert not code
-    if shell == "zsh":
-        assert printed.startswith("#compdef dfad\n")
+    if shell != "bash":
+        assert {"zsh": "#compdef dfad\n", "fish": "complete --no-files --command 'dfad'"}[shell] in printed
         assert "--method.rounds" in printed
         return
     (tmp_path / "completion").write_text(printed)

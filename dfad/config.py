@@ -64,6 +64,7 @@ class TeacherConfig:
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         require(all(size is None or size > 0 for size in sizes), "image_size", self.image_size, "a positive number")
         require(self.channels is None or self.channels > 0, "channels", self.channels, "a positive number")
+        require(all(map(math.isfinite, self.mean)), "mean", self.mean, "finite")
         require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean {self.mean}")
         positive(**{f"std[{i}]": value for i, value in enumerate(self.std)})
 

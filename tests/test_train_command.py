@@ -297,6 +297,7 @@ class TestBadInput:
             (["--method.interpolation.weight=nan"], 2, ["weight is nan", "finite"]),
             (["--method.regularizers.diversity=inf"], 2, ["diversity is inf", "finite"]),
             (["--method.activation.margin=-0.5"], 2, ["margin is -0.5", "positive"]),
+            (["--teacher.mean=nan", "--teacher.std=1"], 2, ["mean is (nan,)", "finite"]),
             (["--method.temperature=0"], 2, ["temperature is 0", "positive"]),
             (["--method.rounds=many"], 2, ["--method.rounds", "many"]),
             (["--device=cuda:99"], 2, ["'cuda:99' is not available", "--device auto"]),

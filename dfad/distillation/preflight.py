@@ -49,7 +49,7 @@ def check_networks(
     """
     require_finite(teacher, "teacher")
     require_finite(student, "student")
-    teacher_outputs = dry_forward(teacher, image_shape, announce=True)
+    teacher_outputs = dry_forward(teacher, image_shape, announce=True, role="teacher")
     answers = usable_answers(teacher, image_shape)
     student_outputs = _fitting_outputs(student, teacher_outputs, image_shape, factory)
     if uses_taps:
@@ -210,7 +210,7 @@ def _fitting_outputs(
 ) -> Outputs:
     who = f"The student {name_of(student)}"
     with images_taken(who, "the teacher's images", image_shape, "Give --student.kwargs that fit."):
-        outputs = dry_forward(student, image_shape, announce=True)
+        outputs = dry_forward(student, image_shape, announce=True, role="student")
     classes = teacher.logits.shape[1]
     remedy = remedy_for_classes(factory, classes, "--student")
     require_same_classes(student, outputs.logits.shape[1], "the teacher", classes, remedy)

@@ -86,7 +86,8 @@ def _other_classes(given: Mapping[str, Any], wanted: Mapping[str, Any], misshape
     for name in last:
         if misshaped and name in given and len(misshaped) <= 2 and given[name].shape[1:] == wanted[name].shape[1:]:
             classes = given[name].shape[0]
-            yield f"The file is of a network with {classes} classes: kwargs '{{\"num_classes\": {classes}}}'."
+            given_so = f"kwargs '{{\"num_classes\": {classes}}}', if its factory takes that"
+            yield f"The file is of a network with {classes} classes: {given_so}."
 
 
 def without_prefix(given: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ def image_shape_of(
     unusable: ModelError | None = None
     for size in sizes:
         try:
-            dry_forward(network, (channels, *size))
+            dry_forward(network, (channels, *size), role="teacher")
         except ModelError as error:  # it runs, but returns no logits
             unusable = unusable or error
             continue
@@ -225,25 +225,28 @@ def images_taken(who: str, images: str, shape: tuple[int, int, int], remedy: str
         ) from error
 
 
-def dry_forward(network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False) -> Outputs:
+def dry_forward(
+    network: nn.Module, image_shape: tuple[int, int, int], *, announce: bool = False, role: str = ""
+) -> Outputs:
     """The outputs of a network for two blank images, in eval mode and without gradients; its mode is restored.
 
     Args:
         network: any.
         image_shape: ``(channels, height, width)``.
         announce: log which of several entries is taken as the logits.
+        role: teacher or student, for messages.
 
     Raises:
         ModelError: if it returns no logits of two classes or more.
     """
     result = answer_to_blanks(network, image_shape)
     outputs = as_outputs(result)
-    name = name_of(network)
+    name = f"The {role} {name_of(network)}" if role else name_of(network)
     if announce and len(matrices(result)) > 1:
         _refuse_features(answer_to_blanks(network, image_shape, graph=True), name)
     if outputs.logits.ndim != 2 or outputs.logits.shape[0] != 2:
         raise ModelError(
-            f"For 2 images, {name} returned logits of shape {tuple(outputs.logits.shape)}; needed is (2, classes)."
+            f"{name} returned logits of shape {tuple(outputs.logits.shape)} for 2 images; needed is (2, classes)."
             + (f" {BINARY}" if outputs.logits.numel() == 2 and outputs.logits.is_floating_point() else "")
         )
     if outputs.logits.shape[1] < 2:

@@ -71,7 +71,8 @@ def _add_taps(network: nn.Module, graph: fx.Graph, names: Sequence[str]) -> None
     for name in names:
         if name not in last_nodes:
             raise ModelError(
-                f"{type(network).__name__} has no module or graph node {name!r} to tap.{nearest(name, last_nodes)}"
+                f"{type(network).__name__} has no module or graph node {name!r} to tap.{nearest(name, last_nodes)} "
+                "dfad inspect lists its taps."
             )
     output = _output(graph)
     taps = []

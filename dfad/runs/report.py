@@ -151,7 +151,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> An
     else:
         low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
         pixels = (images - low) / (high - low).clamp_min(1e-12)
-    pixels = pixels.clamp(0, 1)
+    pixels = pixels.nan_to_num().clamp(0, 1)  # of a generator that has diverged
     # only one or three channels can be shown as they are
     return (pixels.permute(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels.mean(dim=1)).numpy()
 

@@ -446,6 +446,12 @@ class TestNetworksThatDoNotFit:
         student = models.convnet(channels=(4, 8), num_classes=4, in_channels=3)
         assert "does not take the teacher's images (1, 8, 8)" in self.refused(teacher, student, config)
 
+    def test_logits_of_another_shape_are_those_of_the_network_that_is_named(self, teacher, student, config):
+        maps = nn.Sequential(nn.Conv2d(1, 4, 3))
+        wanted = "returned logits of shape (2, 4, 6, 6) for 2 images"
+        assert f"The student Sequential {wanted}" in self.refused(teacher, maps, config)
+        assert f"The teacher Sequential {wanted}" in self.refused(maps, student, config)
+
     def test_number_of_taps(self, teacher, config):
         student = models.convnet(channels=(4, 8, 8), num_classes=4, in_channels=1)
         assert "same number" in self.refused(teacher, student, config)

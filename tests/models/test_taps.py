@@ -80,7 +80,7 @@ def test_weights_are_shared(network):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(network):
-    with pytest.raises(ModelError, match=r"no module or graph node 'stag' to tap\. Did you mean 'stage'\?"):
+    with pytest.raises(ModelError, match=r"'stag' to tap\. Did you mean 'stage'\? dfad inspect lists its taps\."):
         with_taps(network, ["stag"])
 
 

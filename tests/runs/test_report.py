@@ -94,4 +94,5 @@ def test_without_a_normalisation_each_image_takes_its_own_range(channels):
     if channels != 2:
         np.testing.assert_allclose(shown.reshape(2, -1).min(1), 0, atol=1e-6)
         np.testing.assert_allclose(shown.reshape(2, -1).max(1), 1, atol=1e-6)
-    assert np.isfinite(report.to_pixels(torch.ones(1, channels, 4, 4), (), ())).all()
+    for alike in (1.0, torch.nan, torch.inf):
+        assert np.isfinite(report.to_pixels(torch.full((1, channels, 4, 4), alike), (), ())).all()

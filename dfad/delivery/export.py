@@ -14,7 +14,7 @@ from dfad.delivery import images as image_files
 from dfad.delivery.classifier import Delivery, Function, largest_difference
 from dfad.delivery.images import GeneratedImages
 from dfad.environment import versions
-from dfad.errors import ConfigurationError, ExportError
+from dfad.errors import ConfigurationError, ExportError, RunFolderError
 from dfad.files import whole_folder, write_text
 from dfad.metrics import agreement, top_k_accuracy
 from dfad.seeds import stream_seed
@@ -128,10 +128,12 @@ def export(delivery: Delivery, request: Request, folder: Path, *, overwrite: boo
 
     Raises:
         ExportError: if a format cannot be written, or its results differ from the student's.
-        RunFolderError: if the folder exists, or cannot be written.
+        RunFolderError: if the folder exists, or cannot be written; one with other files is never replaced.
         ModelError: if the student's file lacks what a format needs.
     """
     require_packages(request.formats)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
+        raise RunFolderError(f"{folder} holds files that are not an export's. Choose another --output.")
     with whole_folder(folder, overwrite=overwrite) as new:
         work = _Export(delivery, request, new)
         exported = work.run()

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dfad.errors import RunFolderError
 from dfad.files import write_text
 from dfad.runs import checkpoint
 from dfad.runs.recorder import EVENTS, METRICS
-from dfad.runs.settings import SETTINGS_FILE, require_unchanged, saved_settings, to_yaml
+from dfad.runs.settings import SETTINGS_FILE, leaves, require_unchanged, saved_settings, to_yaml
 from dfad.runs.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite
         overwrite: a new run may replace one that the folder holds. A folder with other files is always refused.
 
     Raises:
-        RunFolderError: if it holds a run or other files, or cannot be written to.
+        RunFolderError: if it holds a run or other files, also one that the new run needs, or cannot be written to.
         ConfigurationError: if it holds no run that these settings continue.
     """
     if resume:
@@ -50,9 +51,25 @@ def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite
                 f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --run_dir."
             )
+        for needed in _files_in(folder, settings):
+            raise RunFolderError(
+                f"{needed}, which the run needs, is in {folder}, which --overwrite clears. Choose another --run_dir, "
+                "or move that file."
+            )
     # a run that is killed right at its start leaves an unfinished settings file
     elif folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise RunFolderError(f"{folder} holds files that are not a run's. Choose an empty --run_dir.")
+
+
+def _files_in(folder: Path, settings: Any) -> Iterator[Path]:
+    """Files in a folder that settings name, such as a teacher's."""
+    for _, value in leaves(settings):
+        if (
+            isinstance(value, (str, Path))
+            and os.path.isfile(value)
+            and folder.resolve() in Path(value).resolve().parents
+        ):
+            yield Path(value)
 
 
 def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:

@@ -145,6 +145,10 @@ def test_a_folder_that_exists_and_a_run_that_is_not_finished_are_refused(run, ca
     code, printed, _ = call(run, output=taken)
     assert (code, list(taken.iterdir())) == (4, [])
     assert "already exists. Replace it with --overwrite" in printed
+    (taken / "thesis.txt").write_text("mine")
+    code, printed, _ = call(run, "--overwrite", output=taken)
+    assert (code, (taken / "thesis.txt").read_text()) == (4, "mine")
+    assert "holds files that are not an export's. Choose another --output." in printed
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_bytes((run / "config.yaml").read_bytes())

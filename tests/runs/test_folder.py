@@ -1,10 +1,11 @@
 """A run's folder."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
-from dfad.config import DistillConfig
+from dfad.config import DistillConfig, StudentConfig, TeacherConfig
 from dfad.errors import ConfigurationError, RunFolderError
 from dfad.runs import checkpoint
 from dfad.runs.folder import check_folder, open_folder
@@ -38,6 +39,18 @@ def test_a_run_is_replaced_whole_and_only_where_asked(tmp_path):
     open_folder(tmp_path, DistillConfig(seed=2), overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS_FILE, "notes.txt"}
     assert saved_settings(tmp_path, DistillConfig()).seed == 2
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_run_whose_network_the_new_one_needs_is_not_replaced(role, tmp_path):
+    open_folder(tmp_path, SETTINGS)
+    weights = tmp_path / "network.safetensors"
+    weights.write_text("weights")
+    part = {"teacher": TeacherConfig, "student": StudentConfig}[role]
+    for given in (part(factory=str(weights)), part(checkpoint=weights)):
+        with pytest.raises(RunFolderError, match=r"network\.safetensors, which the run needs, is in .* clears"):
+            open_folder(tmp_path, replace(SETTINGS, **{role: given}), overwrite=True)
+    assert weights.read_text() == "weights"
 
 
 def test_other_files_than_a_runs_are_never_overwritten(tmp_path):

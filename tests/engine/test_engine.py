@@ -22,7 +22,7 @@ from dfad.engine.fold_batchnorm import fold_batchnorm
 from dfad.errors import ConfigurationError, ModelError
 from dfad.models.probing import dry_forward
 from dfad.presets import PRESETS
-from tests.conftest import IMAGE_SHAPE, with_method
+from tests.conftest import IMAGE_SHAPE
 from tests.waiting import NoWaiting
 
 CPU = torch.device("cpu")
@@ -394,5 +394,5 @@ def test_dry_forwards_do_not_touch_the_global_random_stream(teacher):
 
 def test_every_part_switched_off_alone_still_runs(teacher, config):
     for part in (*PARTS, "fuse_convolutions"):
-        distiller = make(teacher, with_method(replace(config, engine=EngineConfig(**{part: "off"}))))
+        distiller = make(teacher, replace(config, engine=EngineConfig(**{part: "off"})))
         assert torch.isfinite(distiller.round()["generator_loss"])

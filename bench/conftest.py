@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench import records
+from bench.device import ON_GPU
 from bench.race import Contender, Outcome, Rules, Run, hold
 from dfad.experiments.provenance import device_name, file_name, machine
 
@@ -102,6 +103,8 @@ def keep_profile(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], N
     def keep(profile: dict[str, Any]) -> None:
         write([], request.config, [{**profile, "machine": machine()}])
 
+    if request.config.getoption("--record") and not ON_GPU:
+        pytest.skip("of a CPU it shows PyTorch's operations alone, which no record needs")
     if request.config.getoption("--missing"):
         _, kept = results(request.config)
         if any(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.device import DEVICE, ON_GPU
 from dfad.experiments.provenance import machine
 
 NOT_INSTALLED = "not installed"
@@ -39,8 +40,8 @@ METRICS = {
 }
 """The profiler's metrics in nanoseconds, bytes and percent: their names here, and the factor to the unit."""
 
-KERNELS = "regex:^_(activation_boundary|interpolated_kl|normalized_squared_error)_"
-"""Names of the kernels that :func:`run_operators` runs."""
+KERNELS = "regex:^_[a-z_]+_kernel$"
+"""Names of this project's kernels."""
 
 
 def versions() -> dict[str, Any]:
@@ -151,8 +152,8 @@ def profiled(output: str) -> list[dict[str, Any]]:
 
 
 def run_operators() -> None:
-    """Every kind of loss once, forward and backward, at its largest size."""
-    from bench.bench_ops import TASKS, inputs
+    """Every kind of loss once, forward and backward, at its largest size; and every operator over features."""
+    from bench.bench_ops import FEATURE_TASKS, TASKS, inputs
 
     largest: dict[str, Any] = {}
     for task in TASKS:
@@ -163,6 +164,14 @@ def run_operators() -> None:
         student, teacher = inputs(task, torch.bfloat16)
         torch.autograd.grad(task.contenders["ours"](student, teacher), student)
         print(f"{task.name}, bfloat16")
+    for operator in FEATURE_TASKS:
+        shape = (512 if ON_GPU else 2, 64, 32, 32)
+        x, added = (
+            torch.randn(shape, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last) for _ in range(2)
+        )
+        y = operator.ours(x.requires_grad_(), added, *torch.rand(4, 64, device=DEVICE).add(0.5).unbind())
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        print(f"{operator.name}, bfloat16")
 
 
 def main() -> None:

@@ -51,25 +51,31 @@ def check_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite
                 f"{folder} already holds a run. Continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --run_dir."
             )
-        for needed in _files_in(folder, settings):
+        for needed in _needed_of_the_old_run(folder, settings):
             raise RunFolderError(
                 f"{needed}, which the run needs, is in {folder}, which --overwrite clears. Choose another --run_dir, "
-                "or move that file."
+                "or move it."
             )
     # a run that is killed right at its start leaves an unfinished settings file
     elif folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise RunFolderError(f"{folder} holds files that are not a run's. Choose an empty --run_dir.")
 
 
-def _files_in(folder: Path, settings: Any) -> Iterator[Path]:
-    """Files in a folder that settings name, such as a teacher's."""
+def _of_the_old_run(folder: Path) -> Iterator[Path]:
+    """What a new run clears; what a user may have added is kept."""
+    for pattern in RUN_FILES:
+        yield from (path for path in folder.glob(pattern) if not path.is_dir())
+    yield from (folder / name for name in (EVENTS, EXPORTS, SNAPSHOTS))
+
+
+def _needed_of_the_old_run(folder: Path, settings: Any) -> Iterator[Path]:
+    """What settings name of that, such as a teacher or exported images."""
+    cleared = {path.resolve() for path in _of_the_old_run(folder)}
     for _, value in leaves(settings):
-        if (
-            isinstance(value, (str, Path))
-            and os.path.isfile(value)
-            and folder.resolve() in Path(value).resolve().parents
-        ):
-            yield Path(value)
+        if isinstance(value, (str, Path)) and os.path.exists(value):
+            path = Path(value).resolve()
+            if not cleared.isdisjoint((path, *path.parents)):
+                yield Path(value)
 
 
 def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -97,12 +103,11 @@ def open_folder(folder: Path, settings: Any, *, resume: bool = False, overwrite:
     text = to_yaml(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # other files, which a user may have added, are kept
-        for pattern in RUN_FILES:
-            for path in folder.glob(pattern):
-                path.unlink()
-        for of_the_old_run in (EVENTS, EXPORTS, SNAPSHOTS):
-            shutil.rmtree(folder / of_the_old_run, ignore_errors=True)
+        for path in [*_of_the_old_run(folder)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         # last, because this file marks the folder as a run's
         write_text(folder / SETTINGS_FILE, text)
     except OSError as error:

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from dfad.config import DistillConfig, StudentConfig, TeacherConfig
+from dfad.data import DataConfig
 from dfad.errors import ConfigurationError, RunFolderError
+from dfad.presets import TrainConfig
 from dfad.runs import checkpoint
 from dfad.runs.folder import check_folder, open_folder
 from dfad.runs.recorder import EVENTS
@@ -51,6 +53,19 @@ def test_a_run_whose_network_the_new_one_needs_is_not_replaced(role, tmp_path):
         with pytest.raises(RunFolderError, match=r"network\.safetensors, which the run needs, is in .* clears"):
             open_folder(tmp_path, replace(SETTINGS, **{role: given}), overwrite=True)
     assert weights.read_text() == "weights"
+
+
+def test_exported_images_that_the_new_run_needs_are_kept_and_a_users_own_files_are_no_reason(tmp_path):
+    open_folder(tmp_path, TrainConfig())
+    images, own = tmp_path / "export" / "images", tmp_path / "images"
+    for root in (images, own):
+        root.mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="export/images, which the run needs, is in .* clears"):
+        open_folder(tmp_path, TrainConfig(data=DataConfig("folder", images)), overwrite=True)
+    assert images.exists()
+    open_folder(tmp_path, TrainConfig(data=DataConfig("folder", own)), overwrite=True)
+    assert own.exists()
+    assert not images.exists()
 
 
 def test_other_files_than_a_runs_are_never_overwritten(tmp_path):

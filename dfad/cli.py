@@ -143,7 +143,7 @@ def parse(default: CommandT, presets: Mapping[str, Any], arguments: Sequence[str
 
     saved = saved_settings(Path(chosen.resume), default.settings) if chosen.resume else None  # type: ignore[attr-defined]
     tree = read_yaml(Path(chosen.config)) if chosen.config else {}
-    preset = chosen.preset or tree.pop("preset", None) or default.preset
+    preset = str(chosen.preset or tree.pop("preset", None) or default.preset)
     if preset not in presets:
         raise ConfigurationError(unknown("preset", preset, presets))
     if saved is not None and not chosen.preset and not chosen.config:

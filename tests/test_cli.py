@@ -50,6 +50,9 @@ def test_precedence_is_default_preset_file_flags(tmp_path):
 
 def test_the_file_may_name_the_preset(tmp_path):
     assert parse("--config", write(tmp_path / "c.yaml", "preset: short\n")).method.rounds == 7
+    for none in ("3", "[short]"):
+        with pytest.raises(ConfigurationError, match="There is no preset"):
+            parse("--config", write(tmp_path / "c.yaml", f"preset: {none}\n"))
 
 
 def test_keyword_arguments_belong_to_their_factory(tmp_path):

@@ -1,10 +1,12 @@
 """Generated images that are kept, so that the student can learn from each of them many times."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from dfad.errors import ConfigurationError
 from dfad.ranks import ALONE, Ranks
 
 LARGEST = 127
@@ -27,13 +29,23 @@ class ImageBank:
         size: number of images that it holds.
         image_shape: ``(channels, height, width)``.
         device: of the images.
+
+    Raises:
+        ConfigurationError: if the device has no room for them.
     """
 
     def __init__(self, size: int, image_shape: tuple[int, int, int], device: torch.device) -> None:
         channels, height, width = image_shape
         self.size = size
         # channels-last, so that drawn images have that format
-        self.images = torch.zeros((size, height, width, channels), dtype=torch.int8, device=device)
+        shape = (size, height, width, channels)
+        try:
+            self.images = torch.zeros(shape, dtype=torch.int8, device=device)
+        except RuntimeError as error:  # also torch.OutOfMemoryError
+            raise ConfigurationError(
+                f"There is no room on {device} for {size:,} images of the bank, which take "
+                f"{math.prod(shape) / 1e6:,.0f} MB. Lower --method.image_bank.size."
+            ) from error
         self.scale = torch.full((channels,), RANGE / LARGEST, device=device)
         """Size of a quantisation step, per channel."""
         self.written = torch.zeros((), dtype=torch.int64, device=device)

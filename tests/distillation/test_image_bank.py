@@ -5,6 +5,7 @@ import torch
 
 from dfad.config import ImageBankConfig, InterpolationConfig, MethodConfig, RegularizerConfig
 from dfad.distillation.image_bank import RANGE, ImageBank
+from dfad.errors import ConfigurationError
 from tests.waiting import NoWaiting
 
 SHAPE = (3, 4, 6)
@@ -68,6 +69,11 @@ def test_images_come_back_within_half_a_step_of_the_quantisation(rng):
     for image in bank.sample(32, 0, 8, rng):
         distances = (images - image).abs().amax(dim=(1, 2, 3))
         assert distances.min() <= bank.scale[0] / 2 + 1e-6
+
+
+def test_more_images_than_memory_holds_are_refused():
+    with pytest.raises(ConfigurationError, match=r"no room on cpu for 1[0,]+ images of the bank, which take [\d,]+ MB"):
+        ImageBank(10**15, SHAPE, torch.device("cpu"))
 
 
 def test_each_channel_and_pixel_keeps_its_place(rng):

@@ -176,12 +176,13 @@ def seconds_until(position: int, history: Iterable[Metrics], first: int) -> floa
 
     Args:
         position: number of rounds; negative in the warm-up.
-        history: records of rounds, the earliest first.
+        history: records of rounds, the earliest first; where one has no rate, that of the next counts.
         first: position at which the run began.
     """
     seconds = 0.0
     for record in history:
-        if record["round"] <= position:
-            seconds += (record["round"] - first) / record["rounds_per_second"]
+        rate = record.get("rounds_per_second")
+        if rate and record["round"] <= position:
+            seconds += (record["round"] - first) / rate
             first = int(record["round"])
     return seconds

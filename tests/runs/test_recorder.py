@@ -22,6 +22,8 @@ def test_the_buffer_gives_means_since_the_last_reading():
 def test_seconds_are_those_of_the_rounds_up_to_a_position():
     history = [{"round": done, "rounds_per_second": rate} for done, rate in ((-2, 1.0), (0, 0.5), (10, 2.0), (12, 1.0))]
     assert [seconds_until(position, history, first=-5) for position in (-5, -2, 0, 10, 12)] == [0, 3, 7, 12, 14]
+    history[2] = {"round": 10}
+    assert seconds_until(12, history, first=-5) == 3 + 4 + 12
 
 
 class TestRecorder:

@@ -247,7 +247,8 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class RandomFieldsConfig:
-    """Strokes and blobs drawn at random in place of generated images: for teachers of characters and drawings."""
+    """Bright strokes and blobs on a dark ground, drawn at random in place of generated images: for teachers of
+    characters and drawings of that kind."""
 
     share: float = 0.0
     """Fraction of the images of a student step that are drawn so; they need an image bank for the others."""

@@ -127,16 +127,8 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
         Exception: whatever fails on the way.
     """
     started = time.perf_counter()
-    files, starts = {}, {}
-    for role, seed in (("teacher", 0), ("student", 1)):
-        torch.manual_seed(seed)
-        network = _seasoned(load(source, kwargs=kwargs, pretrained=False).network, seed)
-        files[role], files[f"{role}, nudged"] = folder / f"{role}.pt", folder / f"{role}-nudged.pt"
-        torch.save(network.state_dict(), files[role])
-        starts[role] = _weights(network)
-        torch.save(_nudged(network).state_dict(), files[f"{role}, nudged"])
-        starts[f"{role}, nudged"] = _weights(network)
-    config = TeacherConfig(kwargs=kwargs, checkpoint=files["teacher"], image_size=SIZE)
+    starts = _save_networks(source, kwargs, folder)
+    config = TeacherConfig(kwargs=kwargs, checkpoint=folder / "teacher.pt", image_size=SIZE)
     found = inspection(source, config, torch.device("cpu"), timed=False)
     arguments = json.dumps(kwargs)
     networks = ["--preset=own", f"--teacher={source}", f"--teacher.kwargs={arguments}", f"--teacher.image_size={SIZE}"]
@@ -146,9 +138,9 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
     for name, switch, which in (
         ("fused", "--fused", ""),
         ("plain", "--no_fused", ""),
-        ("nudged", "--no_fused", ", nudged"),
+        ("nudged", "--no_fused", "-nudged"),
     ):
-        weights = [f"--{role}.checkpoint={files[role + which]}" for role in ("teacher", "student")]
+        weights = [f"--{role}.checkpoint={folder / (role + which)}.pt" for role in ("teacher", "student")]
         with torch.backends.mkldnn.flags(enabled=name != "nudged"):  # or every step would round alike
             train.main([*networks, *weights, *ROUNDS, switch, f"--run_dir={folder / name}"])
         student = load(str(folder / name / "student.safetensors")).network.eval()
@@ -182,6 +174,18 @@ def prove(source: str, kwargs: dict[str, Any], folder: Path, images: Path) -> Ro
         exported=f"{len(exported)} files",
         seconds=time.perf_counter() - started,
     )
+
+
+def _save_networks(source: str, kwargs: dict[str, Any], folder: Path) -> dict[str, list[torch.Tensor]]:
+    """Write a teacher and a student, as they are and nudged; returns the weights of each file by its stem."""
+    starts = {}
+    for role, seed in (("teacher", 0), ("student", 1)):
+        torch.manual_seed(seed)
+        network = _seasoned(load(source, kwargs=kwargs, pretrained=False).network, seed)
+        for stem, change in ((role, nn.Module.eval), (f"{role}-nudged", _nudged)):
+            torch.save(change(network).state_dict(), folder / f"{stem}.pt")
+            starts[stem] = _weights(network)
+    return starts
 
 
 def short(source: str) -> str:

@@ -25,6 +25,7 @@ from dfad.config import (
     RegularizerConfig,
     SelectionConfig,
 )
+from tests.hubs import timm, torchvision, transformers  # noqa: F401
 
 IMAGE_SHAPE = (1, 8, 8)
 

@@ -16,8 +16,8 @@ from dfad.config import TeacherConfig
 from dfad.inspection import inspection
 from dfad.models.model_file import load_model, save_model
 from dfad.models.outputs import as_outputs
+from tests.hubs import filled
 from tests.models.test_anatomy import Residual, Tokens
-from tests.models.test_sources import filled, timm, torchvision, transformers  # noqa: F401
 
 SHORT = (
     *("--method.rounds=1", "--method.student_steps=1", "--method.batch_size=4", "--method.warm_up=1"),
@@ -150,7 +150,7 @@ def test_torchscript_from_a_callable(inspected, monkeypatch):
     assert any("It holds TorchScript" in limit for limit in found["limits"])
 
 
-def test_a_hub_says_size_and_normalisation(inspected, torchvision):  # noqa: F811
+def test_a_hub_says_size_and_normalisation(inspected, torchvision):
     torch.save(filled().state_dict(), torchvision)
     found = inspected("torchvision:small")
     assert (found["image_shape"], found["mean"]) == ([3, 20, 20], [0.5, 0.4, 0.3])
@@ -159,7 +159,7 @@ def test_a_hub_says_size_and_normalisation(inspected, torchvision):  # noqa: F81
     assert "--teacher.checkpoint" not in found["command"]
 
 
-def test_a_hub_without_its_weights_is_inspected_all_the_same(inspected, timm):  # noqa: F811
+def test_a_hub_without_its_weights_is_inspected_all_the_same(inspected, timm):
     found = inspected("timm:small")
     assert not found["trained"]
     assert "--teacher.checkpoint WEIGHTS" in found["command"]

@@ -1,10 +1,9 @@
 """The path of ``make proof`` on a stand-in for torchvision."""
 
 from tests.compat import proof
-from tests.models.test_sources import torchvision  # noqa: F401
 
 
-def test_a_stand_in_comes_from_inspection_to_a_delivered_student(torchvision, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stand_in_comes_from_inspection_to_a_delivered_student(torchvision, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "SIZE", 16)
     row = proof.quietly(
         lambda: proof.prove("torchvision:small", {"num_classes": 10}, tmp_path, proof.make_images(tmp_path / "images"))

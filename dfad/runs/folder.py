@@ -16,7 +16,11 @@ from dfad.runs.snapshots import SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
-RUN_FILES = ("*.pt", "*.tmp", "*.safetensors", "*.png", "*.html", METRICS, "result.json")
+RUN_FILES = (
+    "checkpoint.pt", "checkpoint-previous.pt", "*.tmp", "teacher.safetensors", "student.safetensors",
+    "student_best.safetensors", "generator.safetensors", "samples.png", "curves.png", "report.html", METRICS,
+    "result.json",
+)  # fmt: skip
 """Files of a run besides its settings and events."""
 
 EXPORTS = "export"

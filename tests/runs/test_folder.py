@@ -13,6 +13,9 @@ from dfad.runs import checkpoint
 from dfad.runs.folder import check_folder, open_folder
 from dfad.runs.recorder import EVENTS
 from dfad.runs.settings import SETTINGS_FILE, saved_settings
+from dfad.runs.snapshots import SNAPSHOTS
+from dfad.supervised.teaching import MODEL_FILE
+from tests.conftest import RUN_FILES
 
 SETTINGS = DistillConfig(seed=1)
 
@@ -32,25 +35,30 @@ def test_one_that_was_left_in_its_first_moment_is_admitted(tmp_path):
 
 def test_a_run_is_replaced_whole_and_only_where_asked(tmp_path):
     open_folder(tmp_path, SETTINGS)
-    (tmp_path / "student.safetensors").write_text("weights")
-    (tmp_path / "notes.txt").write_text("a user's")
-    (tmp_path / EVENTS).mkdir()
+    folders = {EVENTS, SNAPSHOTS}
+    for name in {*RUN_FILES, MODEL_FILE} - {SETTINGS_FILE, *folders}:
+        (tmp_path / name).write_text("of the run")
+    for name in folders:
+        (tmp_path / name).mkdir()
+    own = {"notes.txt", "photo.png", "backup.pt", "student-of-march.safetensors"}
+    for name in own:
+        (tmp_path / name).write_text("a user's")
     with pytest.raises(RunFolderError, match="already holds a run"):
         open_folder(tmp_path, DistillConfig(seed=2))
     assert (tmp_path / "student.safetensors").exists()
     open_folder(tmp_path, DistillConfig(seed=2), overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS_FILE, "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS_FILE, *own}
     assert saved_settings(tmp_path, DistillConfig()).seed == 2
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_a_run_whose_network_the_new_one_needs_is_not_replaced(role, tmp_path):
     open_folder(tmp_path, SETTINGS)
-    weights = tmp_path / "network.safetensors"
+    weights = tmp_path / MODEL_FILE
     weights.write_text("weights")
     part = {"teacher": TeacherConfig, "student": StudentConfig}[role]
     for given in (part(factory=str(weights)), part(checkpoint=weights)):
-        with pytest.raises(RunFolderError, match=r"network\.safetensors, which the run needs, is in .* clears"):
+        with pytest.raises(RunFolderError, match=r"teacher\.safetensors, which the run needs, is in .* clears"):
             open_folder(tmp_path, replace(SETTINGS, **{role: given}), overwrite=True)
     assert weights.read_text() == "weights"
 

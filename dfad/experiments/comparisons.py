@@ -56,7 +56,7 @@ Claim = Beats | Reaches | Sooner
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms that differ only in the parts of the method that they are named after."""
+    """Arms that differ only in what they are named after: parts of the method, or the student."""
 
     arms: Mapping[str, TrainConfig]
     teacher: str | None

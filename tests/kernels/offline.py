@@ -150,8 +150,12 @@ def feature_launches(dtype: torch.dtype) -> list[Launch]:
 
 
 def all_launches(dtype: torch.dtype) -> list[Launch]:
-    """Every kernel on the aligned path, where sizes are divisible by 16."""
-    return loss_launches(dtype) + feature_launches(dtype)
+    """Every kernel on the aligned path, where sizes are divisible by 16; each that would be compiled once."""
+    found = {}
+    for launch in loss_launches(dtype) + feature_launches(dtype):
+        source = source_of(launch)
+        found.setdefault((source.hash(), *launch.options.values()), launch)
+    return list(found.values())
 
 
 def loss_launches(dtype: torch.dtype) -> list[Launch]:
@@ -257,6 +261,10 @@ def compile_for(target: str, launch: Launch, dtype: torch.dtype) -> Compiled:
     variant = "" if "REVERSED" not in settings else " reversed" if settings["REVERSED"] else " permuted"
     if not settings.get("TEACHER", True):
         variant += ", student alone"
+    if settings.get("running_mean_ptr") is not None:
+        variant += ", running statistics"
+    if "mean_ptr" in settings and settings["mean_ptr"] is None:
+        variant += ", bias alone"
     size = settings.get("classes") or settings.get("channels")
     layout = f", C = {size}" if size else ""
     name = launch.function.__name__.strip("_").removesuffix("_kernel").replace("_", " ") + variant + layout

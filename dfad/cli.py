@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -21,11 +22,17 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union
 
 import tyro
 
-from dfad.errors import ConfigurationError, DfadError, unknown
+from dfad.errors import ConfigurationError, DfadError, first_line, is_out_of_memory, unknown
 from dfad.ranks import GRACE, current_ranks, launched, restarts
 from dfad.runs.folder import check_folder
 from dfad.runs.settings import SETTINGS_FILE, override, read_yaml, saved_settings, to_yaml
 from dfad.terminal import prepare_streams, silence_stdout
+
+LESS_MEMORY = (
+    "Take smaller batches, a smaller network or another --device; `dfad train --dry_run` says what a run needs. What "
+    "was saved stays, and a run is continued with --resume."
+)
+"""What to do where memory runs out."""
 
 Action = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag that triggers an action, so it has no negated form."""
@@ -225,6 +232,13 @@ def _exit_code(command: Callable[[], None]) -> Any:
         with suppress(BrokenPipeError):
             print(f"\n{error}" if error.exit_code < 128 else error, file=sys.stderr)
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
+        said = f"{int(asked[1]) / 1e9:,.1f} GB were asked for at once" if asked else first_line(error)
+        print(f"\nThere is not enough memory: {said}. {LESS_MEMORY}", file=sys.stderr)
+        return ConfigurationError.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 128 + signal.SIGINT

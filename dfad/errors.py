@@ -86,6 +86,12 @@ def name_of(network: object) -> str:
     return type(network).__name__ if own is None else name_of(own)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a GPU ran out, for which PyTorch has a class on GPUs alone."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    return on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without the full stop: those of other packages are often long."""
     return str(error).strip().partition("\n")[0].rstrip(".") or "without a message"

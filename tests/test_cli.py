@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -159,6 +160,28 @@ def test_a_resumed_run_takes_its_saved_settings_and_no_others(tmp_path):
         command("--resume", tmp_path, "--preset", "short").folder()
     with pytest.raises(ConfigurationError, match="holds no config.yaml"):
         parse("--resume", tmp_path / "elsewhere")
+
+
+def test_where_memory_runs_out_the_command_says_what_to_do(capsys):
+    def ends(command):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(command)
+        return ended.value.code, capsys.readouterr().err
+
+    def on_a_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for command, said in (
+        (lambda: torch.empty(10**15), "4,000,000.0 GB were asked for at once. Take smaller batches"),
+        (lambda: bytearray(1 << 60), "without a message"),
+        (on_a_gpu, "Tried to allocate 2.00 GiB. Take smaller batches"),
+    ):
+        code, message = ends(command)
+        assert code == 2
+        assert message.startswith("\nThere is not enough memory: ")
+        assert said in message
+    with pytest.raises(RuntimeError, match="must match"):  # another fault of the program keeps its traceback
+        cli.run(lambda: torch.zeros(2) + torch.zeros(3))
 
 
 def test_schedules():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfad.errors import DfadError, ModelError, first_line, name_of
+from dfad.errors import DfadError, ModelError, first_line, is_out_of_memory, name_of
 from dfad.models.outputs import LOGITS, Outputs, as_outputs, logits_entry, matrices
 from dfad.modes import evaluating
 
@@ -194,9 +194,11 @@ def refusal(error: Exception, remedy: str) -> str:
 
     Args:
         error: as raised.
-        remedy: what the user can give or change, unless the error is about the type of numbers.
+        remedy: what the user can give or change, unless the error is about the type of numbers, or memory ran out.
     """
     said = first_line(error)
+    if is_out_of_memory(error):
+        remedy = "There is not enough memory for it, whatever its images are: take another --device."
     if re.search(r"dtype|scalar type|\btype \(", said):
         remedy = "Images and weights are float32 here, whatever they were: its forward pass must not cast them."
     return f"{type(error).__name__}: {said}. {remedy}"

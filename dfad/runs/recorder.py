@@ -165,9 +165,12 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 

@@ -595,6 +595,15 @@ class TestImageSize:
             probing.image_shape_of(Casting(), image_size=8)
         assert "image_size" not in str(refused.value)
 
+    def test_where_memory_runs_out_nobody_is_told_to_change_the_images(self):
+        class Large(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + torch.empty(10**15).sum()
+
+        with pytest.raises(ModelError, match="not enough memory for it") as refused:
+            probing.image_shape_of(Large(), image_size=8)
+        assert "image_size" not in str(refused.value)
+
     def test_failing_everywhere_names_the_first_reason(self):
         with pytest.raises(ModelError, match=r"20×20 pixels: AssertionError: Wrong image height!"):
             probing.image_shape_of(Picky(24), image_size=20)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,12 +40,13 @@ class TestRecorder:
         events = EventAccumulator(str(tmp_path / EVENTS)).Reload()
         assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5), (4, 0.25)]
 
-    def test_a_resumed_run_drops_what_came_after_its_checkpoint(self, tmp_path):
+    @pytest.mark.parametrize("damage", ['{"round": 4, "lo', "null\n", "\x00\x00"])  # as a kill or a full disk leave it
+    def test_a_resumed_run_drops_what_came_after_its_checkpoint(self, damage, tmp_path):
         with Recorder(tmp_path, rounds=6) as recorder:
             for round_index in (1, 2, 3):
                 recorder.write(round_index, {"loss": round_index})
         with (tmp_path / METRICS).open("a") as file:
-            file.write('{"round": 4, "lo')  # as a kill leaves it
+            file.write(damage)
         with Recorder(tmp_path, rounds=6, start=2) as recorder:
             recorder.write(3, {"loss": 30})
         assert self.records(tmp_path) == [{"round": n, "loss": loss} for n, loss in ((1, 1), (2, 2), (3, 30))]

@@ -418,7 +418,8 @@ class TestCommand:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # with as many threads: on a CPU the device's name contains them
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         assert process.stdout is not None
         for line in process.stdout:

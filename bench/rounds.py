@@ -314,7 +314,9 @@ def contenders(device: torch.device) -> dict[str, Callable[[Case], Contender]]:
     if on_gpu:
         makers["published, TF32"] = partial(published, device=device, with_tf32=True)
         makers["repaired + reduce-overhead"] = partial(repaired_and_compiled, device=device, mode="reduce-overhead")
-        makers["ours without the graph"] = make(replace(best, cuda_graph="off"))
+        without_graph = replace(best, cuda_graph="off")
+        makers["ours without the graph"] = make(without_graph)
+        makers["ours without the graph, BatchNorm"] = make(replace(without_graph, fuse_batchnorm="on"))
         makers["ours with two streams"] = make(replace(best, two_streams="on"))
         for part in SINGLE_PARTS:
             makers[f"ours without {part}"] = make(replace(best, **{part: "off"}))

@@ -157,6 +157,7 @@ ROUNDS = (
     "ours with two streams",
     "published",
     "ours without the graph",
+    "ours without the graph, BatchNorm",
 )
 COMPILED = ("ours", "repaired + torch.compile", "ours + torch.compile", "repaired + reduce-overhead")
 """Contenders of ``bench/bench_step.py``, the most telling and the fastest first; each that compiles takes a minute."""

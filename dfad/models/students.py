@@ -4,7 +4,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -58,39 +57,32 @@ def suitable_students(
         taps: its candidates.
         boundary: whether most of its activations have a boundary at zero.
     """
-    return list(islice(_fitting(source, network, image_shape, classes, taps, boundary), SHOWN))
-
-
-def _fitting(
-    source: str,
-    teacher: nn.Module,
-    image_shape: tuple[int, int, int],
-    classes: int,
-    taps: Sequence[Tap],
-    boundary: bool,
-) -> Iterator[Student]:
-    largest = parameter_count(teacher)
-    for candidate, kwargs in _candidates(source, teacher, image_shape, classes):
+    largest = parameter_count(network)
+    students: list[Student] = []
+    for candidate, kwargs in _candidates(source, network, image_shape, classes):
+        if len(students) == SHOWN:
+            break
         try:
-            network = build(candidate, kwargs)
-            count = parameter_count(network)
-            if count >= largest or dry_forward(network, image_shape).logits.shape[1] != classes:
+            student = build(candidate, kwargs)
+            count = parameter_count(student)
+            if count >= largest or dry_forward(student, image_shape).logits.shape[1] != classes:
                 continue
-            student_taps = candidate_taps(network, image_shape)
-            if len(paired(taps, student_taps)) < len(student_taps) and (own := names_of_own_taps(network)):
+            student_taps = candidate_taps(student, image_shape)
+            if len(paired(taps, student_taps)) < len(student_taps) and (own := names_of_own_taps(student)):
                 named = zip(student_taps, own, strict=True)
                 student_taps = [replace(tap, name=name, found="found in the graph") for tap, name in named]
         except Exception:  # a network may raise anything for such images
             continue
         names, teacher_names, fit, all_match = _fit(taps, student_taps)
-        yield Student(candidate, kwargs, count, names, teacher_names, fit, all_match, all_match and boundary)
+        students.append(Student(candidate, kwargs, count, names, teacher_names, fit, all_match, all_match and boundary))
+    return students
 
 
 def _fit(taps: Sequence[Tap], student_taps: Sequence[Tap]) -> tuple[list[str], list[str], str, bool]:
     """Names of the student's and the teacher's taps to compare, how they fit, and whether they can be compared."""
     pairs = paired(taps, student_taps)
     if not pairs:
-        return [], [], "no tap of its has the resolution of one of the teacher's", False
+        return [], [], "none of its taps has the resolution of one of the teacher's", False
     same = all(one.shape == other.shape for one, other in pairs)
     sizes = ", ".join(f"{one.shape[1]}×{one.shape[2]}" for one, _ in pairs)
     fit = f"{len(pairs)} taps of the same resolution ({sizes})"

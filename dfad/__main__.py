@@ -41,6 +41,8 @@ def main() -> NoReturn:
     if name not in known:
         print(f"\n{unknown('command', name, known)}", file=sys.stderr)
         raise SystemExit(ConfigurationError.exit_code)
+    if not sys.flags.safe_path:
+        sys.path.append("")  # the working directory, as with python -m: networks of the user's own are found there
     sys.argv[0] = f"{program} {name}"  # as the command's own help names it
     from dfad import cli  # PyTorch comes with it: two seconds
 

@@ -22,6 +22,7 @@ def call(monkeypatch, capsys):
 
     def called(*arguments: str) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["/somewhere/bin/dfad", *arguments])
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
         with pytest.raises(SystemExit) as ended:
             script.main()
         return ended.value.code, *capsys.readouterr()
@@ -91,3 +92,15 @@ def test_help_needs_neither_torch_nor_the_parser_of_flags():
     code += "except SystemExit: pass\nassert not {'torch', 'tyro'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_network_in_the_working_directory_is_found(tmp_path):
+    """As with ``python -m``; the path of a script has its own directory instead."""
+    (tmp_path / "netsofmine.py").write_text("from dfad.models import lenet5_half\n")
+    code = "import sys; sys.path = [p for p in sys.path if p]; from dfad.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", "netsofmine:lenet5_half", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANGING,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert '"parameters": 15738' in done.stdout

@@ -93,7 +93,8 @@ def resolve(factory: str) -> Callable[..., Any]:
     except Exception as error:  # a user's module may fail in any way while it is imported
         raise ModelError(
             f"The factory {factory} cannot be imported: {type(error).__name__}: {error}. "
-            "It is written package.module:callable, and the package must be on PYTHONPATH or installed."
+            "It is written package.module:callable, and the package must be in the working directory, on PYTHONPATH or "
+            "installed."
         ) from error
     for name in attribute.split("."):
         if not hasattr(found, name):

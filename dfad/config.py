@@ -79,14 +79,22 @@ class StudentConfig:
     kwargs: Keywords = field(default_factory=dict)
     """Its keyword arguments."""
 
+    initial_weights: Literal["random", "teacher"] = "random"
+    """Weights to start from: random ones; or the teacher's, as far as its layers have the same names. Of wider layers,
+    evenly spaced channels are taken."""
+
     checkpoint: Path | None = None
-    """Weights to start from; random by default."""
+    """Weights to start from instead."""
 
     checkpoint_key: str | None = None
     """Entry of a larger checkpoint that holds them; detected by default."""
 
     taps: tuple[str, ...] = ()
     """Modules or graph nodes to tap, for a network that returns only logits; in the order of the teacher's."""
+
+    def __post_init__(self) -> None:
+        apart = self.checkpoint is None or self.initial_weights == "random"
+        require(apart, "initial_weights", self.initial_weights, f"random beside checkpoint {self.checkpoint}")
 
 
 @dataclass(frozen=True)

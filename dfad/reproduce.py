@@ -42,7 +42,8 @@ class Reproduce:
 
     comparison: Annotated[str, cli.Positional]
     """Name of the comparison: demo, digits, mnist, mnist-whole, mnist-random-fields; or, with --teacher,
-    cifar10-resnet20, cifar10-resnet20-parts, cifar10-resnet32 or cifar10-smaller."""
+    cifar10-resnet20, cifar10-resnet20-parts, cifar10-resnet32, cifar10-smaller, cifar10-inherited or
+    cifar10-resnet32-inherited."""
 
     seeds: int = 5
     """Number of seeds of every arm, from 0 on."""

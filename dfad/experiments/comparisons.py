@@ -162,6 +162,10 @@ RECIPE_UNMATCHED = "recipe without feature matching"
 RECIPE_LONGER = "recipe, six times as long"
 TO_RESNET14, TO_RESNET8 = "recipe, to ResNet-14", "recipe, to ResNet-8"
 TO_RESNET8_UNMATCHED = "recipe without feature matching, to ResNet-8"
+TO_HALF = "recipe, to half the width"
+INHERITED = ", inherited weights"
+"""What the name of an arm ends in whose student starts from its teacher's weights."""
+RECIPE_SHORT = "recipe, 150 rounds"
 RECIPE_GENERATED, RECIPE_DRAWN = "recipe without random fields", "recipe, random fields alone"
 
 
@@ -191,9 +195,21 @@ def recipe_arms(base: TrainConfig) -> dict[str, TrainConfig]:
     return {name: replace(base, method=replace(base.method, **change)) for name, change in changes.items()}
 
 
-def _to(factory: str, base: TrainConfig) -> TrainConfig:
+def _to(factory: str, base: TrainConfig, **kwargs: Any) -> TrainConfig:
     """Settings with another student."""
-    return replace(base, student=StudentConfig(factory=factory))
+    return replace(base, student=StudentConfig(factory=factory, kwargs=kwargs))
+
+
+def _inheriting(base: TrainConfig) -> TrainConfig:
+    """Settings whose student starts from its teacher's weights."""
+    return replace(base, student=replace(base.student, initial_weights="teacher"))
+
+
+def _with_and_without_inheritance(arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
+    return {**arms, **{arm + INHERITED: _inheriting(settings) for arm, settings in arms.items()}}
+
+
+HALF_OF_RESNET20 = {"widths": [8, 16, 32], "depths": [3, 3, 3], "shortcut": "subsampling"}
 
 
 def _with_share(base: TrainConfig, share: float) -> TrainConfig:
@@ -280,6 +296,34 @@ COMPARISONS = {
         teacher=None,
         ceiling=None,
         claims=(Beats(TO_RESNET8, TO_RESNET8_UNMATCHED),),
+    ),
+    # 96,000 student-images, from random weights and from the teacher's
+    "cifar10-inherited": Comparison(
+        arms=_with_and_without_inheritance(
+            {
+                TO_RESNET14: _to("resnet14", _of_rounds(CIFAR10_RESNET20, 150)),
+                TO_RESNET8: _to("resnet8", _of_rounds(CIFAR10_RESNET20, 150)),
+                TO_HALF: _to(
+                    "dfad.models.resnet:ResNet",
+                    _of_rounds(CIFAR10_RESNET20, 150),
+                    **HALF_OF_RESNET20,
+                    num_classes=10,
+                    in_channels=3,
+                ),
+            }
+        ),
+        teacher=None,
+        ceiling=None,
+        claims=tuple(Beats(arm + INHERITED, arm) for arm in (TO_RESNET14, TO_RESNET8, TO_HALF)),
+    ),
+    "cifar10-resnet32-inherited": Comparison(
+        arms={
+            **_with_and_without_inheritance({RECIPE_SHORT: _of_rounds(CIFAR10_RESNET32, 150)}),
+            RECIPE_FULL + INHERITED: _inheriting(_of_rounds(CIFAR10_RESNET32, 940)),
+        },
+        teacher=None,
+        ceiling=None,
+        claims=(Beats(RECIPE_SHORT + INHERITED, RECIPE_SHORT), Reaches(RECIPE_FULL + INHERITED, accuracy=0.91)),
     ),
 }
 """The comparisons by name."""

@@ -1,0 +1,144 @@
+"""A student that starts from its teacher's weights."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfad import models
+from dfad.config import StudentConfig
+from dfad.distillation.distiller import Distiller
+from dfad.errors import ModelError
+from dfad.models.inheritance import inherit
+from tests.conftest import IMAGE_SHAPE
+
+
+class Net(nn.Module):
+    """A stem with a kernel of some size, a frozen parameter, a buffer of indices, and position embeddings."""
+
+    def __init__(self, width: int, *, kernel: int = 3, positions: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, kernel)
+        self.norm = nn.BatchNorm2d(width)
+        self.positions = nn.Parameter(torch.randn(1, positions, width))
+        self.scale = nn.Parameter(torch.randn(width), requires_grad=False)
+        self.register_buffer("index", torch.arange(10 * width))
+        self.head = nn.Linear(width, 5)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return network
+
+
+def test_blocks_that_a_shallower_student_has_are_its_teachers(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    teacher, student = with_statistics(models.resnet20()), models.resnet14()
+    before = state_of(teacher)
+    assert inherit(student, teacher) == []
+    for name, value in student.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, before[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert "starts from its teacher's weights: 67 tensors whole, 0 selected from larger ones." in caplog.text
+
+
+def test_further_blocks_of_a_deeper_student_keep_their_own_weights() -> None:
+    student = models.resnet20()
+    before = state_of(student)
+    left = inherit(student, models.resnet14())
+    assert left[0] == "layer1.2.conv1.weight"
+    assert all(".2." in name for name in left)
+    assert all(torch.equal(student.state_dict()[name], before[name]) for name in left)
+
+
+def test_a_narrower_student_takes_the_same_channels_in_every_layer() -> None:
+    teacher, student = with_statistics(Net(8)), Net(4)
+    inherit(student, teacher)
+    assert torch.equal(student.stem.weight, teacher.stem.weight[::2])
+    assert torch.equal(student.norm.running_var, teacher.norm.running_var[::2])
+    assert torch.equal(student.positions, teacher.positions[..., ::2])
+    assert torch.equal(student.head.weight, teacher.head.weight[:, ::2])
+    assert torch.equal(student.head.bias, teacher.head.bias)
+
+
+def test_channels_are_evenly_spaced_where_the_widths_have_no_whole_ratio() -> None:
+    teacher, student = Net(8), Net(3)
+    inherit(student, teacher)
+    assert torch.equal(student.stem.bias, teacher.stem.bias[[0, 2, 5]])
+
+
+def test_a_student_with_every_second_channel_of_a_teacher_that_has_each_twice_computes_the_same() -> None:
+    narrow = with_statistics(models.convnet(channels=[4, 8], num_classes=5, in_channels=3)).eval()
+    wide = models.convnet(channels=[8, 16], num_classes=5, in_channels=3)
+    for (_, target), (_, source) in zip(wide.state_dict().items(), narrow.state_dict().items(), strict=True):
+        for dimension in range(min(source.dim(), 2)):
+            ratio = target.shape[dimension] // source.shape[dimension]
+            source = source.repeat_interleave(ratio, dimension)
+            if dimension == 1:
+                source = source / ratio  # the sum over the channels stays the same
+        target.copy_(source)
+    student = models.convnet(channels=[4, 8], num_classes=5, in_channels=3).eval()
+    inherit(student, wide)
+    images = torch.randn(4, 3, 8, 8)
+    for module in student.modules():  # half of the channels are half of each sum
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] != 3:
+            module.weight.data *= 2
+    torch.testing.assert_close(student(images).logits, narrow(images).logits)
+
+
+def test_what_is_no_learned_part_or_has_another_form_stays() -> None:
+    teacher, student = Net(8), Net(4, kernel=5, positions=9)
+    before = state_of(student)
+    assert inherit(student, teacher) == ["positions", "stem.weight"]
+    for name in ("positions", "stem.weight", "scale", "index"):
+        assert torch.equal(student.state_dict()[name], before[name]), name
+
+
+def test_layers_of_another_class_are_no_partners() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 2))
+    assert inherit(student, teacher) == ["1.weight", "1.bias"]
+
+
+def test_a_student_of_another_family_is_refused_and_unchanged() -> None:
+    student = models.lenet5_half()
+    before = state_of(student)
+    with pytest.raises(ModelError, match=r"LeNet cannot start from the weights of its teacher ResNet: no layer"):
+        inherit(student, models.resnet20())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_student_with_lazy_layers_keeps_those() -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
+    inherit(student, teacher := nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    assert torch.equal(student[0].weight, teacher[0].weight)
+
+
+def test_a_run_starts_from_the_teachers_weights_where_its_settings_say_so(teacher, config) -> None:
+    settings = replace(config, student=StudentConfig(initial_weights="teacher"))
+    student = type(teacher)(channels=[8, 16], num_classes=4, in_channels=IMAGE_SHAPE[0])
+    distiller = Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
+    weight = next(distiller.student.parameters())
+    wider = next(teacher.parameters())
+    assert torch.equal(weight.cpu(), wider[:: len(wider) // len(weight)])
+
+
+def test_weights_of_the_teacher_and_of_a_file_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match=r"initial_weights is teacher; it must be random beside checkpoint w\.pt"):
+        StudentConfig(initial_weights="teacher", checkpoint=Path("w.pt"))

@@ -281,6 +281,8 @@ def _command(
     words += ["--student", student.source if student else "package.module:callable"]
     if student and student.kwargs:
         words += ["--student.kwargs", json.dumps(student.kwargs)]
+    if student and student.inherits:
+        words += ["--student.initial_weights", "teacher"]
     if not statistics:
         words += ["--method.regularizers.batchnorm", "0"]
     if student and student.pairs and (student.boundary or statistics):  # features are matched, too

@@ -106,8 +106,11 @@ def test_a_student_that_returns_more_taps_than_pair_is_given_names(inspected, mo
 
 
 def test_students_of_the_teachers_class_come_first_and_the_largest_of_them(inspected):
-    students = inspected("resnet20")["students"]
-    assert [student["source"] for student in students] == ["resnet14", "resnet8", "wrn_16_1"]
+    found = inspected("resnet20")
+    assert [student["source"] for student in found["students"]] == ["resnet14", "resnet8", "wrn_16_1"]
+    assert [student["inherits"] for student in found["students"]] == [True, True, False]
+    assert "--student.initial_weights teacher" in found["command"]
+    assert "initial_weights" not in inspected("convnet")["command"]
 
 
 def test_taps_whose_names_are_numbers_are_given_by_name(inspected, monkeypatch):

@@ -512,6 +512,7 @@ BUNDLES = {
         --optimizer.generator.warm_up 0.1""",
     "networks": """--preset digits --teacher.recipe digits --teacher.channels 1 --teacher.image_size 8
         --teacher.mean 0.3 --teacher.std 0.4 --student.kwargs {"channels":[4,8],"in_channels":1}
+        --student.initial_weights teacher
         --method.activation.weight 0 --method.feature_matching.unpaired skip
         --method.regularizers.without_statistics skip""",
     "files": """--config settings.yaml --teacher.factory tests.models.test_loading:Plain --teacher.kwargs {"channels":1}
@@ -588,6 +589,17 @@ def test_a_teacher_and_a_student_are_named_by_one_flag_each(command, tmp_path, w
     assert "The data set mnist is not used: --evaluate measures" in done.stderr
     again = load_model(tmp_path / "run" / "student.safetensors")[1]
     assert again["architecture"] == load_model(student)[1]["architecture"]
+
+
+@pytest.mark.parametrize("given", ["random", "teacher"])
+def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_path, whole):
+    teacher = whole / "student.safetensors"
+    student = json.dumps(load_model(teacher)[1]["architecture"]["kwargs"])
+    done = command(*SMALL, "--teacher", teacher, "--student=convnet", f"--student.kwargs={student}", "--dry_run",
+                   f"--student.initial_weights={given}", "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert ("--student.initial_weights teacher starts from their weights" in done.stderr) is (given == "random")
+    assert ("starts from its teacher's weights" in done.stderr) is (given == "teacher")
 
 
 def test_a_program_of_torch_export_cannot_be_a_student(command, tmp_path, whole):

@@ -1,7 +1,7 @@
 """A student's initial weights, selected from its teacher's."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ log = logging.getLogger(__name__)
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers that are learned; others may be constants of an architecture, such as indices and masks."""
+
+ENOUGH = 0.9
+"""Share of a student's learned values, see :func:`inherited_share`, from which on starting from them is proposed."""
 
 KERNEL = 2
 """First dimension of a convolution's weight that belongs to its kernel, which is taken whole or not at all."""
@@ -36,20 +39,13 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     Raises:
         ModelError: if that is all of them.
     """
-    partners = dict(teacher.named_modules())
     whole, selected, left = 0, 0, []
-    for path, module in student.named_modules():
-        partner = partners.get(path)
-        offered = _learned(partner) if partner is not None and name_of(partner) == name_of(module) else {}
-        for name, value in _learned(module).items():
-            source = offered.get(name)
-            if (isinstance(value, nn.Parameter) and not value.requires_grad) or is_lazy(value):
-                continue
-            if source is None or not _contains(source, value.shape):
-                left.append(f"{path}.{name}".lstrip("."))
-                continue
-            whole, selected = whole + (source.shape == value.shape), selected + (source.shape != value.shape)
-            value.copy_(_evenly_spaced(source, value.shape))
+    for name, value, source in _pairs(student, teacher):
+        if source is None:
+            left.append(name)
+            continue
+        whole, selected = whole + (source.shape == value.shape), selected + (source.shape != value.shape)
+        value.copy_(_evenly_spaced(source, value.shape))
     if not whole + selected:
         raise ModelError(
             f"The student {name_of(student)} cannot start from the weights of its teacher {name_of(teacher)}: no layer "
@@ -64,6 +60,29 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
         rest,
     )
     return left
+
+
+def inherited_share(student: nn.Module, teacher: nn.Module) -> float:
+    """The share of a student's learned values that :func:`inherit` would take from tensors of the same shape, those of
+    a narrower layer not counted: they help little (docs/experiments.md). Neither network is changed."""
+    values = {True: 0, False: 0}
+    for _, value, source in _pairs(student, teacher):
+        values[source is not None and source.shape == value.shape] += value.numel()
+    return values[True] / max(1, sum(values.values()))
+
+
+def _pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Everything learned in a student: its name, its value, and the teacher's tensor from which it can be selected."""
+    partners = dict(teacher.named_modules())
+    for path, module in student.named_modules():
+        partner = partners.get(path)
+        offered = _learned(partner) if partner is not None and name_of(partner) == name_of(module) else {}
+        for name, value in _learned(module).items():
+            if is_lazy(value) or (isinstance(value, nn.Parameter) and not value.requires_grad):
+                continue
+            source = offered.get(name)
+            found = source if source is not None and _contains(source, value.shape) else None
+            yield f"{path}.{name}".lstrip("."), value, found
 
 
 def _learned(module: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from dfad.errors import name_of
 from dfad.models.anatomy import Tap, are_own, candidate_taps, names_of_own_taps, paired
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
+from dfad.models.inheritance import ENOUGH, inherited_share
 from dfad.models.probing import dry_forward, parameter_count
 
 TRIED, SHOWN = 24, 3
@@ -36,6 +37,8 @@ class Student:
     """Whether the taps can be compared as they are returned."""
     boundary: bool
     """Whether the activation regularizer has a boundary to compare in them."""
+    inherits: bool
+    """Whether it can start from the teacher's weights, see :data:`dfad.models.inheritance.ENOUGH`."""
 
 
 def suitable_students(
@@ -74,7 +77,9 @@ def suitable_students(
         except Exception:  # a network may raise anything for such images
             continue
         names, teacher_names, fit, all_match = _fit(taps, student_taps)
-        students.append(Student(candidate, kwargs, count, names, teacher_names, fit, all_match, all_match and boundary))
+        inherits = inherited_share(student, network) >= ENOUGH
+        shared = boundary and all_match
+        students.append(Student(candidate, kwargs, count, names, teacher_names, fit, all_match, shared, inherits))
     return students
 
 

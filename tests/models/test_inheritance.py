@@ -12,7 +12,7 @@ from dfad import models
 from dfad.config import StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ModelError
-from dfad.models.inheritance import inherit
+from dfad.models.inheritance import inherit, inherited_share
 from tests.conftest import IMAGE_SHAPE
 
 
@@ -142,3 +142,10 @@ def test_a_run_starts_from_the_teachers_weights_where_its_settings_say_so(teache
 def test_weights_of_the_teacher_and_of_a_file_are_one_too_many() -> None:
     with pytest.raises(ValueError, match=r"initial_weights is teacher; it must be random beside checkpoint w\.pt"):
         StudentConfig(initial_weights="teacher", checkpoint=Path("w.pt"))
+
+
+def test_the_share_counts_layers_of_the_same_shape_alone() -> None:
+    assert inherited_share(models.resnet14(), models.resnet20()) == 1.0
+    assert inherited_share(models.resnet20(), models.resnet14()) == pytest.approx(172506 / 269722, abs=0.01)
+    assert inherited_share(Net(4), Net(8)) == pytest.approx(5 / (3 * 9 * 4 + 4 + 4 * 4 + 6 * 4 + 5 * 4 + 5))
+    assert inherited_share(models.lenet5_half(), models.resnet20()) == 0.0

@@ -200,13 +200,13 @@ def _to(factory: str, base: TrainConfig, **kwargs: Any) -> TrainConfig:
     return replace(base, student=StudentConfig(factory=factory, kwargs=kwargs))
 
 
-def _inheriting(base: TrainConfig) -> TrainConfig:
+def inheriting(base: TrainConfig) -> TrainConfig:
     """Settings whose student starts from its teacher's weights."""
     return replace(base, student=replace(base.student, initial_weights="teacher"))
 
 
 def _with_and_without_inheritance(arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
-    return {**arms, **{arm + INHERITED: _inheriting(settings) for arm, settings in arms.items()}}
+    return {**arms, **{arm + INHERITED: inheriting(settings) for arm, settings in arms.items()}}
 
 
 HALF_OF_RESNET20 = {"widths": [8, 16, 32], "depths": [3, 3, 3], "shortcut": "subsampling"}
@@ -319,7 +319,7 @@ COMPARISONS = {
     "cifar10-resnet32-inherited": Comparison(
         arms={
             **_with_and_without_inheritance({RECIPE_SHORT: _of_rounds(CIFAR10_RESNET32, 150)}),
-            RECIPE_FULL + INHERITED: _inheriting(_of_rounds(CIFAR10_RESNET32, 940)),
+            RECIPE_FULL + INHERITED: inheriting(_of_rounds(CIFAR10_RESNET32, 940)),
         },
         teacher=None,
         ceiling=None,

@@ -30,7 +30,7 @@ from dfad.data import DataConfig, Dataset, open_dataset
 from dfad.data.evaluation import Evaluator
 from dfad.distillation.estimate import Estimate, estimate
 from dfad.engine import choose_device
-from dfad.experiments.comparisons import CIFAR10_RESNET20, RECIPE_FULL, recipe_arms
+from dfad.experiments.comparisons import CIFAR10_RESNET20, INHERITED, RECIPE_FULL, inheriting, recipe_arms
 from dfad.experiments.provenance import machine
 from dfad.models.model_file import save_model
 from dfad.presets import PRESETS, TrainConfig
@@ -88,6 +88,11 @@ SCALES = {
 }
 
 
+def arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The recipe with and without its parts, and the recipe from the teacher's weights."""
+    return {**recipe_arms(base), RECIPE_FULL + INHERITED: inheriting(base)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.campaign", description=__doc__.partition("\n")[0])
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", type=Path, required=True, help="archive of JPEGs; with --network, of CIFAR-10's records"
     )
     parser.add_argument("--network", type=Path, help="weights of a ResNet-20 to distil instead of the teacher")
-    parser.add_argument("--arm", choices=recipe_arms(SCALES["gpu"].base), default=RECIPE_FULL)
+    parser.add_argument("--arm", choices=arms(SCALES["gpu"].base), default=RECIPE_FULL)
     parser.add_argument("--seconds", type=float, required=True, help="that training takes, about")
     parser.add_argument("--kept", type=Path, required=True, help="folder of the teacher's file")
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
@@ -191,7 +196,7 @@ def distil(command: argparse.Namespace) -> dict[str, Any]:
         teacher = load_teacher(TeacherConfig(checkpoint=teacher_file(command.kept)))
         data = DataConfig("folder", command.data)
     evaluate = Evaluator(data, device, teacher.normalisation)
-    config = replace(recipe_arms(base)[command.arm], device=str(device))
+    config = replace(arms(base)[command.arm], device=str(device))
     name = f"{command.data.name.partition('.')[0]}: {config.student.factory}, {command.arm}, {command.seconds:.0f} s"
     folder = command.work / re.sub(r"[^a-z0-9]+", "-", name.lower())
     stopwatch = Stopwatch(command.work / f"{folder.name}.json")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import figures, records, report
-from dfad.experiments.comparisons import RECIPE_BARE, RECIPE_FULL
+from dfad.experiments.comparisons import INHERITED, RECIPE_BARE, RECIPE_FULL
 from dfad.experiments.provenance import device_name, file_name, machine
 from dfad.files import write_text
 from tools.gpu import parcel, rehearsal
@@ -235,7 +235,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
                 "bench/bench_ops.py --seconds=0.01 -k 'plain and float32'",
                 ("published", "ours", "copy"),
             ),
-            *own((RECIPE_FULL, 60)),
+            *own((RECIPE_FULL + INHERITED, 60)),
             checks[0],
         ]
         return [replace(part, seconds=REHEARSED) for part in parts]
@@ -253,7 +253,7 @@ def plan(places: Places, *, small: bool) -> list[Part]:
         # what follows refines the record, in further calls
         pytest("tests of kernels", 130, f"-m gpu tests/kernels/test_gpu.py {workers}"),
         operators("bfloat16"),
-        *own((RECIPE_FULL, 200), (RECIPE_BARE, 120)),
+        *own((RECIPE_FULL, 140), (RECIPE_FULL + INHERITED, 60), (RECIPE_BARE, 120)),
         benchmark("operators over features", 60, "bench/bench_ops.py --full --seconds=0.1 -k features"),
         probes,
         operators("float32"),

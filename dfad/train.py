@@ -18,7 +18,7 @@ from dfad.distillation.distiller import Result
 from dfad.distillation.estimate import Estimate, estimate
 from dfad.engine import choose_device
 from dfad.metrics import agreement, top_k_accuracy
-from dfad.models.inheritance import ENOUGH, inherited_share
+from dfad.models.inheritance import suits
 from dfad.models.probing import parameter_count
 from dfad.models.sources import file_of
 from dfad.presets import PRESETS, TrainConfig
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = load_teacher(config.teacher, recipe=command.preset if command.preset in RECIPES else "")
     student = build_student(config)
     evaluate = Evaluator(config.data, device, teacher.normalisation) if config.evaluate else None
+    distiller = build_distiller(teacher, student, config, evaluate)
     if not command.resumes(run_dir):
         _propose_weights(teacher.network, student, config.student)
-    distiller = build_distiller(teacher, student, config, evaluate)
     if command.dry_run:
         Console().print(estimate_table(estimate(distiller)))
         return
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _propose_weights(teacher: nn.Module, student: nn.Module, config: StudentConfig) -> None:
     """Say so where random weights of a student could be its teacher's."""
     random = config.initial_weights == "random" and config.checkpoint is None and file_of(config.factory or "") is None
-    if random and inherited_share(student, teacher) >= ENOUGH:
+    if random and suits(student, teacher):
         log.info(
             "The teacher has the student's layers: --student.initial_weights teacher starts from their weights, which "
             "takes far fewer rounds (docs/experiments.md)."

@@ -592,10 +592,13 @@ def test_a_teacher_and_a_student_are_named_by_one_flag_each(command, tmp_path, w
 
 
 @pytest.mark.parametrize("given", ["random", "teacher"])
-def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_path, whole):
-    teacher = whole / "student.safetensors"
-    student = json.dumps(load_model(teacher)[1]["architecture"]["kwargs"])
-    done = command(*SMALL, "--teacher", teacher, "--student=convnet", f"--student.kwargs={student}", "--dry_run",
+def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_path):
+    kwargs = {"widths": [4, 8], "shortcut": "subsampling", "num_classes": 10, "in_channels": 1}
+    teacher, student = ({**kwargs, "depths": depths} for depths in ([2, 2], [1, 1]))
+    torch.save(build("dfad.models.resnet:ResNet", teacher).state_dict(), tmp_path / "teacher.pt")
+    done = command(*SMALL, "--teacher=dfad.models.resnet:ResNet", "--teacher.kwargs", json.dumps(teacher),
+                   "--teacher.checkpoint", tmp_path / "teacher.pt", "--teacher.image_size=8",
+                   "--student=dfad.models.resnet:ResNet", "--student.kwargs", json.dumps(student), "--dry_run",
                    f"--student.initial_weights={given}", "--run_dir", tmp_path / "run")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert ("--student.initial_weights teacher starts from their weights" in done.stderr) is (given == "random")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfad.errors import ModelError, name_of
+from dfad.models.probing import parameter_count
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ STATISTICS = ("running_mean", "running_var")
 """Buffers that are learned; others may be constants of an architecture, such as indices and masks."""
 
 ENOUGH = 0.9
-"""Share of a student's learned values, see :func:`inherited_share`, from which on starting from them is proposed."""
+"""Share of a student's learned tensors that its teacher has in the same shape, from which on they are proposed."""
 
 KERNEL = 2
 """First dimension of a convolution's weight that belongs to its kernel, which is taken whole or not at all."""
@@ -62,13 +63,14 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     return left
 
 
-def inherited_share(student: nn.Module, teacher: nn.Module) -> float:
-    """The share of a student's learned values that :func:`inherit` would take from tensors of the same shape, those of
-    a narrower layer not counted: they help little (docs/experiments.md). Neither network is changed."""
-    values = {True: 0, False: 0}
-    for _, value, source in _pairs(student, teacher):
-        values[source is not None and source.shape == value.shape] += value.numel()
-    return values[True] / max(1, sum(values.values()))
+def suits(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether to propose :func:`inherit`: the student is smaller, and nearly all of its tensors are there in the same
+    shape. Those of narrower layers help little (docs/experiments.md), and tensors are counted, not their values,
+    because the classifier of a VGG outweighs its convolutions. Neither network is changed."""
+    if parameter_count(student) >= parameter_count(teacher):
+        return False
+    whole = [source is not None and source.shape == value.shape for _, value, source in _pairs(student, teacher)]
+    return sum(whole) >= ENOUGH * max(1, len(whole))
 
 
 def _pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:

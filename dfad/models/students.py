@@ -14,7 +14,7 @@ from dfad.errors import name_of
 from dfad.models.anatomy import Tap, are_own, candidate_taps, names_of_own_taps, paired
 from dfad.models.factory import build
 from dfad.models.hubs import hub_of
-from dfad.models.inheritance import ENOUGH, inherited_share
+from dfad.models.inheritance import suits
 from dfad.models.probing import dry_forward, parameter_count
 
 TRIED, SHOWN = 24, 3
@@ -38,7 +38,7 @@ class Student:
     boundary: bool
     """Whether the activation regularizer has a boundary to compare in them."""
     inherits: bool
-    """Whether it can start from the teacher's weights, see :data:`dfad.models.inheritance.ENOUGH`."""
+    """Whether it should start from the teacher's weights, see :func:`dfad.models.inheritance.suits`."""
 
 
 def suitable_students(
@@ -77,8 +77,7 @@ def suitable_students(
         except Exception:  # a network may raise anything for such images
             continue
         names, teacher_names, fit, all_match = _fit(taps, student_taps)
-        inherits = inherited_share(student, network) >= ENOUGH
-        shared = boundary and all_match
+        shared, inherits = boundary and all_match, suits(student, network)
         students.append(Student(candidate, kwargs, count, names, teacher_names, fit, all_match, shared, inherits))
     return students
 

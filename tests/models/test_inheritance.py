@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dfad import models
 from dfad.config import StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ModelError
-from dfad.models.inheritance import inherit, inherited_share
+from dfad.models.inheritance import inherit, suits
 from tests.conftest import IMAGE_SHAPE
 
 
@@ -27,6 +28,17 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.randn(width), requires_grad=False)
         self.register_buffer("index", torch.arange(10 * width))
         self.head = nn.Linear(width, 5)
+
+
+class Stack(nn.Module):
+    """Convolutions in a list, in stages of different widths, whose names shift with the depths; a large classifier."""
+
+    def __init__(self, *depths: int) -> None:
+        super().__init__()
+        widths = [3, *(8 * 2**stage for stage, depth in enumerate(depths) for _ in range(depth))]
+        layers = [nn.Conv2d(inputs, outputs, 3) for inputs, outputs in pairwise(widths)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1] * 49, 1000)
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +156,17 @@ def test_weights_of_the_teacher_and_of_a_file_are_one_too_many() -> None:
         StudentConfig(initial_weights="teacher", checkpoint=Path("w.pt"))
 
 
-def test_the_share_counts_layers_of_the_same_shape_alone() -> None:
-    assert inherited_share(models.resnet14(), models.resnet20()) == 1.0
-    assert inherited_share(models.resnet20(), models.resnet14()) == pytest.approx(172506 / 269722, abs=0.01)
-    assert inherited_share(Net(4), Net(8)) == pytest.approx(5 / (3 * 9 * 4 + 4 + 4 * 4 + 6 * 4 + 5 * 4 + 5))
-    assert inherited_share(models.lenet5_half(), models.resnet20()) == 0.0
+@pytest.mark.parametrize(
+    ("student", "teacher", "proposed"),
+    [
+        (models.resnet14, models.resnet20, True),
+        (models.vgg11, models.vgg13, True),
+        (models.resnet20, models.resnet14, False),  # larger
+        (models.resnet20, models.resnet20, False),  # no smaller
+        (lambda: Net(4), lambda: Net(8), False),  # narrower
+        (lambda: Stack(1, 2), lambda: Stack(2, 2), False),  # an equal classifier that outweighs other convolutions
+        (models.lenet5_half, models.resnet20, False),
+    ],
+)
+def test_weights_are_proposed_for_smaller_students_of_the_same_layers(student, teacher, proposed) -> None:
+    assert suits(student(), teacher()) is proposed

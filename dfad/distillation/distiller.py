@@ -22,7 +22,6 @@ from dfad.distillation.round import Round
 from dfad.distillation.selection import AgreementBank
 from dfad.engine import Engine, choose_device
 from dfad.errors import ConfigurationError, DivergenceError, RankError, RunFolderError
-from dfad.models.inheritance import inherit
 from dfad.models.model_file import weights_hash
 from dfad.models.outputs import as_outputs
 from dfad.models.probing import image_shape_of, parameter_count
@@ -124,8 +123,6 @@ class Distiller:
         preflight.require_usable(student, "student")
         teacher = in_float32(teacher, copied=True)
         self.teacher_hash = weights_hash(teacher.state_dict())
-        if config.student.initial_weights == "teacher":
-            inherit(student, teacher)
         self.ranks = self.engine.ranks
         student_hash = weights_hash(student.state_dict()) if self.ranks.several else ""
         self.ranks.require_equal(**dict(leaves(config)), teacher=self.teacher_hash, student=student_hash)

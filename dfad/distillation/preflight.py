@@ -72,8 +72,8 @@ def require_usable(network: nn.Module, role: str) -> None:
 
     Raises:
         ConfigurationError: if PyTorch makes new tensors in another precision than float32.
-        ModelError: if it is no module; if tensors have no values or were made in inference mode; if no parameter of a
-            student learns; if ranks already share it in another way.
+        ModelError: if it is no module; if tensors have no values or no shape, or were made in inference mode; if no
+            parameter of a student learns; if ranks already share it in another way.
     """
     if not isinstance(network, nn.Module):
         raise ModelError(
@@ -95,6 +95,11 @@ def require_usable(network: nn.Module, role: str) -> None:
             raise ModelError(
                 f"The {role} cannot be used: its {name} is a DTensor, divided among ranks. Each rank of a run holds "
                 "whole networks: give the one before fully_shard."
+            )
+        if is_lazy(tensor):
+            raise ModelError(
+                f"The {role} cannot be used: its {name} is lazy, and has no shape before the first forward pass. Let "
+                "what builds the network call it once, with a batch of images."
             )
         if tensor.is_meta:
             raise ModelError(

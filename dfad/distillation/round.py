@@ -18,6 +18,7 @@ from dfad.distillation.interpolation import VirtualInterpolation
 from dfad.distillation.preflight import check_networks
 from dfad.distillation.random_fields import RandomFields
 from dfad.engine import Engine
+from dfad.engine.compile import uncompiled
 from dfad.engine.optimizers import load_optimizer_state, set_learning_rate
 from dfad.engine.placement import Placement
 from dfad.errors import ModelError, name_of
@@ -25,6 +26,7 @@ from dfad.losses import ActivationBoundaryLoss, BatchNormStatisticsLoss, Discrep
 from dfad.models.anatomy import activations_of, boundary_of, has_boundary
 from dfad.models.connectors import Connectors
 from dfad.models.generator import Generator, merge_upsampling
+from dfad.models.inheritance import inherit
 from dfad.models.likeness import require_same
 from dfad.models.outputs import as_outputs
 from dfad.models.sources import load
@@ -72,6 +74,8 @@ class Round:
             generator = self._new_generator()
             self.connectors = self._new_connectors(student_outputs.taps, teacher_outputs.taps)
         self.matches_features = bool(config.method.feature_matching.weight) and isinstance(self.connectors, Connectors)
+        if config.student.initial_weights == "teacher":
+            inherit(uncompiled(student), uncompiled(teacher))
         self._place(teacher, student, generator)
         self._define_losses()
         self._define_streams()

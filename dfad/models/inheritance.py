@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from dfad.errors import ModelError, name_of
 from dfad.models.probing import parameter_count
@@ -80,7 +79,7 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, Tensor
         partner = partners.get(path)
         offered = _learned(partner) if partner is not None and name_of(partner) == name_of(module) else {}
         for name, value in _learned(module).items():
-            if is_lazy(value) or (isinstance(value, nn.Parameter) and not value.requires_grad):
+            if isinstance(value, nn.Parameter) and not value.requires_grad:
                 continue
             source = offered.get(name)
             found = source if source is not None and _contains(source, value.shape) else None
@@ -95,7 +94,7 @@ def _learned(module: nn.Module) -> dict[str, Tensor]:
 
 def _contains(source: Tensor, shape: Sequence[int]) -> bool:
     """Whether a selection from a tensor has that shape."""
-    if is_lazy(source) or source.dim() != len(shape):
+    if source.dim() != len(shape):
         return False
     is_kernel = len(shape) > KERNEL + 1  # position embeddings have three dimensions
     return all(

@@ -315,6 +315,7 @@ class TestWhatCannotBeUsed:
         ("spoil", "words"),
         [
             (lambda network: network.to("meta"), "on the meta device"),
+            (lambda network: nn.Sequential(network.stages, nn.LazyLinear(4)), r"its 1\.weight is lazy"),
             (lambda network: network.requires_grad_(False), "none of its parameters has requires_grad"),
         ],
     )

@@ -136,12 +136,6 @@ def test_a_student_of_another_family_is_refused_and_unchanged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def test_a_student_with_lazy_layers_keeps_those() -> None:
-    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
-    inherit(student, teacher := nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
-    assert torch.equal(student[0].weight, teacher[0].weight)
-
-
 def test_a_run_starts_from_the_teachers_weights_where_its_settings_say_so(teacher, config) -> None:
     settings = replace(config, student=StudentConfig(initial_weights="teacher"))
     student = type(teacher)(channels=[8, 16], num_classes=4, in_channels=IMAGE_SHAPE[0])
@@ -149,6 +143,13 @@ def test_a_run_starts_from_the_teachers_weights_where_its_settings_say_so(teache
     weight = next(distiller.student.parameters())
     wider = next(teacher.parameters())
     assert torch.equal(weight.cpu(), wider[:: len(wider) // len(weight)])
+
+
+def test_compiled_networks_have_the_names_of_those_inside(teacher, config) -> None:
+    settings = replace(config, student=StudentConfig(initial_weights="teacher"))
+    student = type(teacher)(channels=[8, 16], num_classes=4, in_channels=IMAGE_SHAPE[0])
+    Distiller(torch.compile(teacher), student, settings, image_shape=IMAGE_SHAPE)
+    assert torch.equal(student.linear.weight, teacher.linear.weight)
 
 
 def test_weights_of_the_teacher_and_of_a_file_are_one_too_many() -> None:
@@ -170,3 +171,12 @@ def test_weights_of_the_teacher_and_of_a_file_are_one_too_many() -> None:
 )
 def test_weights_are_proposed_for_smaller_students_of_the_same_layers(student, teacher, proposed) -> None:
     assert suits(student(), teacher()) is proposed
+
+
+def test_a_run_that_is_refused_leaves_the_student_as_it_was(teacher, config) -> None:
+    settings = replace(config, student=StudentConfig(initial_weights="teacher"))
+    student = type(teacher)(channels=[8, 16], num_classes=5, in_channels=IMAGE_SHAPE[0])
+    before = state_of(student)
+    with pytest.raises(ModelError, match="5 classes"):
+        Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

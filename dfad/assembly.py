@@ -87,7 +87,7 @@ def build_student(config: DistillConfig) -> nn.Module:
     """The student of a configuration, its random weights drawn from the configuration's seed.
 
     Raises:
-        ModelError: if it cannot be built.
+        ModelError: if it cannot be built, or has weights of its own where it is to start from its teacher's.
     """
     given = config.student
     if not given.factory:
@@ -105,6 +105,11 @@ def build_student(config: DistillConfig) -> nn.Module:
         raise ModelError(
             f"The student {given.factory} is a program of torch.export, which has one mode and cannot be trained. Name "
             "what builds the network."
+        )
+    if loaded.trained and given.initial_weights == "teacher":
+        raise ModelError(
+            f"The student {given.factory} has weights of its own, which its teacher's would replace. Leave out "
+            "--student.initial_weights teacher to start from them, or name what builds the network."
         )
     return loaded.network
 

@@ -605,6 +605,13 @@ def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_
     assert ("starts from its teacher's weights" in done.stderr) is (given == "teacher")
 
 
+def test_weights_in_the_students_file_are_not_replaced_by_its_teachers(command, whole):
+    student = whole / "student.safetensors"
+    refused = command("--teacher", student, "--student", student, "--student.initial_weights=teacher")
+    assert refused.exit_code == 3
+    assert f"The student {student} has weights of its own" in " ".join(refused.stderr.split())
+
+
 def test_a_program_of_torch_export_cannot_be_a_student(command, tmp_path, whole):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     batch = {0: torch.export.Dim("batch", max=1024)}

@@ -602,7 +602,7 @@ def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_
                    f"--student.initial_weights={given}", "--run_dir", tmp_path / "run")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert ("--student.initial_weights teacher starts from their weights" in done.stderr) is (given == "random")
-    assert ("starts from its teacher's weights" in done.stderr) is (given == "teacher")
+    assert ("tensors of its teacher's whole" in done.stderr) is (given == "teacher")
 
 
 def test_weights_in_the_students_file_are_not_replaced_by_its_teachers(command, whole):

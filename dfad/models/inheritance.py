@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfad.errors import ModelError, name_of
 from dfad.models.probing import parameter_count
@@ -49,12 +49,13 @@ def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
     if not whole + selected:
         raise ModelError(
             f"The student {name_of(student)} cannot start from the weights of its teacher {name_of(teacher)}: no layer "
-            "of the same name and class has room for one of the student's. Choose a student of the teacher's family, "
-            "or leave --student.initial_weights at random."
+            "of the same name and class is as large as the student's, or larger. Choose a student of the teacher's "
+            "family, or leave --student.initial_weights at random. Of TorchScript and DataParallel, give the network "
+            "inside."
         )
     rest = f"; {len(left)} keep their own values, first {left[0]}" if left else ""
     log.info(
-        "The student starts from its teacher's weights: %d tensors whole, %d selected from larger ones%s.",
+        "Initial weights of the student: %d tensors of its teacher's whole, %d selected from larger ones%s.",
         whole,
         selected,
         rest,
@@ -74,16 +75,23 @@ def suits(student: nn.Module, teacher: nn.Module) -> bool:
 
 def _pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Everything learned in a student: its name, its value, and the teacher's tensor from which it can be selected."""
-    partners = dict(teacher.named_modules())
+    partners = dict(teacher.named_modules(remove_duplicate=False))
     for path, module in student.named_modules():
         partner = partners.get(path)
-        offered = _learned(partner) if partner is not None and name_of(partner) == name_of(module) else {}
+        offered = _learned(partner) if partner is not None and _of_one_class(partner, module) else {}
         for name, value in _learned(module).items():
             if isinstance(value, nn.Parameter) and not value.requires_grad:
                 continue
             source = offered.get(name)
             found = source if source is not None and _contains(source, value.shape) else None
             yield f"{path}.{name}".lstrip("."), value, found
+
+
+def _of_one_class(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same class, or one is part of a graph of torch.fx or torch.export, which keeps
+    names alone."""
+    classless = any(type(module) is nn.Module or isinstance(module, fx.GraphModule) for module in (one, other))
+    return classless or name_of(one) == name_of(other)
 
 
 def _learned(module: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from dfad.config import StudentConfig
 from dfad.distillation.distiller import Distiller
 from dfad.errors import ModelError
 from dfad.models.inheritance import inherit, suits
+from dfad.models.taps import with_taps
 from tests.conftest import IMAGE_SHAPE
 
 
@@ -67,7 +68,7 @@ def test_blocks_that_a_shallower_student_has_are_its_teachers(caplog) -> None:
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, before[name]), name
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert "starts from its teacher's weights: 67 tensors whole, 0 selected from larger ones." in caplog.text
+    assert "student: 67 tensors of its teacher's whole, 0 selected from larger ones." in caplog.text
 
 
 def test_further_blocks_of_a_deeper_student_keep_their_own_weights() -> None:
@@ -126,6 +127,52 @@ def test_layers_of_another_class_are_no_partners() -> None:
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 2))
     assert inherit(student, teacher) == ["1.weight", "1.bias"]
+
+
+class Scaled(nn.Module):
+    """Blocks with a parameter of their own, and the root with one."""
+
+    class Block(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+            self.scale = nn.Parameter(torch.rand(3, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.scale * super().forward(x)
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1))
+        self.blocks = nn.Sequential(*(self.Block() for _ in range(depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.blocks(x).mean((2, 3))
+
+
+def exported(network: nn.Module) -> nn.Module:
+    return torch.export.export(network.eval(), (torch.zeros(2, 3, 8, 8),)).module()
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [
+        (nn.Identity(), lambda network: with_taps(network, ["blocks.0.1"])),
+        (lambda network: with_taps(network, ["blocks.0.1"]), nn.Identity()),
+        (nn.Identity(), exported),
+    ],
+)
+def test_a_graph_that_keeps_no_classes_gives_and_takes_all(of_student, of_teacher) -> None:
+    teacher, student = Scaled(3), Scaled(2)
+    assert inherit(of_student(student), of_teacher(teacher)) == []
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, teacher.get_parameter(name)), name
+
+
+def test_a_module_with_two_names_in_the_teacher_is_the_partner_of_both() -> None:
+    teacher, student = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    teacher[1] = teacher[0]
+    assert inherit(student, teacher) == []
+    assert torch.equal(student[1].weight, teacher[0].weight)
 
 
 def test_a_student_of_another_family_is_refused_and_unchanged() -> None:

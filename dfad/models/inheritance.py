@@ -17,9 +17,6 @@ STATISTICS = ("running_mean", "running_var")
 ENOUGH = 0.9
 """Share of a student's learned tensors that its teacher has in the same shape, from which on they are proposed."""
 
-KERNEL = 2
-"""First dimension of a convolution's weight that belongs to its kernel, which is taken whole or not at all."""
-
 
 @torch.no_grad()
 def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -83,7 +80,7 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[str, Tensor
             if isinstance(value, nn.Parameter) and not value.requires_grad:
                 continue
             source = offered.get(name)
-            found = source if source is not None and _contains(source, value.shape) else None
+            found = source if source is not None and _contains(source, value.shape, _places(module, value)) else None
             yield f"{path}.{name}".lstrip("."), value, found
 
 
@@ -100,13 +97,19 @@ def _learned(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **statistics}
 
 
-def _contains(source: Tensor, shape: Sequence[int]) -> bool:
+def _places(module: nn.Module, value: Tensor) -> Sequence[int]:
+    """Dimensions that are taken whole or not at all, because they are places and no channels: those of a kernel, and
+    the positions of an embedding ``(1, positions, channels)``."""
+    is_embedding = value.dim() == 3 and not isinstance(module, nn.Conv1d)
+    return (1,) if is_embedding else range(2, value.dim())
+
+
+def _contains(source: Tensor, shape: Sequence[int], places: Sequence[int]) -> bool:
     """Whether a selection from a tensor has that shape."""
     if source.dim() != len(shape):
         return False
-    is_kernel = len(shape) > KERNEL + 1  # position embeddings have three dimensions
     return all(
-        shorter == longer if is_kernel and dimension >= KERNEL else shorter <= longer
+        shorter == longer if dimension in places else shorter <= longer
         for dimension, (shorter, longer) in enumerate(zip(shape, source.shape, strict=True))
     )
 

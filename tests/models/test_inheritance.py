@@ -19,12 +19,13 @@ from tests.conftest import IMAGE_SHAPE
 
 
 class Net(nn.Module):
-    """A stem with a kernel of some size, a frozen parameter, a buffer of indices, and position embeddings."""
+    """Kernels of some size, a frozen parameter, a buffer of indices, and position embeddings."""
 
     def __init__(self, width: int, *, kernel: int = 3, positions: int = 6) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, kernel)
         self.norm = nn.BatchNorm2d(width)
+        self.attention = nn.Conv1d(1, 1, kernel)
         self.positions = nn.Parameter(torch.randn(1, positions, width))
         self.scale = nn.Parameter(torch.randn(width), requires_grad=False)
         self.register_buffer("index", torch.arange(10 * width))
@@ -116,10 +117,11 @@ def test_a_student_with_every_second_channel_of_a_teacher_that_has_each_twice_co
 
 
 def test_what_is_no_learned_part_or_has_another_form_stays() -> None:
-    teacher, student = Net(8), Net(4, kernel=5, positions=9)
+    teacher, student = Net(8), Net(4, kernel=1, positions=4)
     before = state_of(student)
-    assert inherit(student, teacher) == ["positions", "stem.weight"]
-    for name in ("positions", "stem.weight", "scale", "index"):
+    stay = ["positions", "stem.weight", "attention.weight"]
+    assert inherit(student, teacher) == stay
+    for name in (*stay, "scale", "index"):
         assert torch.equal(student.state_dict()[name], before[name]), name
 
 

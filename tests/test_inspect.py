@@ -16,6 +16,7 @@ from dfad.config import TeacherConfig
 from dfad.inspection import inspection
 from dfad.models.model_file import load_model, save_model
 from dfad.models.outputs import as_outputs
+from dfad.models.resnet import ResNet
 from tests.hubs import filled
 from tests.models.test_anatomy import Residual, Tokens
 
@@ -166,6 +167,22 @@ def test_a_hub_without_its_weights_is_inspected_all_the_same(inspected, timm):
     found = inspected("timm:small")
     assert not found["trained"]
     assert "--teacher.checkpoint WEIGHTS" in found["command"]
+
+
+def test_of_a_hub_what_can_start_from_the_teachers_weights_comes_first(inspected, timm, monkeypatch):
+    shapes = {"net30": (16, 3), "net20": (14, 3), "net10": (16, 2)}
+
+    def create_model(name, num_classes=10, **options):
+        width, depth = shapes[name]
+        return ResNet([width, 2 * width], [depth, depth], "subsampling", num_classes, 3)
+
+    for attribute, value in {"create_model": create_model, "is_model": shapes.__contains__,
+                             "list_models": lambda: list(shapes)}.items():  # fmt: skip
+        monkeypatch.setattr(sys.modules["timm"], attribute, value)
+    found = inspected("timm:net30", "--teacher.image_size=8")
+    assert [student["source"] for student in found["students"][:2]] == ["timm:net10", "timm:net20"]
+    assert [student["inherits"] for student in found["students"][:2]] == [True, False]
+    assert "--student timm:net10 --student.kwargs '{\"num_classes\": 10}' --student.initial_weights" in found["command"]
 
 
 def test_what_cannot_teach_is_refused(inspected, monkeypatch):

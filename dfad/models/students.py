@@ -50,7 +50,8 @@ def suitable_students(
     *,
     boundary: bool,
 ) -> list[Student]:
-    """Up to :data:`SHOWN` networks with fewer parameters than a teacher, those of its family first.
+    """Up to :data:`SHOWN` networks with fewer parameters than a teacher: those of its family first, and of a hub's,
+    those that can start from its weights.
 
     Args:
         source: of the teacher, see :mod:`dfad.models.sources`.
@@ -103,7 +104,7 @@ def _candidates(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Networks that could be students, of the same family first, the largest first."""
     if hub_of(source) is not None:
-        yield from _relatives(source, image_shape, classes)
+        yield from _relatives(source, teacher, image_shape, classes)
     offered = {"num_classes": classes, "in_channels": image_shape[0]}
     found = []
     for name in models.__all__:
@@ -114,8 +115,10 @@ def _candidates(
     yield from ((name, kwargs) for *_, name, kwargs in sorted(found, key=lambda entry: entry[:3]))
 
 
-def _relatives(source: str, image_shape: tuple[int, int, int], classes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Those of a hub, by their names."""
+def _relatives(
+    source: str, teacher: nn.Module, image_shape: tuple[int, int, int], classes: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of a hub, by their names; first what can start from the teacher's weights."""
     found = hub_of(source)
     assert found is not None
     hub, name = found
@@ -127,12 +130,12 @@ def _relatives(source: str, image_shape: tuple[int, int, int], classes: int) -> 
     counted = []
     for other in sorted(relatives, key=len)[:TRIED]:
         try:
-            counted.append((parameter_count(_on_meta(f"{prefix}:{other}", kwargs)), other))
+            network = _on_meta(f"{prefix}:{other}", kwargs)
+            counted.append((not suits(network, teacher), -parameter_count(network), other))
         except Exception:  # a network that cannot be built on the meta device, or with these arguments
             continue
-    own = parameter_count(_on_meta(source, {"num_classes": classes})) if counted else 0
-    for count, other in sorted(counted, key=lambda entry: -entry[0]):
-        if count < 0.9 * own:
+    for _, count, other in sorted(counted, key=lambda entry: entry[:2]):
+        if -count < 0.9 * parameter_count(teacher):
             yield f"{prefix}:{other}", kwargs
 
 

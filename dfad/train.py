@@ -91,7 +91,7 @@ def _propose_weights(teacher: nn.Module, student: nn.Module, config: StudentConf
     if random and suits(student, teacher):
         log.info(
             "The teacher has the student's layers: --student.initial_weights teacher starts from their weights, which "
-            "takes far fewer rounds (docs/experiments.md)."
+            "takes fewer rounds (docs/experiments.md)."
         )
 
 

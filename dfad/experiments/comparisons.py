@@ -292,10 +292,11 @@ COMPARISONS = {
             TO_RESNET14: _to("resnet14", _of_rounds(CIFAR10_RESNET20, 940)),
             TO_RESNET8: _to("resnet8", _of_rounds(CIFAR10_RESNET20, 940)),
             TO_RESNET8_UNMATCHED: _to("resnet8", recipe_arms(_of_rounds(CIFAR10_RESNET20, 940))[RECIPE_UNMATCHED]),
+            TO_RESNET14 + INHERITED: inheriting(_to("resnet14", _of_rounds(CIFAR10_RESNET20, 940))),
         },
         teacher=None,
         ceiling=None,
-        claims=(Beats(TO_RESNET8, TO_RESNET8_UNMATCHED),),
+        claims=(Beats(TO_RESNET8, TO_RESNET8_UNMATCHED), Beats(TO_RESNET14 + INHERITED, TO_RESNET14)),
     ),
     # 96,000 student-images, from random weights and from the teacher's
     "cifar10-inherited": Comparison(

@@ -392,6 +392,7 @@ def _check_factory(student: nn.Module, config: StudentConfig, image_shape: tuple
     if config.factory:
         with random_state_kept():
             built = load(config.factory, kwargs=config.kwargs, taps=config.taps, pretrained=False).network
+        built = in_float32(built, copied=False, announced=False)
         require_same(student, built, f"{config.factory} with {dict(config.kwargs)}", image_shape, "student")
 
 

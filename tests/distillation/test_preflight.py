@@ -352,6 +352,16 @@ class TestWhatCannotBeUsed:
             Distiller(teacher, student, config)
 
 
+def in_bfloat16() -> nn.Module:
+    return models.convnet(channels=[4, 8], num_classes=4, in_channels=1).bfloat16()
+
+
+def test_a_factory_may_build_a_student_in_bfloat16(teacher, plain):
+    torch.manual_seed(3)
+    config = replace(plain, student=StudentConfig(f"{__name__}:{in_bfloat16.__name__}"))
+    Distiller(teacher, in_bfloat16(), config, image_shape=IMAGE_SHAPE)
+
+
 class Several(ConvNet):
     """Features and logits, in an order."""
 

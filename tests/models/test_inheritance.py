@@ -194,6 +194,17 @@ def test_a_run_starts_from_the_teachers_weights_where_its_settings_say_so(teache
     assert torch.equal(weight.cpu(), wider[:: len(wider) // len(weight)])
 
 
+def test_a_resumed_run_goes_on_from_its_own_weights(teacher, config, tmp_path) -> None:
+    settings = replace(config, student=StudentConfig(initial_weights="teacher"))
+    students = [type(teacher)(channels=[8, 16], num_classes=4, in_channels=IMAGE_SHAPE[0]) for _ in range(2)]
+    for resume, student in enumerate(students):
+        distiller = Distiller(teacher, student, settings, image_shape=IMAGE_SHAPE)
+        distiller.fit(tmp_path / "run", resume=bool(resume))
+    uninterrupted, resumed = map(state_of, students)
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in resumed.items())
+    assert not torch.equal(students[0].linear.weight, teacher.linear.weight)
+
+
 def test_compiled_networks_have_the_names_of_those_inside(teacher, config) -> None:
     settings = replace(config, student=StudentConfig(initial_weights="teacher"))
     student = type(teacher)(channels=[8, 16], num_classes=4, in_channels=IMAGE_SHAPE[0])

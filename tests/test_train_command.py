@@ -591,15 +591,17 @@ def test_a_teacher_and_a_student_are_named_by_one_flag_each(command, tmp_path, w
     assert again["architecture"] == load_model(student)[1]["architecture"]
 
 
-@pytest.mark.parametrize("given", ["random", "teacher"])
+@pytest.mark.parametrize("given", ["random", "teacher", "own"])
 def test_weights_of_the_teacher_are_proposed_where_they_fit(given, command, tmp_path):
     kwargs = {"widths": [4, 8], "shortcut": "subsampling", "num_classes": 10, "in_channels": 1}
-    teacher, student = ({**kwargs, "depths": depths} for depths in ([2, 2], [1, 1]))
-    torch.save(build("dfad.models.resnet:ResNet", teacher).state_dict(), tmp_path / "teacher.pt")
-    done = command(*SMALL, "--teacher=dfad.models.resnet:ResNet", "--teacher.kwargs", json.dumps(teacher),
-                   "--teacher.checkpoint", tmp_path / "teacher.pt", "--teacher.image_size=8",
-                   "--student=dfad.models.resnet:ResNet", "--student.kwargs", json.dumps(student), "--dry_run",
-                   f"--student.initial_weights={given}", "--run_dir", tmp_path / "run")  # fmt: skip
+    networks = {"teacher": kwargs | {"depths": [2, 2]}, "student": kwargs | {"depths": [1, 1]}}
+    flags = [] if given == "own" else [f"--student.initial_weights={given}"]
+    for role, arguments in networks.items():
+        weights = tmp_path / f"{role}.pt"
+        torch.save(build("dfad.models.resnet:ResNet", arguments).state_dict(), weights)
+        flags += [f"--{role}=dfad.models.resnet:ResNet", f"--{role}.kwargs", json.dumps(arguments)]
+        flags += [f"--{role}.checkpoint={weights}"] if role == "teacher" or given == "own" else []
+    done = command(*SMALL, *flags, "--teacher.image_size=8", "--dry_run", "--run_dir", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
     assert ("--student.initial_weights teacher starts from their weights" in done.stderr) is (given == "random")
     assert ("tensors of its teacher's whole" in done.stderr) is (given == "teacher")

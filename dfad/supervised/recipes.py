@@ -135,7 +135,7 @@ RECIPES = {
     # not measured yet: meant for a GPU
     "cifar10": _cifar("cifar10"),
     "cifar100": _cifar("cifar100"),
-    # not measured yet. About 14 PFLOP; neither label smoothing, which takes from the soft labels what a student learns
+    # about 14 PFLOP, a minute of an H200; neither label smoothing, which takes from the soft labels what a student learns
     # of them, nor an average of weights, which a learning rate that ends at zero does not need
     "cifar10-fast": Recipe(
         data=DataConfig(name="cifar10"),

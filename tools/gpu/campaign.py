@@ -72,7 +72,8 @@ def _rehearsed(base: TrainConfig) -> TrainConfig:
 
 
 SCALES = {
-    "gpu": Scale(RECIPES["cifar10-fast"], PRESETS["cifar10"], CIFAR10_RESNET20, looks=12),
+    # more epochs than fit into three minutes: on an H200 the recipe's own 40 took 69 s, to 91.3 % of the JPEGs
+    "gpu": Scale(replace(RECIPES["cifar10-fast"], epochs=120), PRESETS["cifar10"], CIFAR10_RESNET20, looks=12),
     "rehearsal": Scale(
         replace(
             RECIPES["cifar10-fast"],

@@ -135,8 +135,8 @@ RECIPES = {
     # not measured yet: meant for a GPU
     "cifar10": _cifar("cifar10"),
     "cifar100": _cifar("cifar100"),
-    # about 14 PFLOP, a minute of an H200; neither label smoothing, which takes from the soft labels what a student learns
-    # of them, nor an average of weights, which a learning rate that ends at zero does not need
+    # about 14 PFLOP, a minute of an H200. Neither label smoothing, which takes from the soft labels what a student
+    # learns of them, nor an average of weights, which a learning rate that ends at zero does not need
     "cifar10-fast": Recipe(
         data=DataConfig(name="cifar10"),
         network=NetworkConfig("resnet34"),

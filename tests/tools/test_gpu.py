@@ -468,7 +468,7 @@ class TestCommand:
 
     @pytest.mark.alone
     def test_a_rehearsal_of_a_part_of_each_kind(self, tmp_path, monkeypatch, capsys):
-        wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe")
+        wanted = ("versions", "operators, float32", "memcheck", "teacher", "student, recipe, inherited weights")
         everything = gpu.plan
 
         def few(places: Places, *, small: bool) -> list[Part]:

@@ -489,7 +489,7 @@ class TestCommand:
         assert student["curve"][-1]["accuracy"] == student["accuracy"]
         assert record["checks"]["memcheck"] == "not installed"
         tables = (tmp_path / "out" / "summary.md").read_text()
-        assert "| rehearsal | jpeg: convnet, recipe, 1 s |" in tables
+        assert "| rehearsal | jpeg: convnet, recipe, inherited weights, 1 s |" in tables
         assert "plain KL" in tables
         gpu.main(arguments)
         assert "…" not in capsys.readouterr().out  # nothing is begun twice

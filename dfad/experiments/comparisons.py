@@ -209,7 +209,14 @@ def _with_and_without_inheritance(arms: Mapping[str, TrainConfig]) -> dict[str, 
     return {**arms, **{arm + INHERITED: inheriting(settings) for arm, settings in arms.items()}}
 
 
-HALF_OF_RESNET20 = {"widths": [8, 16, 32], "depths": [3, 3, 3], "shortcut": "subsampling"}
+HALF_OF_RESNET20: dict[str, Any] = {
+    "widths": [8, 16, 32],
+    "depths": [3, 3, 3],
+    "shortcut": "subsampling",
+    "num_classes": 10,
+    "in_channels": 3,
+}
+"""Arguments of a ResNet-20 of half the width, for which there is no factory."""
 
 
 def _with_share(base: TrainConfig, share: float) -> TrainConfig:
@@ -304,13 +311,7 @@ COMPARISONS = {
             {
                 TO_RESNET14: _to("resnet14", _of_rounds(CIFAR10_RESNET20, 150)),
                 TO_RESNET8: _to("resnet8", _of_rounds(CIFAR10_RESNET20, 150)),
-                TO_HALF: _to(
-                    "dfad.models.resnet:ResNet",
-                    _of_rounds(CIFAR10_RESNET20, 150),
-                    **HALF_OF_RESNET20,
-                    num_classes=10,
-                    in_channels=3,
-                ),
+                TO_HALF: _to("dfad.models.resnet:ResNet", _of_rounds(CIFAR10_RESNET20, 150), **HALF_OF_RESNET20),
             }
         ),
         teacher=None,

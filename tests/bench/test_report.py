@@ -79,6 +79,13 @@ def test_readme_and_docs_are_written_from_the_records():
     assert report.results(committed) == report.ALL_RESULTS.read_text(encoding="utf-8")
 
 
+def test_no_record_names_a_place_on_a_machine():
+    files = sorted(records.RESULTS.glob("*.json"))
+    assert files
+    for path in files:
+        assert not re.findall(r'"(?:/|~|[A-Z]:\\)[^"]*"', path.read_text(encoding="utf-8")), path
+
+
 def test_a_changed_figure_shows(record):
     committed = records.load_all()
     text = report.README.read_text(encoding="utf-8")

@@ -72,6 +72,8 @@ def test_the_teacher_that_is_kept_is_the_one_that_is_measured(run, data, tmp_pat
     assert result["accuracy"] == evaluate(teacher.network)
     assert result["accuracy_before_rounding"] == pytest.approx(result["accuracy"], abs=0.05)
     assert (result["epochs"], result["test_images"]) == (2, 80)
+    assert str(tmp_path) not in json.dumps(result)
+    assert str(data[0]) not in json.dumps(result)
     dtypes = {tensor.ndim: tensor.dtype for tensor in load_file(path).values()}
     assert (dtypes[4], dtypes[1]) == (torch.bfloat16, torch.float32)
     assert not (tmp_path / "work" / "teacher").exists()  # its checkpoints are needed no more

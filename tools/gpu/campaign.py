@@ -163,7 +163,8 @@ def train_teacher(command: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "images_per_second": recipe.epochs * trainer.steps_per_epoch * recipe.batch_size / seconds,
         "test_images": len(trainer.dataset.test),
-        "settings": to_tree(recipe),
+        # the place of the data on this machine is no part of the experiment
+        "settings": to_tree(replace(recipe, data=replace(recipe.data, root=None))),
     }
 
 
